@@ -1,0 +1,142 @@
+"""Rules between fields. Each yields a message that names both paths and both values."""
+
+from collections.abc import Callable, Iterator
+
+from pltmoe.config.model import ModelConfig
+from pltmoe.config.run import RunConfig
+
+_LATER_LOOP_FLAGS = ("cross_loop_shift", "share_first_loop_kv", "gated_swa")
+
+
+def heads_divide(m: ModelConfig) -> Iterator[str]:
+    """Query heads are a whole multiple of KV heads; RoPE needs an even head size."""
+    if m.num_attention_heads % m.num_kv_heads:
+        yield (
+            f"model.num_attention_heads ({m.num_attention_heads}) must be a multiple of "
+            f"model.num_kv_heads ({m.num_kv_heads})"
+        )
+    if m.head_dim % 2:
+        yield f"model.head_dim ({m.head_dim}) must be even: RoPE rotates pairs"
+
+
+def dense_or_moe(m: ModelConfig) -> Iterator[str]:
+    """Exactly one kind of feed-forward layer is described, and completely."""
+    if m.num_experts is None:
+        if m.ffn_hidden_size is None:
+            yield (
+                "model.ffn_hidden_size (None) and model.num_experts (None): "
+                "give the first for a dense model, the second for a mixture of experts"
+            )
+        for field in ("moe_top_k", "moe_ffn_hidden_size"):
+            if getattr(m, field) is not None:
+                yield f"model.{field} ({getattr(m, field)}) needs model.num_experts (None)"
+        for field in ("moe_aux_loss_coeff", "moe_z_loss_coeff", "moe_expert_bias_update_rate"):
+            if getattr(m, field):
+                yield f"model.{field} ({getattr(m, field)}) needs model.num_experts (None)"
+        return
+    if m.ffn_hidden_size is not None:
+        yield (
+            f"model.ffn_hidden_size ({m.ffn_hidden_size}) is for dense models; with "
+            f"model.num_experts ({m.num_experts}) set model.moe_ffn_hidden_size only"
+        )
+    for field in ("moe_top_k", "moe_ffn_hidden_size"):
+        if getattr(m, field) is None:
+            yield f"model.{field} (None) is required with model.num_experts ({m.num_experts})"
+    if m.moe_top_k is not None and m.moe_top_k > m.num_experts:
+        yield (
+            f"model.moe_top_k ({m.moe_top_k}) must not exceed model.num_experts ({m.num_experts})"
+        )
+
+
+def loop_flags(m: ModelConfig) -> Iterator[str]:
+    """Options of later loops need later loops, and each other."""
+    if m.num_loops == 1:
+        for flag in _LATER_LOOP_FLAGS:
+            if getattr(m, flag):
+                yield (
+                    f"model.{flag} (true) needs model.num_loops >= 2 (it is 1): "
+                    f"set model.{flag}=false for a vanilla model"
+                )
+    if m.gated_swa and not m.share_first_loop_kv:
+        yield (
+            "model.gated_swa (true) needs model.share_first_loop_kv (false): the window is mixed "
+            "with attention over loop 1's keys and values"
+        )
+    if m.gate_use_hidden_states and not m.gated_swa:
+        yield "model.gate_use_hidden_states (true) needs model.gated_swa (false)"
+    for field, neutral in (("normalize_per_loop", False), ("emb_scale", 1.0), ("hidden_scale", 1.0)):
+        if getattr(m, field) != neutral and not m.cross_loop_shift:
+            yield (
+                f"model.{field} ({getattr(m, field)}) needs model.cross_loop_shift (false): "
+                "it changes how E and shift(H) are added"
+            )
+
+
+def experts_divide(c: RunConfig) -> Iterator[str]:
+    """Experts are split evenly over expert-parallel ranks."""
+    ep, experts = c.parallel.expert_parallel_size, c.model.num_experts
+    if ep > 1 and (experts is None or experts % ep):
+        yield (
+            f"model.num_experts ({experts}) must be a multiple of "
+            f"parallel.expert_parallel_size ({ep})"
+        )
+
+
+def batch_divides(c: RunConfig) -> Iterator[str]:
+    """A global batch is made of whole micro batches."""
+    gbs, mbs = c.train.global_batch_size, c.train.micro_batch_size
+    if gbs % mbs:
+        yield (
+            f"train.global_batch_size ({gbs}) must be a multiple of train.micro_batch_size ({mbs})"
+        )
+
+
+def schedule_fits(c: RunConfig) -> Iterator[str]:
+    """The learning-rate schedule fits into the run."""
+    o, steps = c.optimizer, c.train.steps
+    end = o.decay_steps or steps
+    if o.warmup_steps >= end:
+        where = "optimizer.decay_steps" if o.decay_steps else "train.steps"
+        yield f"optimizer.warmup_steps ({o.warmup_steps}) must be smaller than {where} ({end})"
+    if o.min_lr > o.lr:
+        yield f"optimizer.min_lr ({o.min_lr}) must not exceed optimizer.lr ({o.lr})"
+    if (o.schedule == "wsd") != (o.wsd_decay_steps is not None):
+        yield (
+            f"optimizer.wsd_decay_steps ({o.wsd_decay_steps}) belongs to, and is required by, "
+            f"optimizer.schedule = wsd (it is {o.schedule})"
+        )
+
+
+def validation_has_data(c: RunConfig) -> Iterator[str]:
+    """Validation data comes from exactly one place."""
+    d = c.data
+    if d.valid and d.split:
+        yield (
+            f"data.split ({list(d.split)}) and data.valid ({len(d.valid)} sources) both say where "
+            "validation data comes from: keep one"
+        )
+    cut = d.split is not None and d.split[1] > 0
+    if c.train.eval_interval and not (d.valid or cut):
+        yield (
+            f"train.eval_interval ({c.train.eval_interval}) needs data.valid (empty) or a "
+            f"data.split with a validation share ({d.split})"
+        )
+
+
+MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[str]], ...] = (
+    heads_divide,
+    dense_or_moe,
+    loop_flags,
+)
+RUN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    experts_divide,
+    batch_divides,
+    schedule_fits,
+    validation_has_data,
+)
+
+
+def broken_rules(config: RunConfig) -> list[str]:
+    """Return the messages of all broken rules, model rules first."""
+    found = [message for rule in MODEL_RULES for message in rule(config.model)]
+    return found + [message for rule in RUN_RULES for message in rule(config)]

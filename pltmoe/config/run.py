@@ -1,0 +1,139 @@
+"""The whole run as one typed tree: model, parallel, data, optimizer, train, checkpoint, tracking."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from pltmoe.config.model import ModelConfig, Schedule, Section
+
+
+class ParallelConfig(Section):
+    """Where the model runs. What is left of the world size is data parallel."""
+
+    expert_parallel_size: PositiveInt = 1
+    """Ranks that share the experts of a layer."""
+
+
+class DataSource(Section):
+    """One indexed dataset of a blend."""
+
+    path: Path
+    """Prefix of a Megatron dataset: PREFIX.bin and PREFIX.idx."""
+    weight: PositiveFloat = 1.0
+    """Share of the samples drawn from here, relative to the other sources."""
+
+
+class DataConfig(Section):
+    """Where tokens come from."""
+
+    tokenizer: Path
+    """sentencepiece model file (tools/train_tokenizer.py)."""
+    train: list[DataSource] = Field(min_length=1)
+    """Sources of the training blend."""
+    valid: list[DataSource] = []
+    """Sources of the validation blend; leave empty to cut it from ``train`` by ``split``."""
+    split: tuple[float, float, float] | None = None
+    """Shares of ``train``'s documents for train, valid, test, e.g. [98, 2, 0]."""
+    sequence_length: PositiveInt
+    """Tokens of one sequence (slots)."""
+    cache_dir: Path | None = None
+    """Where Megatron keeps its index cache; default: next to the first training source."""
+    num_workers: NonNegativeInt = 0
+    """Loader processes per rank."""
+    reset_position_ids: bool = False
+    """Restart positions after each document, so that the cross-loop shift does not cross it."""
+    mask_document_ends: bool = False
+    """Leave the end-of-document token out of the loss."""
+
+
+class OptimizerConfig(Section):
+    """AdamW and its learning-rate schedule."""
+
+    lr: PositiveFloat
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    schedule: Schedule = "cosine"
+    """Shape of the decay; wsd = warmup, stable, decay."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    decay_steps: PositiveInt | None = None
+    """Step at which min_lr is reached; default: train.steps."""
+    wsd_decay_steps: PositiveInt | None = None
+    """Length of the final decay of the wsd schedule, in steps."""
+    weight_decay: float = Field(default=0.1, ge=0)
+    """Decoupled weight decay; norms and biases have none."""
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Adam's first-moment decay."""
+    beta2: float = Field(default=0.95, ge=0, lt=1)
+    """Adam's second-moment decay."""
+    eps: PositiveFloat = 1e-8
+    """Adam's epsilon."""
+    clip_grad_norm: float = Field(default=1.0, ge=0)
+    """Global gradient-norm limit; 0 turns clipping off."""
+
+
+class TrainConfig(Section):
+    """How long, how much at once, and what is printed when."""
+
+    output_dir: Path
+    """Directory of the run: metrics.jsonl, config.yaml, checkpoints/, logs."""
+    steps: PositiveInt
+    """Optimizer steps in total."""
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: PositiveInt = 1
+    """Sequences per forward pass on one rank."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """auto: bf16 with fp32 master weights and gradients on a GPU, fp32 on a CPU."""
+    seed: int = 1234
+    """Seed of weights and data order."""
+    deterministic: bool = False
+    """Bit-for-bit repeatable kernels on a GPU (slower). A CPU run always is."""
+    log_interval: PositiveInt = 10
+    """Steps between logged lines."""
+    eval_interval: PositiveInt | None = None
+    """Steps between validations; none by default."""
+    eval_steps: PositiveInt = 10
+    """Global batches per validation."""
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written and which are kept."""
+
+    save_interval: PositiveInt | None = None
+    """Steps between checkpoints; the last step is always saved."""
+    keep_last: PositiveInt = 2
+    """Newest checkpoints kept; older ones are deleted after a new one is complete."""
+    keep_every: PositiveInt | None = None
+    """Also keep every checkpoint whose step is a multiple of this."""
+    resume: bool = True
+    """Continue from the newest complete checkpoint in output_dir when there is one."""
+
+
+class TrackingConfig(Section):
+    """MLflow. metrics.jsonl is always written."""
+
+    mlflow_uri: str | None = None
+    """Tracking server or sqlite:///ABSOLUTE/PATH.db; leave out for JSONL only."""
+    experiment: str = "pltmoe"
+    """MLflow experiment."""
+    tags: dict[str, str] = {}
+    """Tags put on the run besides commit, layout and model name."""
+    system_metrics: bool = True
+    """Let MLflow sample CPU, memory, disk, network and GPU."""
+
+
+class RunConfig(Section):
+    """Everything that decides a run."""
+
+    name: str
+    """Name of the run: MLflow run name, model name of the export."""
+    model: ModelConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()

@@ -1,0 +1,25 @@
+"""Errors a user can cause. Each message says what is wrong, where, and what to do."""
+
+
+class PLTMoEError(Exception):
+    """Base of all errors that a user can act on; tools print it as one line, without a traceback."""
+
+
+class ConfigError(PLTMoEError):
+    """The configuration is wrong: names the full path(s) and the value(s)."""
+
+
+class DataError(PLTMoEError):
+    """The corpus, tokenizer or an indexed dataset is unusable: names the file."""
+
+
+class CheckpointError(PLTMoEError):
+    """A checkpoint is missing, incomplete, or does not fit: names the directory and what differs."""
+
+
+class EngineError(PLTMoEError):
+    """The machine or the process group cannot run what the configuration asks for."""
+
+
+class ConversionError(PLTMoEError):
+    """A model cannot be converted to or from Hugging Face: names the tensor or field."""
