@@ -1,0 +1,143 @@
+"""What stands in for CUDA on a machine without a GPU, so that Megatron-core runs there unchanged.
+
+Megatron-core names CUDA in many places where it only means "the device". On a machine without a
+GPU this file, and no other, redirects those names to the CPU; with a GPU it does nothing. Tests and
+the quickstart thus run the very code that a cluster runs, over gloo instead of NCCL.
+
+Redirected: streams and events (no-ops, a CPU is synchronous), ``device="cuda"`` in tensor factories
+and ``.to``, ``.cuda()``, ``Tensor.type()`` (Megatron compares it with ``torch.cuda.FloatTensor``),
+the CUDA random state, and tensor-valued split sizes of ``all_to_all_single`` (gloo wants lists).
+"""
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint")
+_LIKE = ("empty_like", "zeros_like", "ones_like", "full_like")
+_TENSOR_TYPES = ("Float", "Int", "Long", "Double", "Byte", "BFloat16", "Half")
+
+_standing_in = False
+
+
+def stand_in_for_cuda() -> bool:
+    """Redirect CUDA to the CPU if there is no CUDA device; return whether the CPU stands in.
+
+    Call it once per process, before ``megatron.core`` is imported. Calling again is harmless.
+    """
+    global _standing_in
+    if torch.cuda.is_available() or _standing_in:
+        return _standing_in
+    _standing_in = True
+    # Megatron decorates small functions with torch.compile; compiling those for a CPU costs more
+    # than it gains and needs a C++ compiler at run time.
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    _redirect_devices()
+    _redirect_streams()
+    _redirect_collectives()
+    _redirect_random_state()
+    return True
+
+
+def is_standing_in() -> bool:
+    """Whether the CPU stands in for CUDA in this process."""
+    return _standing_in
+
+
+class _NoStream:
+    """A stream or event of a synchronous device: everything asked of it has already happened."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        self.cuda_stream = 0
+
+    def _done(self, *args: Any, **kwargs: Any) -> None:
+        return None
+
+    wait_stream = wait_event = synchronize = record = wait = _done
+
+    def record_event(self, *args: Any) -> "_NoStream":
+        return _NoStream()
+
+    def query(self) -> bool:
+        return True
+
+
+def _to_cpu(device: Any) -> Any:
+    if isinstance(device, torch.device):
+        return torch.device("cpu") if device.type == "cuda" else device
+    return "cpu" if isinstance(device, str) and device.startswith("cuda") else device
+
+
+def _redirect_device_argument(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        if "device" in kwargs:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+def _redirect_devices() -> None:
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    for name in _FACTORIES + _LIKE:
+        setattr(torch, name, _redirect_device_argument(getattr(torch, name)))
+    tensor_to, tensor_type = torch.Tensor.to, torch.Tensor.type
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if "device" in kwargs:
+            kwargs["device"] = _to_cpu(kwargs["device"])
+        return tensor_to(self, *(_to_cpu(arg) for arg in args), **kwargs)
+
+    def type_(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs:
+            return tensor_type(self, *args, **kwargs)
+        return tensor_type(self).replace("torch.", "torch.cuda.", 1)
+
+    torch.Tensor.to, torch.Tensor.type = to, type_
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self
+    for name in _TENSOR_TYPES:
+        setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
+
+
+def _redirect_streams() -> None:
+    torch.cuda.Stream = torch.cuda.Event = _NoStream
+    torch.cuda.current_stream = lambda *args: _NoStream()
+    torch.cuda.stream = lambda stream: contextlib.nullcontext()
+    torch.cuda.synchronize = lambda *args: None
+
+
+def _redirect_collectives() -> None:
+    import torch.distributed as dist
+
+    all_to_all_single = dist.all_to_all_single
+
+    def as_list(sizes: Any) -> Any:
+        return sizes.tolist() if isinstance(sizes, torch.Tensor) else sizes
+
+    @functools.wraps(all_to_all_single)
+    def with_list_sizes(
+        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kw: Any
+    ) -> Any:
+        return all_to_all_single(
+            output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kw
+        )
+
+    dist.all_to_all_single = with_list_sizes
+
+
+def _redirect_random_state() -> None:
+    torch.cuda.manual_seed = torch.manual_seed
+    torch.cuda.get_rng_state = lambda *args, **kwargs: torch.random.get_rng_state()
+    torch.cuda.set_rng_state = lambda state, *args, **kwargs: torch.random.set_rng_state(state)
+    from megatron.core.tensor_parallel import random as megatron_random
+
+    megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.random.get_rng_state()
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: (
+        torch.random.set_rng_state(state)
+    )
