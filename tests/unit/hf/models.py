@@ -1,0 +1,66 @@
+"""Small models for the tests of the Hugging Face side: every ablation row, dense and MoE."""
+
+from typing import Any
+
+import torch
+
+from pltmoe.config import ModelConfig, model_from_dict
+from pltmoe.model.reference import ReferencePLT
+
+_BASE: dict[str, Any] = {
+    "vocab_size": 61,
+    "num_layers": 2,
+    "hidden_size": 16,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "window_keys": 4,
+}
+_MOE = {"num_experts": 4, "moe_top_k": 2, "moe_ffn_hidden_size": 12}
+_DENSE = {"ffn_hidden_size": 24}
+_LOOP2 = {"num_loops": 2}
+_CLP = _LOOP2 | {"cross_loop_shift": True}
+_SHARED = _CLP | {"share_first_loop_kv": True}
+_PLT2 = _SHARED | {"gated_swa": True}
+_PLT3 = _PLT2 | {"num_loops": 3}
+_NORMED = {"normalize_per_loop": True, "emb_scale": 0.7, "hidden_scale": 0.3}
+
+MODELS: dict[str, dict[str, Any]] = {
+    "vanilla": _MOE,
+    "loop2": _MOE | _LOOP2,
+    "clp": _MOE | _CLP,
+    "shared": _MOE | _SHARED,
+    "plt2": _MOE | _PLT2,
+    "plt3": _MOE | _PLT3,
+    "plt3_normed": _MOE | _PLT3 | _NORMED,
+    "plt2_mha": _MOE | _PLT2 | {"num_kv_heads": 4},
+    "plt2_wide_window": _MOE | _PLT2 | {"window_keys": 64},
+    "plt2_window_of_one": _MOE | _PLT2 | {"window_keys": 1},
+    "plt2_gate_hidden": _MOE | _PLT2 | {"gate_use_hidden_states": True},
+    "plt2_expert_bias": _MOE | _PLT2 | {"moe_expert_bias_update_rate": 0.001},
+    "plt2_no_qk_norm": _MOE | _PLT2 | {"qk_norm": False},
+    "loop3": _MOE | {"num_loops": 3},
+    "clp3_normed": _MOE | _CLP | {"num_loops": 3} | _NORMED,
+    "plt2_no_shift": _MOE | _PLT2 | {"cross_loop_shift": False},
+    "dense_vanilla": _DENSE,
+    "dense_plt2": _DENSE | _PLT2,
+    "dense_plt3_normed": _DENSE | _PLT3 | _NORMED,
+    "tied": _DENSE | _PLT2 | {"tied_embeddings": True},
+}
+
+
+def small_model(name: str, **changes: Any) -> ModelConfig:
+    """Return the model section called ``name``, with ``changes``."""
+    return model_from_dict(_BASE | MODELS[name] | changes)
+
+
+def random_reference(
+    m: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> ReferencePLT:
+    """Return a reference model whose every tensor is random: norms and gates too, biases too."""
+    torch.manual_seed(seed)
+    reference = ReferencePLT(m).to(dtype)
+    for name, tensor in reference.state_dict().items():
+        scale, centre = (0.2, 1.0) if "norm" in name else (0.3, 0.0)
+        tensor.normal_(centre, scale)
+    return reference
