@@ -1,0 +1,130 @@
+"""Self-attention of a looped layer on Megatron-core, with G-SWA in later loops (paper, section 3.3).
+
+    loop 1        y = causal(Q, K, V)                          K, V lent to later loops
+    loop l > 1    y = g * window(Q, K, V) + (1 - g) * causal(Q, K_1, V_1),   g = sigmoid(gate(Q))
+
+Letters: s slots, b sequences, d hidden, h query heads, g KV heads, k head size.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from pltmoe.config.model import ModelConfig
+from pltmoe.model.loop_stats import LoopStats
+from pltmoe.model.reference import at_least_float32
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+@dataclass
+class GatedAttentionSubmodules(SelfAttentionSubmodules):
+    """Megatron's parts plus the second attention of later loops."""
+
+    local_attention: Callable[..., MegatronModule] | None = None
+
+
+class PLTGate(MegatronModule):
+    """f_gate: one scalar per head and token, from the query (or the normed hidden state)."""
+
+    def __init__(self, config: TransformerConfig, num_heads: int, input_size: int):
+        super().__init__(config)
+        options = {"dtype": config.params_dtype, "device": torch.cuda.current_device()}
+        self.weight = torch.nn.Parameter(torch.zeros(num_heads, input_size, **options))
+        self.bias = torch.nn.Parameter(torch.zeros(num_heads, **options))
+
+    def forward(self, query_sbhk: Tensor, hidden_sbd: Tensor | None) -> Tensor:
+        """Return g [s, b, h, 1] in at least float32."""
+        if hidden_sbd is None:
+            logit = torch.einsum("sbhk,hk->sbh", query_sbhk, self.weight)
+        else:
+            logit = torch.einsum("sbd,hd->sbh", hidden_sbd, self.weight)
+        return torch.sigmoid(at_least_float32(logit + self.bias)).unsqueeze(-1)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict[str, Any]:
+        """Heads are split over tensor-parallel ranks, as those of the query projection."""
+        state = self.state_dict(prefix="", keep_vars=True)
+        return make_sharded_tensors_for_checkpoint(
+            state, prefix, {"weight": 0, "bias": 0}, sharded_offsets
+        )
+
+
+class GatedSelfAttention(SelfAttention):
+    """Megatron's self-attention that knows its loop and can borrow loop 1's keys and values."""
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        submodules: GatedAttentionSubmodules,
+        *args: Any,
+        plt: ModelConfig,
+        **kwargs: Any,
+    ):
+        super().__init__(config, submodules, *args, **kwargs)
+        self.plt = plt
+        if plt.gated_swa:
+            assert submodules.local_attention is not None
+            self.local_attention = submodules.local_attention(
+                config=config,
+                layer_number=self.layer_number,
+                attn_mask_type=self.attn_mask_type,
+                attention_type="self",
+                pg_collection=self.pg_collection,
+            )
+            gate_input = plt.hidden_size if plt.gate_use_hidden_states else plt.head_dim
+            self.plt_gate = PLTGate(config, self.num_attention_heads_per_partition, gate_input)
+
+    def forward(  # type: ignore[override]
+        self,
+        hidden_sbd: Tensor,
+        rope: Tensor,
+        loop: int,
+        first_kv: KeyValue | None,
+        stats: LoopStats,
+    ) -> tuple[Tensor, KeyValue]:
+        """Attend in one loop.
+
+        Args:
+            hidden_sbd: normed input.
+            rope: Megatron's rotary angles of the slots (the same in every loop).
+            loop: counts from 1.
+            first_kv: loop 1's (K, V), each [s, b, g, k]; not needed in loop 1.
+            stats: where gate means are recorded while training.
+
+        Returns:
+            The projected output [s, b, d] and this loop's own (K, V).
+        """
+        query, key, value = self.get_query_key_value_tensors(hidden_sbd)
+        query, key = (
+            apply_rotary_pos_emb(x, rope, config=self.config, cp_group=self.pg_collection.cp)
+            for x in (query, key)
+        )
+        borrows = loop > 1 and self.plt.share_first_loop_kv
+        y = self._attend(self.core_attention, query, first_kv if borrows else (key, value))
+        if borrows and self.plt.gated_swa:
+            y_local = self._attend(self.local_attention, query, (key, value))
+            gate = self.plt_gate(query, hidden_sbd if self.plt.gate_use_hidden_states else None)
+            if self.training and torch.is_grad_enabled():
+                stats.add_gate(loop, gate)
+            y = self._mix(gate, y_local, y)
+        output, _ = self.linear_proj(y)
+        return output, (key, value)
+
+    def _attend(self, attention: MegatronModule, query: Tensor, kv: KeyValue | None) -> Tensor:
+        assert kv is not None, "loop 1 comes first"
+        return attention(query, *kv, None, attn_mask_type=self.attn_mask_type)
+
+    def _mix(self, gate: Tensor, local: Tensor, shared: Tensor) -> Tensor:
+        heads = (*local.shape[:2], -1, self.hidden_size_per_attention_head)
+        mixed = gate * local.view(heads) + (1 - gate) * shared.view(heads)
+        return mixed.to(local.dtype).flatten(2)

@@ -1,0 +1,100 @@
+"""What is worth watching in each loop of each layer: routing, gates. Sums on the device, no sync.
+
+Every quantity is a sum over tokens or router calls, so it may be added up over microbatches and
+data-parallel ranks before ``loop_metrics`` turns it into the numbers a person reads.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from pltmoe.config.model import ModelConfig
+
+
+class LoopStats(nn.Module):
+    """Accumulators of one layer, each with the loop as first axis. Never saved in a checkpoint."""
+
+    expert_counts: Tensor
+    aux_loss: Tensor
+    z_loss: Tensor
+    router_calls: Tensor
+    overlap: Tensor
+    routed_tokens: Tensor
+    gate_sum: Tensor
+    gate_count: Tensor
+
+    def __init__(self, model: ModelConfig, device: torch.device | int):
+        super().__init__()
+        shapes: dict[str, tuple[int, ...]] = {}
+        if model.is_moe:
+            shapes["expert_counts"] = (model.num_experts or 0,)
+            for name in ("aux_loss", "z_loss", "router_calls", "overlap", "routed_tokens"):
+                shapes[name] = ()
+        if model.gated_swa:
+            shapes["gate_sum"] = shapes["gate_count"] = ()
+        for name, shape in shapes.items():
+            zeros = torch.zeros((model.num_loops, *shape), dtype=torch.float32, device=device)
+            self.register_buffer(name, zeros, persistent=False)
+
+    @torch.no_grad()
+    def add_routing(
+        self, loop: int, logits: Tensor, scores: Tensor, routing_map: Tensor, first_map: Tensor
+    ) -> None:
+        """Record one router call: logits and scores [t, e], chosen experts and loop 1's as maps."""
+        tokens, experts = scores.shape
+        counts = routing_map.sum(0).float()
+        share = counts / counts.sum()
+        index = loop - 1
+        self.expert_counts[index] += counts
+        self.aux_loss[index] += experts * (share * scores.float().mean(0)).sum()
+        self.z_loss[index] += logits.float().logsumexp(-1).square().mean()
+        self.router_calls[index] += 1
+        both = (routing_map & first_map).sum() / routing_map.sum()
+        self.overlap[index] += both * tokens
+        self.routed_tokens[index] += tokens
+
+    @torch.no_grad()
+    def add_gate(self, loop: int, gate: Tensor) -> None:
+        """Record g, the weight of the local window, of one attention call."""
+        self.gate_sum[loop - 1] += gate.float().sum()
+        self.gate_count[loop - 1] += gate.numel()
+
+
+def collect_loop_stats(layers: nn.ModuleList) -> dict[str, Tensor]:
+    """Stack the accumulators of all layers: name -> [layers, loops, ...] (copies)."""
+    per_layer = [dict(layer.stats.named_buffers()) for layer in layers]
+    return {name: torch.stack([stats[name] for stats in per_layer]) for name in per_layer[0]}
+
+
+def reset_loop_stats(layers: nn.ModuleList) -> None:
+    """Set all accumulators to zero."""
+    for layer in layers:
+        for buffer in layer.stats.buffers():
+            buffer.zero_()
+
+
+def loop_metrics(stats: dict[str, Tensor]) -> dict[str, float]:
+    """Turn summed statistics into named metrics; loops and layers count from 1.
+
+    ``moe/load_imbalance`` is the busiest expert's tokens over the mean (1 = perfectly even);
+    ``moe/expert_overlap/loop_l`` the share of loop 1's experts that loop l picks for the same slot;
+    ``moe/aux_loss`` and ``moe/z_loss`` are without their coefficients; ``plt/gate_mean`` is the
+    weight of the local window.
+    """
+    found: dict[str, Tensor] = {}
+    if "expert_counts" in stats:
+        counts = stats["expert_counts"]
+        found["moe/load_imbalance"] = counts.amax(-1) / counts.mean(-1).clamp(min=1e-9)
+        calls = stats["router_calls"].clamp(min=1)
+        found["moe/aux_loss"] = stats["aux_loss"] / calls
+        found["moe/z_loss"] = stats["z_loss"] / calls
+        found["moe/expert_overlap"] = stats["overlap"] / stats["routed_tokens"].clamp(min=1)
+    if "gate_sum" in stats:
+        found["plt/gate_mean"] = stats["gate_sum"] / stats["gate_count"].clamp(min=1)
+    metrics: dict[str, float] = {}
+    for name, values in found.items():
+        first_loop = 1 if name in ("moe/expert_overlap", "plt/gate_mean") else 0
+        for loop, per_layer in enumerate(values.T.tolist()[first_loop:], start=first_loop + 1):
+            metrics[f"{name}/loop_{loop}"] = sum(per_layer) / len(per_layer)
+            for layer, value in enumerate(per_layer, start=1):
+                metrics[f"{name}/loop_{loop}/layer_{layer:02d}"] = value
+    return metrics

@@ -1,0 +1,68 @@
+"""From our model section to Megatron-core's TransformerConfig: the only file that sets its fields."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from pltmoe.config.model import ModelConfig
+
+
+def transformer_config(
+    model: ModelConfig, *, expert_parallel_size: int = 1, params_dtype: torch.dtype = torch.float32
+) -> TransformerConfig:
+    """Describe one Qwen3-style layer of ``model`` to Megatron-core.
+
+    Loss gradients are divided by the number of tokens of the global batch
+    (``calculate_per_token_loss``), so the loss is the same mean on every layout.
+    """
+    config = TransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_kv_heads,
+        kv_channels=model.head_dim,
+        ffn_hidden_size=model.ffn_hidden_size or model.moe_ffn_hidden_size,
+        gated_linear_unit=True,
+        activation_func=F.silu,
+        bias_activation_fusion=True,
+        add_bias_linear=False,
+        normalization="RMSNorm",
+        layernorm_epsilon=model.norm_eps,
+        qk_layernorm=model.qk_norm,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        bias_dropout_fusion=False,
+        init_method_std=model.init_std,
+        perform_initialization=False,  # model/initialize.py does it, the same for every layout
+        params_dtype=params_dtype,
+        pipeline_dtype=params_dtype,
+        bf16=params_dtype == torch.bfloat16,
+        gradient_accumulation_fusion=False,
+        calculate_per_token_loss=True,
+        expert_model_parallel_size=expert_parallel_size,
+        **_moe_fields(model, params_dtype),
+    )
+    # Megatron accepts an expert bias only with sigmoid scores, because its own top-k ignores the
+    # bias under softmax. Our router (router.py) adds it, and finalize_model_grads updates it.
+    config.moe_router_enable_expert_bias = model.moe_expert_bias_update_rate > 0
+    config.moe_router_bias_update_rate = model.moe_expert_bias_update_rate
+    return config
+
+
+def _moe_fields(model: ModelConfig, params_dtype: torch.dtype) -> dict[str, Any]:
+    if not model.is_moe:
+        return {}
+    # The router of a layer runs once per loop: dividing by L averages its losses over loops.
+    aux, z = model.moe_aux_loss_coeff / model.num_loops, model.moe_z_loss_coeff / model.num_loops
+    return {
+        "num_moe_experts": model.num_experts,
+        "moe_router_topk": model.moe_top_k,
+        "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
+        "moe_token_dispatcher_type": "alltoall",
+        "moe_router_load_balancing_type": "aux_loss" if aux else "none",
+        "moe_aux_loss_coeff": aux,
+        "moe_z_loss_coeff": z or None,
+        "moe_router_dtype": "fp64" if params_dtype == torch.float64 else "fp32",
+    }

@@ -1,0 +1,82 @@
+"""Attention without Transformer Engine: PyTorch's fused kernels, causal and sliding-window.
+
+No s x s matrix is built: causal attention uses SDPA's own causal mode, and the window is cut into
+bands, so its memory grows with s * window. Letters: s slots, b sequences, h query heads, g KV
+heads, k head size, n blocks.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def causal_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor) -> Tensor:
+    """Attend to all slots up to the query's own; returns [b, h, s, k]."""
+    grouped = q_bhsk.size(1) != k_bgsk.size(1)
+    return F.scaled_dot_product_attention(
+        q_bhsk, k_bgsk, v_bgsk, is_causal=True, enable_gqa=grouped
+    )
+
+
+def window_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor, window_keys: int) -> Tensor:
+    """Attend to the ``window_keys`` last slots, the query's own included; returns [b, h, s, k].
+
+    Slots are cut into blocks at least as long as the window, so a query needs only its own and the
+    previous block:
+
+        keys    [ block i-1 | block i ]      a band of width window_keys ends at the query
+        queries             [ block i ]
+    """
+    b, h, s, k = q_bhsk.shape
+    if window_keys >= s:
+        return causal_attention(q_bhsk, k_bgsk, v_bgsk)
+    size = max(window_keys, 64)
+    blocks = -(-s // size)
+    pad = (0, 0, 0, blocks * size - s)
+
+    def cut(x: Tensor) -> Tensor:  # [b, heads, s, k] -> [b, n, heads, size, k]
+        return F.pad(x, pad).view(b, x.size(1), blocks, size, k).transpose(1, 2)
+
+    def with_previous(x: Tensor) -> Tensor:  # [b, n, g, size, k] -> [b * n, g, 2 * size, k]
+        before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
+        return torch.cat([before, x], dim=3).flatten(0, 1)
+
+    out = F.scaled_dot_product_attention(
+        cut(q_bhsk).flatten(0, 1),
+        with_previous(cut(k_bgsk)),
+        with_previous(cut(v_bgsk)),
+        attn_mask=_band(blocks, size, window_keys, q_bhsk.device).repeat(b, 1, 1, 1),
+        enable_gqa=h != k_bgsk.size(1),
+    )
+    return out.view(b, blocks, h, size, k).transpose(1, 2).reshape(b, h, blocks * size, k)[:, :, :s]
+
+
+def _band(blocks: int, size: int, window_keys: int, device: torch.device) -> Tensor:
+    """Mask [n, 1, size, 2 * size]: who sees whom within a block and the one before it."""
+    query = torch.arange(size, device=device)[:, None] + size
+    key = torch.arange(2 * size, device=device)[None, :]
+    band = (query >= key) & (query - key < window_keys)
+    block = torch.arange(blocks, device=device)[:, None, None]
+    return (band & ((block > 0) | (key >= size))).unsqueeze(1)
+
+
+class SDPACoreAttention(nn.Module):
+    """Megatron's core-attention slot filled with SDPA: the whole past, or a sliding window."""
+
+    def __init__(self, *, window_keys: int | None = None, **megatron_arguments: Any):
+        """``window_keys`` counts the current token; None attends to the whole past."""
+        super().__init__()
+        self.window_keys = window_keys
+
+    def forward(
+        self, query_sbhk: Tensor, key_sbgk: Tensor, value_sbgk: Tensor, *_: Any, **__: Any
+    ) -> Tensor:
+        """Return [s, b, h * k]."""
+        q, k, v = (x.permute(1, 2, 0, 3) for x in (query_sbhk, key_sbgk, value_sbgk))
+        if self.window_keys is None:
+            out = causal_attention(q, k, v)
+        else:
+            out = window_attention(q, k, v, self.window_keys)
+        return out.permute(2, 0, 1, 3).flatten(2)
