@@ -1,0 +1,41 @@
+"""Set-up of the whole session: one thread per process, CUDA stood in for, processes kept warm."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: 2 workers on 2 cores
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from tests.launch import Ranks, stand_in_for_cuda
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Stand in for CUDA before any test module imports Megatron."""
+    runs_no_tests = session.config.getoption("numprocesses", None) and not hasattr(
+        session.config, "workerinput"
+    )
+    if not runs_no_tests:  # the controller of xdist only hands tests out
+        stand_in_for_cuda()
+
+
+@pytest.fixture(scope="session")
+def warm_ranks() -> Iterator[Callable[..., list[Any]]]:
+    """``warm_ranks(nprocs, "module:function", timeout_s=..., **kwargs)`` on processes kept warm.
+
+    Use it for many small cases; ``run_distributed`` where a fresh process matters. Give tests
+    that share the processes ``@pytest.mark.xdist_group("ranks")``, or each worker of xdist starts
+    its own.
+    """
+    kept: dict[int, Ranks] = {}
+
+    def call(nprocs: int, target: str, **kwargs: Any) -> list[Any]:
+        return kept.setdefault(nprocs, Ranks(nprocs)).run(target, **kwargs)
+
+    yield call
+    for ranks in kept.values():
+        ranks.close()
