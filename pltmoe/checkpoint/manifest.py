@@ -1,0 +1,130 @@
+"""What a checkpoint says about itself: ``manifest.json``, written last, so it also means "complete".
+
+A checkpoint can be used from its folder alone: the manifest holds the complete configuration, and
+the tokenizer model lies next to it.
+"""
+
+import hashlib
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from pltmoe.config import RunConfig, config_from_dict, config_to_dict
+from pltmoe.errors import CheckpointError, ConfigError
+from pltmoe.runtime.versions import commit, versions
+
+MANIFEST = "manifest.json"
+TOKENIZER = "tokenizer.model"
+
+Content = Literal["model", "optimizer", "random"]
+
+
+class Manifest(BaseModel):
+    """The description of one checkpoint."""
+
+    model_config = ConfigDict(frozen=True, use_attribute_docstrings=True, extra="ignore")
+
+    format: int = 1
+    """Raised when older code could no longer read the folder."""
+    config: RunConfig
+    """The complete configuration of the run."""
+    step: int = 0
+    """Optimizer steps taken."""
+    tokens: int = 0
+    """Tokens consumed: steps x sequences x slots."""
+    consumed_samples: int = 0
+    """Training sequences consumed, over all ranks: where the data order goes on."""
+    train_samples: int = 0
+    """Length of the training order that was drawn; another length is another order."""
+    world_size: int = 1
+    """Processes that wrote it."""
+    precision: str = "fp32"
+    """Precision of the weights (what ``train.precision: auto`` meant on that machine)."""
+    contains: tuple[Content, ...] = ("model", "optimizer", "random")
+    """What is in it; converted checkpoints have the model only."""
+    tokenizer_sha256: str | None = None
+    """Hash of tokenizer.model."""
+    versions: dict[str, str] = Field(default_factory=versions)
+    """Python and packages."""
+    commit: str = Field(default_factory=commit)
+    """Commit of pltmoe, or unknown."""
+    created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    """UTC time of writing."""
+    files: dict[str, int] = {}
+    """Name and size in bytes of every other file in the folder."""
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> Path:
+    """Write ``manifest.json`` with the sizes of all files now in ``directory``."""
+    sizes = {
+        path.relative_to(directory).as_posix(): path.stat().st_size
+        for path in sorted(directory.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    tree = manifest.model_copy(update={"files": sizes}).model_dump(mode="json", exclude={"config"})
+    tree["config"] = config_to_dict(manifest.config)
+    path = directory / MANIFEST
+    path.write_text(json.dumps(tree, indent=1) + "\n")
+    return path
+
+
+def read_manifest(directory: Path | str) -> Manifest:
+    """Read the manifest of a checkpoint folder and check that the folder is whole.
+
+    Raises:
+        CheckpointError: no such folder, no manifest, an unreadable one, or a file that is missing
+            or has another size than when it was written.
+    """
+    directory = Path(directory)
+    tree = _read_json(directory)
+    if tree.get("format", 1) > 1:
+        raise CheckpointError(
+            f"{directory / MANIFEST}: format {tree['format']} is newer than this pltmoe reads (1): "
+            "use the version that wrote it"
+        )
+    try:
+        config = config_from_dict(tree.pop("config", {}), where=f"{directory / MANIFEST}: config")
+        manifest = Manifest(config=config, **tree)
+    except (ConfigError, ValidationError, TypeError) as error:
+        raise CheckpointError(f"{directory / MANIFEST}: {' '.join(str(error).split())}") from None
+    _check_files(directory, manifest.files)
+    return manifest
+
+
+def file_hash(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _read_json(directory: Path) -> dict[str, Any]:
+    path = directory / MANIFEST
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: no such checkpoint folder")
+    try:
+        tree = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{directory}: no {MANIFEST}, so it is no checkpoint or was never completed; name a "
+            "folder such as OUTPUT_DIR/checkpoints/step_00000100"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+    if not isinstance(tree, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return tree
+
+
+def _check_files(directory: Path, sizes: dict[str, int]) -> None:
+    for name, size in sizes.items():
+        path = directory / name
+        if not path.is_file():
+            raise CheckpointError(f"{directory}: {name} is missing, the checkpoint is damaged")
+        if path.stat().st_size != size:
+            raise CheckpointError(
+                f"{path}: {path.stat().st_size} bytes, but {size} were written: the checkpoint is "
+                "damaged"
+            )

@@ -1,0 +1,132 @@
+"""Process start-up and the few collectives that are not Megatron's: who am I, did anyone, rank 0 first.
+
+``torchrun`` describes the processes in the environment; without it one process runs alone, and no
+port is opened. NCCL carries GPU tensors and gloo carries CPU tensors in the same group.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from pltmoe.errors import EngineError, PLTMoEError
+
+T = TypeVar("T")
+_LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all: ``rank`` of ``world_size``, ``local_rank`` on its machine."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+
+
+def processes_from_environment() -> Processes:
+    """Read what the launcher says; a single process when there is no launcher.
+
+    Raises:
+        EngineError: the launcher's variables are incomplete or not numbers.
+    """
+    present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
+    if not present or present == ["MASTER_ADDR"] or present == ["MASTER_ADDR", "MASTER_PORT"]:
+        return Processes(rank=0, world_size=1, local_rank=0)
+    missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
+    if missing:
+        raise EngineError(
+            f"environment has {', '.join(present)} but not {', '.join(missing)}: start with "
+            "torchrun (it sets all of them), or unset them to run a single process"
+        )
+    rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
+    return Processes(rank, world_size, _integer("LOCAL_RANK", default=rank))
+
+
+def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
+    """Join the default process group: NCCL for GPU tensors, gloo for CPU tensors.
+
+    Raises:
+        EngineError: more processes on this machine than GPUs.
+    """
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        gpus = torch.cuda.device_count()
+        if processes.local_rank >= gpus:
+            raise EngineError(
+                f"local rank {processes.local_rank} has no GPU: this machine has {gpus}; start "
+                f"torchrun with --nproc-per-node {gpus} or less"
+            )
+        torch.cuda.set_device(processes.local_rank)
+        backend = "cpu:gloo,cuda:nccl"
+    alone = processes.world_size == 1
+    dist.init_process_group(
+        backend,
+        rank=processes.rank,
+        world_size=processes.world_size,
+        store=dist.HashStore() if alone else None,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+
+
+def stop() -> None:
+    """Leave all process groups; harmless when there are none."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def is_main() -> bool:
+    """Whether this is global rank 0 (also before, and without, a process group)."""
+    return (dist.get_rank() if dist.is_initialized() else _integer("RANK", default=0)) == 0
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on at least one rank; every rank must ask, all get the answer."""
+    if dist.get_world_size() == 1:
+        return flag
+    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
+    vote = torch.tensor(int(flag), device=device)
+    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
+    return bool(vote.item())
+
+
+def on_main(action: Callable[[], T]) -> T:
+    """Run ``action`` on rank 0 while the others wait; all get its result, or its error.
+
+    An error on rank 0 alone would leave the others waiting in the next collective for ever.
+    """
+    outcome: list[Any] = [None, None]  # result, error
+    cause: Exception | None = None
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except Exception as error:  # handed to every rank and raised there
+            cause, outcome[1] = error, _portable(error)
+    if dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1] from cause
+    return outcome[0]
+
+
+def _portable(error: Exception) -> Exception:
+    """Return an error that survives pickling and says the same."""
+    if isinstance(error, PLTMoEError):
+        return type(error)(str(error))
+    return RuntimeError(f"on rank 0: {type(error).__name__}: {error}")
+
+
+def _integer(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name)
+    if text is None and default is not None:
+        return default
+    try:
+        return int(text or "")
+    except ValueError:
+        raise EngineError(f"environment variable {name} is {text!r}, expected a number") from None

@@ -1,0 +1,43 @@
+"""Which software made a run: package versions and the commit of this source tree."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import pltmoe
+
+_PACKAGES = ("torch", "megatron-core", "transformer-engine", "deepspeed", "transformers", "mlflow")
+
+
+def versions() -> dict[str, str]:
+    """Return name -> version of Python and of the packages that matter and are installed."""
+    found = {"python": platform.python_version(), "pltmoe": pltmoe.__version__}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str:
+    """Return the git commit of the source tree, ``-dirty`` if it was changed, or ``unknown``."""
+    root = Path(pltmoe.__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # installed elsewhere: any repository above is not ours
+        return "unknown"
+    revision = _git(root, "rev-parse", "--short=12", "HEAD")
+    if not revision:
+        return "unknown"
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "pltmoe", "tools")
+    return f"{revision}-dirty" if changed else revision
+
+
+def _git(root: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
