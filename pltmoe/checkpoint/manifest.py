@@ -1,4 +1,4 @@
-"""What a checkpoint says about itself: ``manifest.json``, written last, so it also means "complete".
+"""What a checkpoint says about itself: ``manifest.json``, written last: where it is, all is.
 
 A checkpoint can be used from its folder alone: the manifest holds the complete configuration, and
 the tokenizer model lies next to it.

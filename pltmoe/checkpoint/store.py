@@ -18,10 +18,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
+from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pltmoe.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, file_hash, write_manifest
@@ -100,7 +99,7 @@ def load_state(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         return dist_checkpointing.load(
-            state, str(directory), strict=dist_checkpointing.validation.StrictHandling.RAISE_UNEXPECTED
+            state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED
         )
     except _UNREADABLE as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {_first_line(error)}") from error
@@ -214,7 +213,8 @@ def _explain(path: Path, action: Any) -> None:
         action()
     except OSError as error:
         raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); older checkpoints are untouched"
+            f"{path}: cannot be written ({error.strerror or error}); older checkpoints are "
+            "untouched"
         ) from error
 
 

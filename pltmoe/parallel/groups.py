@@ -1,4 +1,4 @@
-"""Process groups. The only caller of Megatron's ``parallel_state``; all else is handed a collection."""
+"""Process groups. Only this file calls Megatron's ``parallel_state``; others get a collection."""
 
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection

@@ -57,6 +57,11 @@ def parameter_dtype(precision: Literal["auto", "fp32", "bf16"]) -> torch.dtype:
     return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
 
 
+def precision_name(precision: Literal["auto", "fp32", "bf16"]) -> str:
+    """Return ``fp32`` or ``bf16``: what the setting means on this machine."""
+    return "bf16" if parameter_dtype(precision) == torch.bfloat16 else "fp32"
+
+
 def peak_flops(name: str, dtype: torch.dtype) -> float | None:
     """Return the peak FLOP/s of one device, or None where it is not known (then there is no MFU).
 

@@ -1,4 +1,4 @@
-"""Process start-up and the few collectives that are not Megatron's: who am I, did anyone, rank 0 first.
+"""Process start-up, and the few collectives that are not Megatron's: did anyone, rank 0 alone.
 
 ``torchrun`` describes the processes in the environment; without it one process runs alone, and no
 port is opened. NCCL carries GPU tensors and gloo carries CPU tensors in the same group.
@@ -8,14 +8,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from pltmoe.errors import EngineError, PLTMoEError
 
-T = TypeVar("T")
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -96,7 +95,7 @@ def any_rank(flag: bool) -> bool:
     return bool(vote.item())
 
 
-def on_main(action: Callable[[], T]) -> T:
+def on_main[T](action: Callable[[], T]) -> T:
     """Run ``action`` on rank 0 while the others wait; all get its result, or its error.
 
     An error on rank 0 alone would leave the others waiting in the next collective for ever.

@@ -10,9 +10,8 @@ _NOISY = ("megatron", "torch.distributed", "mlflow", "alembic", "urllib3", "py.w
 def configure_logging(rank: int, level: int = logging.INFO) -> None:
     """Log to standard error as ``12:30:01 rank 0 INFO trainer: message``; call once per process."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        logging.Formatter(f"%(asctime)s rank {rank} %(levelname)s %(module)s: %(message)s", "%H:%M:%S")
-    )
+    line = f"%(asctime)s rank {rank} %(levelname)s %(module)s: %(message)s"
+    handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level if rank == 0 else logging.WARNING)

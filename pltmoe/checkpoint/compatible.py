@@ -1,0 +1,140 @@
+"""Does a configuration fit a checkpoint? Names every field that would change what is computed.
+
+| field                                                   | resume           | weights only  |
+|---------------------------------------------------------|------------------|---------------|
+| fields of model.* that give tensors their shape         | must be equal    | must be equal |
+| the rest of model.*, optimizer.*, order of the data,    | must be equal,   | free          |
+| seed, batch sizes, precision                            | or be accepted   |               |
+| train.steps                                             | see below        | free          |
+| parallel.*, intervals, tracking, name, validation data  | free             | free          |
+
+"Accepted" means listed in ``checkpoint.accept_changes``. ``train.steps`` ends the learning-rate
+schedule unless ``optimizer.decay_steps`` is given; another end is another learning rate at every
+step, so it counts as a change of ``optimizer.decay_steps``. Where the schedule stays the same, a
+run may be made longer or shorter.
+"""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from pltmoe.checkpoint.manifest import Manifest, file_hash
+from pltmoe.config import RunConfig, config_to_dict
+from pltmoe.errors import CheckpointError
+from pltmoe.runtime.devices import precision_name
+
+logger = logging.getLogger(__name__)
+
+SHAPE_FIELDS = (
+    "vocab_size",
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_kv_heads",
+    "head_dim",
+    "ffn_hidden_size",
+    "tied_embeddings",
+    "qk_norm",
+    "num_experts",
+    "moe_ffn_hidden_size",
+    "gated_swa",
+    "gate_use_hidden_states",
+)
+"""Fields of the model section that decide which tensors there are, and their shapes."""
+
+_DATA_ORDER = ("train", "split", "sequence_length", "reset_position_ids", "mask_document_ends")
+_TRAIN = ("global_batch_size", "micro_batch_size", "seed")
+
+
+def check_resume(directory: Path, manifest: Manifest, config: RunConfig) -> None:
+    """Check that continuing from ``directory`` continues the same run.
+
+    Raises:
+        CheckpointError: it holds weights only, is already past the last step, or fields differ.
+    """
+    if "optimizer" not in manifest.contains:
+        raise CheckpointError(
+            f"{directory} holds weights only and cannot be resumed: start a new run from it with "
+            f"checkpoint.load_weights={directory}"
+        )
+    if manifest.step > config.train.steps:
+        raise CheckpointError(
+            f"{directory} is at step {manifest.step}, past train.steps ({config.train.steps}): "
+            "raise train.steps, or choose another train.output_dir"
+        )
+    changed = _changed(_decisive(manifest.config, manifest), _decisive(config, None))
+    accepted = [path for path in changed if _accepts(config, path)]
+    for path in accepted:
+        logger.warning("accepted change: %s", changed.pop(path))
+    if changed:
+        raise CheckpointError(
+            f"{directory} does not fit the configuration: {'; '.join(changed.values())}. "
+            "Put the checkpoint's values back, name the fields in checkpoint.accept_changes "
+            "(tensor shapes cannot change), or choose another train.output_dir"
+        )
+    if config.train.steps * config.train.global_batch_size > manifest.train_samples:
+        logger.warning(
+            "the run was planned for %d sequences and is longer now: the order of the data is "
+            "drawn anew, sequences may repeat",
+            manifest.train_samples,
+        )
+
+
+def check_weights(directory: Path, manifest: Manifest, config: RunConfig) -> None:
+    """Check that the weights in ``directory`` have the shapes of ``config.model``.
+
+    Raises:
+        CheckpointError: fields differ.
+    """
+    changed = _changed(_shapes(manifest.config), _shapes(config))
+    if changed:
+        raise CheckpointError(
+            f"the weights in {directory} do not fit the configuration: {'; '.join(changed.values())}"
+        )
+
+
+def _accepts(config: RunConfig, path: str) -> bool:
+    is_shape = path in {f"model.{field}" for field in SHAPE_FIELDS}
+    return path in config.checkpoint.accept_changes and not is_shape
+
+
+def _changed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
+    """Return path -> message for every field that differs."""
+    found = {}
+    for path in old:
+        if old[path] != new[path]:
+            found[path] = f"{path}: checkpoint {_show(old[path])}, config {_show(new[path])}"
+            if path == "optimizer.decay_steps":
+                found[path] += (
+                    " (train.steps when not set; optimizer.decay_steps="
+                    f"{_show(old[path])} keeps the learning-rate schedule)"
+                )
+    return found
+
+
+def _shapes(config: RunConfig) -> dict[str, Any]:
+    return {f"model.{field}": getattr(config.model, field) for field in SHAPE_FIELDS}
+
+
+def _decisive(config: RunConfig, manifest: Manifest | None) -> dict[str, Any]:
+    """Flatten the fields that decide the result; with a manifest, as they were when it was written."""
+    tree = config_to_dict(config)
+    fields = {f"model.{name}": value for name, value in tree["model"].items()}
+    fields |= {f"optimizer.{name}": value for name, value in tree["optimizer"].items()}
+    if config.optimizer.schedule != "constant":
+        fields["optimizer.decay_steps"] = config.optimizer.decay_steps or config.train.steps
+    fields |= {f"data.{name}": tree["data"][name] for name in _DATA_ORDER}
+    fields |= {f"train.{name}": tree["train"][name] for name in _TRAIN}
+    if manifest is not None:
+        fields["data.tokenizer"] = manifest.tokenizer_sha256
+        fields["train.precision"] = manifest.precision
+    else:
+        fields["data.tokenizer"] = file_hash(config.data.tokenizer)
+        fields["train.precision"] = precision_name(config.train.precision)
+    return fields
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, str) and len(value) == 64:
+        return f"sha256 {value[:12]}"
+    return str(value)

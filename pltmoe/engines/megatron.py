@@ -1,0 +1,237 @@
+"""The Megatron-core engine: its DDP, distributed optimizer and forward/backward functions.
+
+One step on each rank:
+
+    zero gradient buffers
+    for each micro batch: forward, backward        router losses join in backward, see below
+    finalize_model_grads: sum over ranks, divide by the tokens of the global batch,
+                          update the expert biases from the counts of all loops
+    norm -> finite? -> clip -> AdamW -> learning rate of the next step
+
+The loss is a sum over tokens until it is divided once by the number of loss tokens of the global
+batch, so it is the same mean for every layout. Router losses are means over the tokens of a micro
+batch; Megatron weights each by its tokens, so a micro batch counts as much as it has slots.
+"""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import finalize_model_grads
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from pltmoe.config import RunConfig
+from pltmoe.engines import megatron_state
+from pltmoe.engines.base import Batch, Capabilities, StepResult
+from pltmoe.engines.megatron_optimizer import (
+    build_optimizer,
+    build_schedule,
+    gradient_norm,
+    update,
+    wrap_in_ddp,
+)
+from pltmoe.errors import EngineError
+from pltmoe.model.initialize import initialize
+from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
+from pltmoe.model.megatron_config import transformer_config
+from pltmoe.model.plt import PLTModel
+from pltmoe.parallel.groups import destroy_groups
+from pltmoe.parallel.layout import Layout
+from pltmoe.runtime import devices
+from pltmoe.runtime.devices import Backend
+from pltmoe.runtime.seeds import restore_random_state
+
+
+class MegatronEngine:
+    """Takes optimizer steps with Megatron-core; see ``engines/base.py`` for the protocol."""
+
+    def __init__(self, config: RunConfig, layout: Layout, groups: ProcessGroupCollection):
+        """Build model, optimizer and schedule; weights are drawn from ``train.seed``."""
+        self.config, self._layout, self._groups = config, layout, groups
+        self._device = devices.device()
+        dtype = devices.parameter_dtype(config.train.precision)
+        transformer = transformer_config(
+            config.model,
+            expert_parallel_size=layout.expert_parallel_size,
+            params_dtype=dtype,
+        )
+        self.model = PLTModel(config.model, transformer, groups)
+        initialize(self.model, config.train.seed)
+        self._ddp = wrap_in_ddp(self.model, groups)
+        self._optimizer = build_optimizer(config, self._ddp, dtype, groups)
+        self._schedule = build_schedule(config, self._optimizer)
+        self._loss_share = torch.ones(1, device=self._device)
+        transformer.finalize_model_grads_func = finalize_model_grads
+        transformer.no_sync_func = self._ddp.no_sync
+        transformer.moe_grad_scale_func = lambda: self._loss_share.clone()
+        self.capabilities = Capabilities(
+            layout, devices.precision_name(config.train.precision), _backends()
+        )
+
+    def train_step(self, batches: Iterator[Batch], step: int, watch: bool) -> StepResult:
+        """Take one optimizer step; see the protocol."""
+        self._ddp.zero_grad_buffer()
+        self._optimizer.zero_grad()
+        local = self._forward_backward(batches, forward_only=False)
+        loss_sum, tokens = self._sum_over_ranks(local)
+        if not math.isfinite(loss_sum):
+            raise EngineError(_not_finite_loss(step, local))
+        norm = gradient_norm(self._optimizer)
+        if not math.isfinite(norm):
+            raise EngineError(self._not_finite_gradient(step))
+        learning_rate = self._optimizer.param_groups[0]["lr"]
+        update(self._optimizer, norm, self.config.optimizer.clip_grad_norm)
+        self._schedule.step(1)
+        metrics = self._model_metrics() if watch else {}
+        reset_loop_stats(self.model.layers)
+        return StepResult(loss_sum / max(tokens, 1), norm, float(learning_rate), metrics)
+
+    def eval_step(self, batches: Iterator[Batch]) -> tuple[float, int]:
+        """Return summed loss and loss tokens of one global batch; see the protocol."""
+        self._ddp.eval()
+        with torch.no_grad():
+            local = self._forward_backward(batches, forward_only=True)
+        self._ddp.train()
+        loss_sum, tokens = self._sum_over_ranks(local)
+        return loss_sum, int(tokens)
+
+    def state(self) -> dict[str, Any]:
+        """Return the sharded state to save; see the protocol."""
+        weights = megatron_state.model_state(self.model, self._groups)
+        return {
+            "model": weights,
+            "optimizer": megatron_state.optimizer_state(
+                self._optimizer, weights, self._groups, loading=False
+            ),
+            "random": megatron_state.random_object(loading=False),
+        }
+
+    def placeholders(self, *parts: str, expert_bias: bool = True) -> dict[str, Any]:
+        """Return the sharded state to be filled; see the protocol."""
+        weights = megatron_state.model_state(self.model, self._groups)
+        if not expert_bias:
+            weights = {k: v for k, v in weights.items() if not k.endswith(".expert_bias")}
+        wanted: dict[str, Any] = {"model": weights}
+        if "optimizer" in parts:
+            wanted["optimizer"] = megatron_state.optimizer_state(
+                self._optimizer, weights, self._groups, loading=True
+            )
+        if "random" in parts:
+            wanted["random"] = megatron_state.random_object(loading=True)
+        return wanted
+
+    def restore(self, loaded: dict[str, Any], step: int) -> None:
+        """Take what was loaded; see the protocol."""
+        missing = self.model.load_state_dict(loaded["model"], strict=False)
+        strange = [key for key in missing.missing_keys if "expert_bias" not in key]
+        strange = [key for key in strange if not key.endswith("_extra_state")]
+        assert not strange and not missing.unexpected_keys, (strange, missing.unexpected_keys)
+        if "optimizer" in loaded:
+            megatron_state.restore_optimizer(self._optimizer, loaded["optimizer"])
+        else:
+            self._optimizer.reload_model_params()
+        if "random" in loaded:
+            restore_random_state(loaded["random"])
+        self._schedule.num_steps = step
+        self._schedule.step(0)
+
+    def close(self) -> None:
+        """Let go of process groups."""
+        destroy_groups()
+
+    def _forward_backward(self, batches: Iterator[Batch], forward_only: bool) -> Tensor:
+        """Run this rank's micro batches; returns [summed loss, loss tokens] in float64."""
+        per_micro_batch = get_forward_backward_func()(
+            forward_step_func=self._forward_step,
+            data_iterator=batches,
+            model=self._ddp,
+            num_microbatches=self._layout.micro_batches,
+            seq_length=self.config.data.sequence_length,
+            micro_batch_size=self._layout.micro_batch_size,
+            forward_only=forward_only,
+            pg_collection=self._groups,
+        )
+        return torch.stack(per_micro_batch).sum(0)
+
+    def _forward_step(self, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
+        batch = {
+            name: tensor.to(self._device, non_blocking=True)
+            for name, tensor in next(batches).items()
+        }
+        losses_bs = model(batch["tokens"], batch["position_ids"], batch["labels"])
+        return losses_bs, partial(self._sum_loss, batch["loss_mask"])
+
+    def _sum_loss(self, mask_bs: Tensor, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the summed loss, its tokens, and both for the log.
+
+        Megatron multiplies router losses by the slots of the micro batch but divides them by the
+        loss tokens; the share of slots that have a loss makes up for masked ones.
+        """
+        total, tokens = (losses_bs.float() * mask_bs).sum(), mask_bs.sum()
+        self._loss_share = (tokens / mask_bs.numel()).detach().float().view(1)
+        # Masked slots too: NaN * 0 is NaN, and a broken model must not hide behind the mask.
+        report = torch.stack([total.detach().double(), tokens.double()])
+        return total, tokens.int(), report
+
+    def _sum_over_ranks(self, local: Tensor) -> tuple[float, float]:
+        total = local.clone()
+        dist.all_reduce(total, group=self._groups.dp_cp)
+        loss_sum, tokens = total.tolist()
+        return loss_sum, tokens
+
+    def _model_metrics(self) -> dict[str, float]:
+        """Sum the layers' statistics over all ranks, in one message, and name them."""
+        stats = collect_loop_stats(self.model.layers)
+        if not stats:
+            return {}
+        packed = torch.cat([tensor.flatten() for tensor in stats.values()])
+        dist.all_reduce(packed, group=self._groups.dp_cp)
+        sizes = [tensor.numel() for tensor in stats.values()]
+        pieces = packed.split(sizes)
+        summed = {n: p.view_as(t) for (n, t), p in zip(stats.items(), pieces, strict=True)}
+        return loop_metrics(summed)
+
+    def _not_finite_gradient(self, step: int) -> str:
+        """Name the first broken gradients; each rank knows its own shard of the sums."""
+        names = [
+            name
+            for name, parameter in self.model.named_parameters()
+            if not torch.isfinite(parameter.main_grad).all()
+        ]
+        per_rank: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(per_rank, names[:3])
+        found = list(dict.fromkeys(name for names in per_rank for name in names))
+        return (
+            f"step {step}: the gradient norm is not finite (the loss is, on every rank); broken "
+            f"gradients: {', '.join(found[:3]) or 'only their sum overflows'}. {_ADVICE}"
+        )
+
+
+_ADVICE = (
+    "Nothing was updated or saved: resume from the last checkpoint with a lower optimizer.lr or "
+    "optimizer.clip_grad_norm, or look at the data of this step"
+)
+
+
+def _not_finite_loss(step: int, local: Tensor) -> str:
+    """Say which ranks' micro batches had a loss that is not finite; all ranks call it."""
+    per_rank: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(per_rank, local[0].item())
+    broken = [f"rank {rank}: {loss}" for rank, loss in enumerate(per_rank) if not math.isfinite(loss)]
+    return f"step {step}: the loss is not finite ({', '.join(broken)}). {_ADVICE}"
+
+
+def _backends() -> dict[str, Backend]:
+    """Say who computes what. The layer specs have no Transformer Engine variant yet."""
+    reason = "the layer specs are built from PyTorch parts"
+    return {
+        "attention": Backend("torch", f"scaled_dot_product_attention: {reason}"),
+        "norm": Backend("torch", f"rms_norm: {reason}"),
+        "experts": Backend("torch", "one matrix product pair per expert: grouped GEMM needs TE"),
+        "optimizer": devices.optimizer_backend(),
+    }

@@ -1,0 +1,77 @@
+"""What the Megatron engine saves and loads, as sharded state dicts.
+
+Tensors are stored in the model's own shapes under names that say what they are (``model.layers.0.
+mlp.experts.experts.linear_fc1.weight``, ``optimizer.state.exp_avg.model.…``), so that they load
+under any layout. Hyperparameters and schedule are not stored: the configuration is the only truth,
+and the checkpoint's must agree with it (checkpoint/compatible.py).
+"""
+
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import nn
+
+from pltmoe.engines.megatron_optimizer import ensure_state
+from pltmoe.runtime.seeds import random_state
+
+
+def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Return Megatron's switches for state that can be loaded under another layout.
+
+    Without the first two, expert parallelism puts ``chained_0.`` and rank numbers into the keys of
+    the optimizer's state, and only the same layout can load it.
+    """
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "chained_optim_avoid_prefix": True,
+        "distrib_optim_fully_reshardable_mem_efficient": False,
+        "singleton_local_shards": False,
+        "dp_cp_group": groups.dp_cp,
+    }
+
+
+def model_state(model: nn.Module, groups: ProcessGroupCollection) -> dict[str, Any]:
+    """Describe the weights; keys of the stored tensors begin with ``model.``."""
+    state = model.sharded_state_dict(metadata=sharding_metadata(groups))
+    add_prefix_for_sharding(state, "model.")
+    return state
+
+
+def optimizer_state(
+    optimizer: ChainedOptimizer,
+    weights: dict[str, Any],
+    groups: ProcessGroupCollection,
+    loading: bool,
+) -> dict[str, Any]:
+    """Describe fp32 master weights and Adam's moments; collective when saving."""
+    ensure_state(optimizer)
+    return optimizer.sharded_state_dict(
+        {"model": weights}, is_loading=loading, metadata=sharding_metadata(groups)
+    )
+
+
+def random_object(loading: bool) -> ShardedObject:
+    """Describe this rank's random states, stored one per rank."""
+    data = None if loading else random_state()
+    shape, offset = (dist.get_world_size(),), (dist.get_rank(),)
+    return ShardedObject("random", data, shape, offset, replica_id=0)
+
+
+def restore_optimizer(optimizer: ChainedOptimizer, loaded: dict[Any, Any]) -> None:
+    """Load moments, master weights and step count; keep the hyperparameters of this run.
+
+    Megatron pairs parameter groups by their hyperparameters and would take the stored ones.
+    """
+    parts = optimizer.chained_optimizers
+    stored = [loaded] if len(parts) == 1 else [loaded[index] for index in range(len(parts))]
+    for part, state in zip(parts, stored, strict=True):
+        steps = {group["step"] for group in state["optimizer"]["param_groups"] if "step" in group}
+        assert len(steps) == 1, "all groups of an optimizer take the same steps"
+        groups = part.state_dict()["optimizer"]["param_groups"]
+        step = steps.pop()
+        state["optimizer"]["param_groups"] = [{**group, "step": step} for group in groups]
+    optimizer.load_state_dict(loaded)
