@@ -5,6 +5,9 @@ from typing import Any
 import torch
 
 from pltmoe.config import ModelConfig, model_from_dict
+from pltmoe.hf.configuration_plt_moe import PLTMoEConfig
+from pltmoe.hf.fields import to_hf_fields
+from pltmoe.hf.modeling_plt_moe import PLTMoEForCausalLM
 from pltmoe.model.reference import ReferencePLT
 
 _BASE: dict[str, Any] = {
@@ -64,3 +67,17 @@ def random_reference(
         scale, centre = (0.2, 1.0) if "norm" in name else (0.3, 0.0)
         tensor.normal_(centre, scale)
     return reference
+
+
+def hf_model(m: ModelConfig, **options: Any) -> PLTMoEForCausalLM:
+    """Return the Hugging Face model (always ``plt_moe``, also where a stock model would do)."""
+    config = PLTMoEConfig(**to_hf_fields(m, model_type="plt_moe"))
+    return PLTMoEForCausalLM._from_config(config, **options)
+
+
+def pair(m: ModelConfig, seed: int = 0, **options: Any) -> tuple[ReferencePLT, PLTMoEForCausalLM]:
+    """Return reference and Hugging Face model in float64 with the same random weights."""
+    reference = random_reference(m, seed)
+    model = hf_model(m, **options).double()
+    model.load_state_dict(reference.state_dict())
+    return reference, model.eval()

@@ -1,0 +1,169 @@
+"""The configuration in both languages: our model section <-> a Hugging Face config.json."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pltmoe.config import ModelConfig, model_from_dict
+from pltmoe.errors import ConfigError, ConversionError
+
+SAME_MEANING = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "num_layers": "num_hidden_layers",
+    "num_attention_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "tied_embeddings": "tie_word_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "init_std": "initializer_range",
+}
+"""Fields that every model has: ours -> Hugging Face."""
+
+MOE_FIELDS = {
+    "num_experts": "num_experts",
+    "moe_top_k": "num_experts_per_tok",
+    "moe_ffn_hidden_size": "moe_intermediate_size",
+    "moe_aux_loss_coeff": "router_aux_loss_coef",
+}
+"""Fields of a mixture of experts; names of Qwen3-MoE."""
+
+LOOP_FIELDS = {
+    "num_loops": "plt_num_loops",
+    "cross_loop_shift": "plt_cross_loop_shift",
+    "share_first_loop_kv": "plt_share_first_loop_kv",
+    "gated_swa": "plt_gated_swa",
+    "gate_use_hidden_states": "plt_gate_use_hidden_states",
+    "normalize_per_loop": "plt_normalize_per_loop",
+    "emb_scale": "plt_emb_scale",
+    "hidden_scale": "plt_hidden_scale",
+    "qk_norm": "use_qk_norm",
+}
+"""Fields that only ``plt_moe`` has; ``plt_window_size`` and the router's are handled apart."""
+
+ROUTER_TRAINING_FIELDS = {
+    "moe_z_loss_coeff": "router_z_loss_coef",
+    "moe_expert_bias_update_rate": "router_bias_update_rate",
+}
+"""Only for training; kept in ``plt_moe`` configs so that nothing is lost on the way back."""
+
+ARCHITECTURES = {
+    "plt_moe": "PLTMoEForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+AUTO_MAP = {
+    "AutoConfig": "configuration_plt_moe.PLTMoEConfig",
+    "AutoModel": "modeling_plt_moe.PLTMoEModel",
+    "AutoModelForCausalLM": "modeling_plt_moe.PLTMoEForCausalLM",
+}
+
+
+def hf_model_type(m: ModelConfig) -> str:
+    """Return the model_type of the export: a stock Qwen3 where that computes the same thing."""
+    stock = m.num_loops == 1 and m.qk_norm and m.moe_expert_bias_update_rate == 0
+    if not stock:
+        return "plt_moe"
+    return "qwen3_moe" if m.is_moe else "qwen3"
+
+
+def to_hf_fields(
+    m: ModelConfig, max_position_embeddings: int = 4096, model_type: str | None = None
+) -> dict[str, Any]:
+    """Return the model part of config.json (no dtype, no token ids).
+
+    Args:
+        m: the model section.
+        max_position_embeddings: the sequence length it was trained with.
+        model_type: default :func:`hf_model_type`; ``plt_moe`` can express every model.
+    """
+    kind = model_type or hf_model_type(m)
+    fields: dict[str, Any] = {"model_type": kind, "architectures": [ARCHITECTURES[kind]]}
+    fields |= {hf: getattr(m, ours) for ours, hf in SAME_MEANING.items()}
+    fields |= {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "max_position_embeddings": max_position_embeddings,
+        "rope_parameters": {"rope_type": "default", "rope_theta": m.rope_theta},
+    }
+    if m.is_moe:
+        fields |= {hf: getattr(m, ours) for ours, hf in MOE_FIELDS.items()}
+        fields |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+    else:
+        fields["intermediate_size"] = m.ffn_hidden_size
+    if kind == "plt_moe":
+        fields |= _plt_fields(m)
+    return fields
+
+
+def from_hf_fields(fields: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+    """Return our model section for a Hugging Face configuration.
+
+    Raises:
+        ConversionError: another architecture, or an option that this model does not have.
+    """
+    kind = fields.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ConversionError(
+            f"{where}: model_type is {kind!r}; only {', '.join(ARCHITECTURES)} can be converted"
+        )
+    _refuse_options(fields, where)
+    is_moe = kind == "qwen3_moe" or bool(kind == "plt_moe" and fields.get("num_experts"))
+    names = SAME_MEANING | (MOE_FIELDS if is_moe else {"ffn_hidden_size": "intermediate_size"})
+    if kind == "plt_moe":
+        names = names | LOOP_FIELDS
+    optional = {hf for hf in ("initializer_range", "router_aux_loss_coef", "tie_word_embeddings")}
+    if missing := [hf for hf in names.values() if hf not in fields and hf not in optional]:
+        raise ConversionError(f"{where}: field missing: {missing[0]}")
+    tree = {ours: fields[hf] for ours, hf in names.items() if hf in fields}
+    tree["rope_theta"] = _rope_theta(fields, where)
+    if kind == "plt_moe":
+        tree["window_keys"] = fields["plt_window_size"][0] + 1
+        extra = ROUTER_TRAINING_FIELDS.items() if is_moe else ()
+        tree |= {ours: fields[hf] for ours, hf in extra if hf in fields}
+    try:
+        return model_from_dict(tree, where)
+    except ConfigError as error:
+        raise ConversionError(str(error)) from None
+
+
+def _plt_fields(m: ModelConfig) -> dict[str, Any]:
+    fields = {hf: getattr(m, ours) for ours, hf in LOOP_FIELDS.items()}
+    fields["plt_window_size"] = [m.window_keys - 1, 0]
+    fields["auto_map"] = dict(AUTO_MAP)
+    if m.is_moe:
+        fields |= {hf: getattr(m, ours) for ours, hf in ROUTER_TRAINING_FIELDS.items()}
+        fields["use_expert_bias"] = m.moe_expert_bias_update_rate > 0
+    else:
+        fields["num_experts"] = 0
+    return fields
+
+
+def _refuse_options(fields: Mapping[str, Any], where: str) -> None:
+    refused: dict[str, Any] = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "use_sliding_window": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": True,
+    }
+    given = dict(fields)
+    if fields["model_type"] == "qwen3_moe":
+        given.setdefault("norm_topk_prob", False)  # its default; ours is true
+    for name, only in refused.items():
+        if given.get(name, only) not in (only, None):
+            raise ConversionError(
+                f"{where}: {name} is {given[name]!r}; only {only!r} can be converted"
+            )
+
+
+def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
+    rope = fields.get("rope_parameters") or {}
+    if rope.get("rope_type", "default") != "default" or fields.get("rope_scaling"):
+        raise ConversionError(f"{where}: only the default rope_type can be converted")
+    theta = rope.get("rope_theta", fields.get("rope_theta"))
+    if theta is None:
+        raise ConversionError(f"{where}: field missing: rope_parameters.rope_theta")
+    return theta

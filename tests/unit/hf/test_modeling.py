@@ -1,0 +1,144 @@
+"""The Hugging Face model equals the reference (the specification): logits and every gradient."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pltmoe.hf import modeling_plt_moe
+from pltmoe.model.reference import language_model_loss
+from tests.unit.hf.models import MODELS, hf_model, pair, small_model
+
+NUM_SLOTS = 13
+
+
+def tokens(b=2, s=NUM_SLOTS, seed=1):
+    return torch.randint(0, 61, (b, s), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_and_gradients_equal_the_reference(name, attention, monkeypatch):
+    monkeypatch.setattr(modeling_plt_moe, "WINDOW_CHUNK", 4)  # several pieces, as in long texts
+    m = small_model(name)
+    reference, model = pair(m, attn_implementation=attention)
+    x = tokens()
+    expected = reference(x)
+    out = model(x, labels=x)
+    assert (out.logits - expected.logits).abs().max() < 1e-10
+    loss = language_model_loss(expected.logits[:, :-1], x[:, 1:])
+    assert abs(out.loss - loss) < 1e-10
+    loss.backward()
+    out.loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    for name, parameter in reference.named_parameters():
+        if parameter.grad is None:
+            assert grads[name] is None, name
+        else:
+            assert (parameter.grad - grads[name]).abs().max() < 1e-10, name
+
+
+@pytest.mark.parametrize("name", ["plt2", "plt3_normed", "loop3", "dense_plt3_normed"])
+def test_no_logit_depends_on_a_later_token(name):
+    _, model = pair(small_model(name))
+    x, y = tokens(), tokens()
+    y[:, 7] = (y[:, 7] + 1) % 61
+    before, after = model(x).logits, model(y).logits
+    # not bit for bit: an expert's matrix product has another shape when routing changes
+    assert (before[:, :7] - after[:, :7]).abs().max() < 1e-12
+    assert not torch.allclose(before[:, 7:], after[:, 7:])
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("name", ["plt3_normed", "loop2", "dense_plt2"])
+def test_gradient_checkpointing_changes_nothing(name, reentrant):
+    """Loop 1's keys and values leave the checkpointed region and come back in later loops."""
+    _, model = pair(small_model(name))
+    x = tokens()
+    model.train()
+    model(x, labels=x, use_cache=False).loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    out = model(x, labels=x)
+    assert out.past_key_values is None
+    out.loss.backward()
+    for name, parameter in model.named_parameters():
+        if name in expected:
+            assert (parameter.grad - expected[name]).abs().max() < 1e-12, name
+
+
+def test_labels_that_are_left_out_and_summed_loss():
+    _, model = pair(small_model("plt2"))
+    x = tokens()
+    labels = x.clone()
+    labels[:, :5] = -100
+    out = model(x, labels=labels)
+    rows = F.cross_entropy(out.logits[:, 4:-1].flatten(0, 1), x[:, 5:].flatten(), reduction="none")
+    assert torch.allclose(out.loss, rows.mean())
+    summed = model(x, labels=labels, num_items_in_batch=torch.tensor(10)).loss
+    assert torch.allclose(summed, rows.sum() / 10)
+
+
+def test_logits_to_keep():
+    _, model = pair(small_model("plt2"))
+    x = tokens()
+    everything = model(x).logits
+    assert torch.allclose(model(x, logits_to_keep=1).logits, everything[:, -1:])
+    picked = torch.tensor([2, 5])
+    assert torch.allclose(model(x, logits_to_keep=picked).logits, everything[:, picked])
+
+
+def test_hidden_states_of_every_loop():
+    m = small_model("plt3")
+    reference, model = pair(m)
+    x = tokens()
+    states = model(x, output_hidden_states=True).hidden_states
+    assert len(states) == m.num_loops * (m.num_layers + 1)
+    for loop, h in enumerate(reference(x).loop_hidden[:-1], start=1):
+        assert torch.allclose(states[loop * (m.num_layers + 1) - 1], h)
+    assert torch.allclose(model.lm_head(states[-1]), model(x).logits)
+    assert model(x).hidden_states is None
+
+
+def test_packed_documents_do_not_see_each_other():
+    """Position 0 begins a document, as transformers' data collators pack them."""
+    _, model = pair(small_model("plt3_normed"))
+    a, b = tokens(1, 6, seed=2), tokens(1, 7, seed=3)
+    positions = torch.cat([torch.arange(6), torch.arange(7)])[None]
+    packed = model(torch.cat([a, b], 1), position_ids=positions).logits
+    apart = torch.cat([model(a).logits, model(b).logits], 1)
+    assert (packed - apart).abs().max() < 1e-10
+
+
+def test_half_precision_runs_and_keeps_the_expert_bias_wide():
+    m = small_model("plt2_expert_bias")
+    model = hf_model(m, dtype=torch.bfloat16)
+    assert model(tokens()).logits.dtype == torch.bfloat16
+    assert model.model.norm.weight.dtype == torch.bfloat16
+
+
+def test_expert_bias_decides_the_choice_but_not_the_weights():
+    m = small_model("plt2_expert_bias", moe_top_k=1)
+    _, model = pair(m)
+    gate = model.model.layers[0].mlp.gate
+    x = torch.randn(5, m.hidden_size, dtype=torch.float64)
+    gate.e_score_correction_bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
+    experts, weights = gate(x)
+    assert experts.unique().tolist() == [2]
+    assert torch.equal(weights, torch.ones_like(weights))
+
+
+def test_refusals_say_what_to_do():
+    _, model = pair(small_model("plt2"))
+    x = tokens()
+    with pytest.raises(ValueError, match="output_attentions is not supported"):
+        model(x, output_attentions=True)
+    with pytest.raises(ValueError, match="exactly one of input_ids and inputs_embeds"):
+        model()
+    with pytest.raises(
+        ValueError, match=r"attention_mask has shape \[2, 5\]; expected \[batch, 13"
+    ):
+        model(x, attention_mask=torch.ones(2, 5))
+    with pytest.raises(ValueError, match="does not support|flash"):
+        hf_model(small_model("plt2"), attn_implementation="flash_attention_2")
