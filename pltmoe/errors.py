@@ -2,7 +2,7 @@
 
 
 class PLTMoEError(Exception):
-    """Base of all errors that a user can act on; tools print it as one line, without a traceback."""
+    """Base of all errors that a user can act on; tools print one line, no traceback."""
 
 
 class ConfigError(PLTMoEError):
@@ -14,7 +14,7 @@ class DataError(PLTMoEError):
 
 
 class CheckpointError(PLTMoEError):
-    """A checkpoint is missing, incomplete, or does not fit: names the directory and what differs."""
+    """A checkpoint is missing, incomplete, or does not fit: names the folder and what differs."""
 
 
 class EngineError(PLTMoEError):

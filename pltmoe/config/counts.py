@@ -39,8 +39,8 @@ def flops_per_token(m: ModelConfig, sequence_length: int, backward: bool = True)
         ffn += m.num_experts * m.hidden_size
     linear = m.num_loops * m.num_layers * (qkv_out + ffn) + m.vocab_size * m.hidden_size
     linear += (m.num_loops - 1) * m.num_layers * _gate_weights(m)
-    attention = m.num_layers * m.num_attention_heads * m.head_dim * 2 * _visible_keys(
-        m, sequence_length
+    attention = (
+        m.num_layers * m.num_attention_heads * m.head_dim * 2 * _visible_keys(m, sequence_length)
     )
     return 2 * (linear + attention) * (3 if backward else 1)
 

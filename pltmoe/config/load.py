@@ -17,7 +17,7 @@ def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConf
     """Read ``path``, apply overrides such as ``model.num_loops=3``, validate everything.
 
     Raises:
-        ConfigError: unreadable file, unknown key, wrong type, or a broken rule; all of them at once.
+        ConfigError: unreadable file, unknown keys, wrong types, broken rules; all of them at once.
     """
     tree = _read_yaml(Path(path))
     for override in overrides or []:

@@ -64,7 +64,11 @@ def loop_flags(m: ModelConfig) -> Iterator[str]:
         )
     if m.gate_use_hidden_states and not m.gated_swa:
         yield "model.gate_use_hidden_states (true) needs model.gated_swa (false)"
-    for field, neutral in (("normalize_per_loop", False), ("emb_scale", 1.0), ("hidden_scale", 1.0)):
+    for field, neutral in (
+        ("normalize_per_loop", False),
+        ("emb_scale", 1.0),
+        ("hidden_scale", 1.0),
+    ):
         if getattr(m, field) != neutral and not m.cross_loop_shift:
             yield (
                 f"model.{field} ({getattr(m, field)}) needs model.cross_loop_shift (false): "

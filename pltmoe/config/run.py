@@ -1,4 +1,4 @@
-"""The whole run as one typed tree: model, parallel, data, optimizer, train, checkpoint, tracking."""
+"""The whole run as one typed tree: model, parallel, data, optimizer, train, checkpoint, ..."""
 
 from pathlib import Path
 from typing import Literal

@@ -19,7 +19,9 @@ def shift(h: Tensor, starts_document: Tensor, slot_dim: int) -> Tensor:
         slot_dim: 0 or 1.
     """
     first = h.narrow(slot_dim, 0, 1)
-    moved = torch.cat([torch.zeros_like(first), h.narrow(slot_dim, 0, h.size(slot_dim) - 1)], slot_dim)
+    moved = torch.cat(
+        [torch.zeros_like(first), h.narrow(slot_dim, 0, h.size(slot_dim) - 1)], slot_dim
+    )
     return moved.masked_fill(starts_document.unsqueeze(-1), 0.0)
 
 

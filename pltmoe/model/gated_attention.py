@@ -1,4 +1,4 @@
-"""Self-attention of a looped layer on Megatron-core, with G-SWA in later loops (paper, section 3.3).
+"""Self-attention of a looped layer on Megatron-core, G-SWA in later loops (paper, section 3.3).
 
     loop 1        y = causal(Q, K, V)                          K, V lent to later loops
     loop l > 1    y = g * window(Q, K, V) + (1 - g) * causal(Q, K_1, V_1),   g = sigmoid(gate(Q))

@@ -1,4 +1,4 @@
-"""From our model section to Megatron-core's TransformerConfig: the only file that sets its fields."""
+"""From our model section to Megatron's TransformerConfig: the only file that sets its fields."""
 
 from typing import Any
 

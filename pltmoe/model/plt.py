@@ -67,10 +67,13 @@ class PLTModel(LanguageModule):
         self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Accept the (absent) input from a previous pipeline stage; Megatron's schedules call it."""
+        """Accept the (absent) input from a previous stage; Megatron's schedules call it."""
 
     def forward(
-        self, tokens_bs: Tensor, position_ids_bs: Tensor | None = None, labels_bs: Tensor | None = None
+        self,
+        tokens_bs: Tensor,
+        position_ids_bs: Tensor | None = None,
+        labels_bs: Tensor | None = None,
     ) -> Tensor:
         """Run all loops.
 

@@ -22,7 +22,7 @@ KeyValue = tuple[Tensor, Tensor]
 
 @dataclass
 class RouterRecord:
-    """What one router did in one loop: logits [tokens, e] and the chosen experts [tokens, top_k]."""
+    """What one router did in one loop: logits [tokens, e] and chosen experts [tokens, top_k]."""
 
     loop: int
     layer: int
@@ -111,7 +111,10 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(m.hidden_size, kv_size, bias=False)
         self.o_proj = nn.Linear(q_size, m.hidden_size, bias=False)
         if m.qk_norm:
-            self.q_norm, self.k_norm = RMSNorm(m.head_dim, m.norm_eps), RMSNorm(m.head_dim, m.norm_eps)
+            self.q_norm, self.k_norm = (
+                RMSNorm(m.head_dim, m.norm_eps),
+                RMSNorm(m.head_dim, m.norm_eps),
+            )
         if m.gated_swa:
             gate_input = m.hidden_size if m.gate_use_hidden_states else m.head_dim
             self.plt_gate = Gate(m.num_attention_heads, gate_input)
@@ -277,7 +280,8 @@ def load_balancing_loss(record: RouterRecord, m: ModelConfig) -> Tensor:
     """Switch loss of one router call: e * sum_i f_i P_i (arXiv 2101.03961, eq. 4)."""
     assert m.num_experts is not None and m.moe_top_k is not None
     tokens = record.logits.size(0)
-    share = torch.bincount(record.experts.flatten(), minlength=m.num_experts) / (tokens * m.moe_top_k)
+    counts = torch.bincount(record.experts.flatten(), minlength=m.num_experts)
+    share = counts.to(record.logits.dtype) / (tokens * m.moe_top_k)
     return m.num_experts * (share * record.logits.softmax(-1).mean(0)).sum()
 
 

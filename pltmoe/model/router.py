@@ -56,7 +56,9 @@ class LoopRouter(TopKRouter):
             self._record(logits, scores, routing_map)
             counted = routing_map if padding is None else routing_map & ~padding.unsqueeze(-1)
             visible = scores if padding is None else scores * ~padding.unsqueeze(-1)
-            probs = self._apply_aux_loss(probs, visible, counted, with_padding_mask=padding is not None)
+            probs = self._apply_aux_loss(
+                probs, visible, counted, with_padding_mask=padding is not None
+            )
         self._apply_expert_bias(routing_map, padding_mask=padding)
         return probs, routing_map
 

@@ -122,7 +122,11 @@ def _redirect_collectives() -> None:
 
     @functools.wraps(all_to_all_single)
     def with_list_sizes(
-        output: Any, input: Any, output_split_sizes: Any = None, input_split_sizes: Any = None, **kw: Any
+        output: Any,
+        input: Any,
+        output_split_sizes: Any = None,
+        input_split_sizes: Any = None,
+        **kw: Any,
     ) -> Any:
         return all_to_all_single(
             output, input, as_list(output_split_sizes), as_list(input_split_sizes), **kw
@@ -138,6 +142,6 @@ def _redirect_random_state() -> None:
     from megatron.core.tensor_parallel import random as megatron_random
 
     megatron_random._get_cuda_rng_state = lambda *args, **kwargs: torch.random.get_rng_state()
-    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: (
-        torch.random.set_rng_state(state)
+    megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.random.set_rng_state(
+        state
     )

@@ -1,0 +1,158 @@
+"""The reference itself, against transformers and against decoding slot by slot."""
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+from pltmoe.config import ModelConfig
+from pltmoe.model.reference import ReferencePLT, apply_rope, rope_angles
+from tests.unit.model.cases import ALL, small_model
+
+
+def random_reference(model: ModelConfig) -> ReferencePLT:
+    torch.manual_seed(0)
+    reference = ReferencePLT(model).double()
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.normal_(0, 0.3).add_(1.0 if parameter.dim() == 1 else 0.0)
+    return reference
+
+
+def test_one_loop_equals_transformers_qwen3_moe() -> None:
+    """transformers computes norms and router scores in float32, hence 1e-5 and not 1e-12."""
+    model = small_model(num_loops=1)
+    reference = random_reference(model).float()
+    config = Qwen3MoeConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.hidden_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_attention_heads,
+        num_key_value_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        num_experts=model.num_experts,
+        num_experts_per_tok=model.moe_top_k,
+        moe_intermediate_size=model.moe_ffn_hidden_size,
+        norm_topk_prob=True,
+        rms_norm_eps=model.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        attn_implementation="eager",
+    )
+    theirs = Qwen3MoeForCausalLM(config)
+    state = dict(reference.state_dict())
+    for layer in range(model.num_layers):  # transformers 5 keeps experts stacked in memory
+        prefix = f"model.layers.{layer}.mlp.experts."
+        each = [
+            {name: state.pop(f"{prefix}{e}.{name}_proj.weight") for name in ("gate", "up", "down")}
+            for e in range(model.num_experts or 0)
+        ]
+        state[prefix + "gate_up_proj"] = torch.stack(
+            [torch.cat([e["gate"], e["up"]]) for e in each]
+        )
+        state[prefix + "down_proj"] = torch.stack([e["down"] for e in each])
+    theirs.load_state_dict(state)
+    tokens = torch.randint(0, model.vocab_size, (2, 17), generator=torch.Generator().manual_seed(1))
+    ours, expected = reference(tokens).logits, theirs(tokens).logits
+    assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+def decode_slot_by_slot(reference: ReferencePLT, tokens: list[int]) -> list[Tensor]:
+    """All L loops of slot i before slot i + 1 begins: cross-loop parallelism in one pass per slot.
+
+    Written from the paper's description with explicit caches and lists, one slot at a time; it
+    shares only weights and norms with the reference, no masks and no shift.
+    """
+    m = reference.m
+    angles = rope_angles(m, len(tokens), torch.device("cpu"))
+    keys = [[[] for _ in range(m.num_layers)] for _ in range(m.num_loops)]
+    values = [[[] for _ in range(m.num_layers)] for _ in range(m.num_loops)]
+    previous = [torch.zeros(m.hidden_size, dtype=torch.float64) for _ in range(m.num_loops)]
+    all_logits = []
+    for slot, token in enumerate(tokens):
+        embedding = reference.model.embed_tokens.weight[token]
+        outputs: list[Tensor] = []
+        for loop in range(m.num_loops):
+            if loop == 0:
+                h = embedding
+            elif m.cross_loop_shift:
+                h = m.emb_scale * embedding + m.hidden_scale * previous[loop - 1]
+            else:
+                h = outputs[-1]
+            for index, layer in enumerate(reference.model.layers):
+                attention, x = layer.self_attn, layer.input_layernorm(h)
+                q = attention.q_proj(x).view(m.num_attention_heads, m.head_dim)
+                k = attention.k_proj(x).view(m.num_kv_heads, m.head_dim)
+                v = attention.v_proj(x).view(m.num_kv_heads, m.head_dim)
+                q, k = attention.q_norm(q), attention.k_norm(k)
+                q, k = (apply_rope(t.unsqueeze(1), angles[slot]).squeeze(1) for t in (q, k))
+                keys[loop][index].append(k)
+                values[loop][index].append(v)
+                y = torch.zeros(m.num_attention_heads, m.head_dim, dtype=torch.float64)
+                for head in range(m.num_attention_heads):
+                    group = head // (m.num_attention_heads // m.num_kv_heads)
+
+                    def look(loop_of_kv: int, last: int | None) -> Tensor:
+                        past_k = [t[group] for t in keys[loop_of_kv][index]]  # noqa: B023
+                        past_v = [t[group] for t in values[loop_of_kv][index]]  # noqa: B023
+                        past_k, past_v = past_k[-(last or 0) :], past_v[-(last or 0) :]
+                        score = torch.stack([q[head] @ t for t in past_k])  # noqa: B023
+                        weight = (score / m.head_dim**0.5).softmax(0)
+                        return weight @ torch.stack(past_v)
+
+                    if loop == 0 or not m.share_first_loop_kv:
+                        y[head] = look(loop, None)
+                    elif not m.gated_swa:
+                        y[head] = look(0, None)
+                    else:
+                        gate = attention.plt_gate
+                        g = torch.sigmoid(gate.weight[head] @ q[head] + gate.bias[head])
+                        y[head] = g * look(loop, m.window_keys) + (1 - g) * look(0, None)
+                h = h + attention.o_proj(y.flatten())
+                x = layer.post_attention_layernorm(h)
+                out = layer.mlp(x.view(1, 1, -1)) if m.is_moe else (layer.mlp(x),)
+                h = h + out[0].flatten()
+            outputs.append(h)
+        previous = [reference.model.norm(h) if m.normalize_per_loop else h for h in outputs]
+        all_logits.append(reference.lm_head(reference.model.norm(outputs[-1])))
+    return all_logits
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["row1_vanilla", "row2_loop2", "row3_clp", "row4_shared_kv", "row5_plt2", "row6_plt3"]
+    + ["norm_and_scales", "dense_row5_plt2"],
+)
+@torch.no_grad()
+def test_equals_decoding_slot_by_slot(name: str) -> None:
+    model = small_model(**ALL[name])
+    reference = random_reference(model)
+    tokens = torch.randint(0, model.vocab_size, (11,), generator=torch.Generator().manual_seed(1))
+    expected = decode_slot_by_slot(reference, tokens.tolist())
+    assert (reference(tokens[None]).logits[0] - torch.stack(expected)).abs().max() < 1e-10
+
+
+@torch.no_grad()
+def test_gate_multiplies_the_local_window() -> None:
+    """g = 1 leaves only the window: with one key, later loops attend to their own slot alone."""
+    model = small_model(**{**ALL["row5_plt2"], "window_keys": 1})
+    reference = random_reference(model)
+    for layer in reference.model.layers:
+        layer.self_attn.plt_gate.bias.fill_(1e4)  # g = 1
+    borrowed: list[Tensor] = []
+
+    def forget_the_past(module, args, kwargs=None):  # type: ignore[no-untyped-def]
+        x, angles, loop, first_kv = args
+        if loop > 1:
+            borrowed.append(first_kv[0])
+            first_kv = tuple(torch.randn_like(t) for t in first_kv)
+        return x, angles, loop, first_kv
+
+    tokens = torch.randint(0, model.vocab_size, (1, 9), generator=torch.Generator().manual_seed(1))
+    expected = reference(tokens).logits
+    for layer in reference.model.layers:
+        layer.self_attn.register_forward_pre_hook(forget_the_past)
+    assert (reference(tokens).logits - expected).abs().max() < 1e-12
+    assert len(borrowed) == model.num_layers
+    for layer in reference.model.layers:
+        layer.self_attn.plt_gate.bias.fill_(-1e4)  # g = 0: now only loop 1's K and V count
+    assert (reference(tokens).logits - expected).abs().max() > 1e-3

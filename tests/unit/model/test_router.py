@@ -1,0 +1,86 @@
+"""The looped router and its statistics against the reference's record of every router call."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from pltmoe.hf.mapping import megatron_to_hf
+from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
+from pltmoe.model.reference import ReferencePLT, load_balancing_loss
+from tests.unit.model.cases import ALL, small_model
+
+
+def run_both(build: Callable[..., Any], **changes: Any) -> tuple[Any, Any, Any]:
+    model = small_model(**{**ALL["row6_plt3"], **changes})
+    plt = build(model)
+    reference = ReferencePLT(model).double()
+    state = {k: v for k, v in plt.state_dict().items() if isinstance(v, torch.Tensor)}
+    reference.load_state_dict(megatron_to_hf(state, model))
+    tokens = torch.randint(0, model.vocab_size, (2, 16), generator=torch.Generator().manual_seed(6))
+    plt(tokens)
+    return model, plt, reference(tokens)
+
+
+def test_statistics_name_loops_and_layers_from_one(build: Callable[..., Any]) -> None:
+    model, plt, expected = run_both(build)
+    metrics = loop_metrics(collect_loop_stats(plt.layers))
+    first = {r.layer: r.experts for r in expected.routers if r.loop == 1}
+    for record in expected.routers:
+        where = f"loop_{record.loop}/layer_{record.layer:02d}"
+        counts = torch.bincount(record.experts.flatten(), minlength=model.num_experts).double()
+        assert abs(metrics[f"moe/load_imbalance/{where}"] - counts.max() / counts.mean()) < 1e-5
+        loss = load_balancing_loss(record, model)
+        assert abs(metrics[f"moe/aux_loss/{where}"] - loss) < 1e-5
+        z = record.logits.logsumexp(-1).square().mean()
+        assert abs(metrics[f"moe/z_loss/{where}"] - z) < 1e-4
+        if record.loop > 1:
+            same = (record.experts[:, :, None] == first[record.layer][:, None, :]).any(-1)
+            share = same.double().mean()
+            assert abs(metrics[f"moe/expert_overlap/{where}"] - share) < 1e-5
+            assert 0 < metrics[f"plt/gate_mean/{where}"] < 1
+    assert "moe/expert_overlap/loop_1" not in metrics
+    assert "plt/gate_mean/loop_1" not in metrics
+    per_layer = [metrics[f"moe/aux_loss/loop_2/layer_{n:02d}"] for n in (1, 2)]
+    assert abs(metrics["moe/aux_loss/loop_2"] - sum(per_layer) / 2) < 1e-9
+
+
+def test_statistics_add_up_and_reset(build: Callable[..., Any]) -> None:
+    model, plt, _ = run_both(build)
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    plt(tokens)
+    counts = collect_loop_stats(plt.layers)["expert_counts"]
+    assert (counts.sum(-1) == (32 + 8) * model.moe_top_k).all()
+    plt.eval()
+    plt(tokens)
+    plt.train()
+    with torch.no_grad():
+        plt(tokens)
+    assert torch.equal(collect_loop_stats(plt.layers)["expert_counts"], counts)
+    reset_loop_stats(plt.layers)
+    assert not any(stat.any() for stat in collect_loop_stats(plt.layers).values())
+
+
+def test_expert_bias_counts_tokens_of_all_loops(build: Callable[..., Any]) -> None:
+    model, plt, expected = run_both(build, moe_expert_bias_update_rate=1e-3)
+    for number, layer in enumerate(plt.layers, start=1):
+        counts = sum(
+            torch.bincount(r.experts.flatten(), minlength=model.num_experts)
+            for r in expected.routers
+            if r.layer == number
+        )
+        assert torch.equal(layer.mlp.router.local_tokens_per_expert.long(), counts)
+        assert counts.sum() == model.num_loops * 32 * model.moe_top_k
+
+
+def test_expert_bias_moves_towards_balance(build: Callable[..., Any]) -> None:
+    """Megatron's finalize_model_grads updates the bias once per step, from all loops' counts."""
+    from megatron.core.distributed.finalize_model_grads import _update_router_expert_bias
+
+    model, plt, _ = run_both(build, moe_expert_bias_update_rate=1e-3)
+    router = plt.layers[0].mlp.router
+    before, counts = router.expert_bias.clone(), router.local_tokens_per_expert.clone()
+    _update_router_expert_bias([plt], plt.config)
+    moved = router.expert_bias - before
+    assert torch.allclose(moved, 1e-3 * torch.sign(counts.mean() - counts))
+    assert router.expert_bias.dtype == torch.float32
