@@ -89,7 +89,8 @@ def check_weights(directory: Path, manifest: Manifest, config: RunConfig) -> Non
     changed = _changed(_shapes(manifest.config), _shapes(config))
     if changed:
         raise CheckpointError(
-            f"the weights in {directory} do not fit the configuration: {'; '.join(changed.values())}"
+            f"the weights in {directory} do not fit the configuration: "
+            + "; ".join(changed.values())
         )
 
 
@@ -117,7 +118,7 @@ def _shapes(config: RunConfig) -> dict[str, Any]:
 
 
 def _decisive(config: RunConfig, manifest: Manifest | None) -> dict[str, Any]:
-    """Flatten the fields that decide the result; with a manifest, as they were when it was written."""
+    """Flatten the fields that decide the result; with its manifest, of a checkpoint."""
     tree = config_to_dict(config)
     fields = {f"model.{name}": value for name, value in tree["model"].items()}
     fields |= {f"optimizer.{name}": value for name, value in tree["optimizer"].items()}

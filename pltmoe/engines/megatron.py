@@ -222,7 +222,9 @@ def _not_finite_loss(step: int, local: Tensor) -> str:
     """Say which ranks' micro batches had a loss that is not finite; all ranks call it."""
     per_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(per_rank, local[0].item())
-    broken = [f"rank {rank}: {loss}" for rank, loss in enumerate(per_rank) if not math.isfinite(loss)]
+    broken = [
+        f"rank {rank}: {loss}" for rank, loss in enumerate(per_rank) if not math.isfinite(loss)
+    ]
     return f"step {step}: the loss is not finite ({', '.join(broken)}). {_ADVICE}"
 
 

@@ -1,4 +1,4 @@
-"""Process start-up, and the few collectives that are not Megatron's: did anyone, rank 0 alone.
+"""Process start-up, and the few collectives that are not Megatron's: the highest, rank 0 alone.
 
 ``torchrun`` describes the processes in the environment; without it one process runs alone, and no
 port is opened. NCCL carries GPU tensors and gloo carries CPU tensors in the same group.
@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from pltmoe.errors import EngineError, PLTMoEError
 
+_MAIN_FAILED = "pltmoe/rank_0_has_failed"
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -85,14 +86,14 @@ def is_main() -> bool:
     return (dist.get_rank() if dist.is_initialized() else _integer("RANK", default=0)) == 0
 
 
-def any_rank(flag: bool) -> bool:
-    """Whether the flag is set on at least one rank; every rank must ask, all get the answer."""
+def highest(value: float) -> float:
+    """Return the highest ``value`` of all ranks; every rank must ask, all get the same answer."""
     if dist.get_world_size() == 1:
-        return flag
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    vote = torch.tensor(int(flag), device=device)
-    dist.all_reduce(vote, op=dist.ReduceOp.MAX)
-    return bool(vote.item())
+        return value
+    # A CPU tensor goes through gloo and does not wait for the GPU.
+    answer = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(answer, op=dist.ReduceOp.MAX)
+    return answer.item()
 
 
 def on_main[T](action: Callable[[], T]) -> T:
@@ -112,6 +113,41 @@ def on_main[T](action: Callable[[], T]) -> T:
     if outcome[1] is not None:
         raise outcome[1] from cause
     return outcome[0]
+
+
+def main_only[T](action: Callable[[], T]) -> T | None:
+    """Run ``action`` on rank 0; others get None, but its error if it has one.
+
+    For results that stay on rank 0, such as an open file.
+    """
+    kept: list[T] = []
+    on_main(lambda: kept.append(action()))
+    return kept[0] if kept else None
+
+
+def speaks_for_error(patience_s: float = 3.0) -> bool:
+    """Whether this rank should print the error that ends it.
+
+    Rank 0 speaks; another rank only where rank 0 does not fail as well within ``patience_s``.
+    Before the processes have met, all of them fail alike.
+    """
+    if is_main():
+        if dist.is_initialized():
+            _store().set(_MAIN_FAILED, "yes")
+        return True
+    if not dist.is_initialized():
+        return False
+    try:
+        _store().wait([_MAIN_FAILED], timedelta(seconds=patience_s))
+    except dist.DistStoreError:  # time is up: this rank is alone with its error
+        return True
+    except dist.DistNetworkError:  # the store lived in rank 0, which is gone
+        return False
+    return False
+
+
+def _store() -> dist.Store:
+    return dist.distributed_c10d._get_default_store()
 
 
 def _portable(error: Exception) -> Exception:

@@ -1,0 +1,220 @@
+"""One pretraining run from a configuration: puts the parts together and ends truthfully.
+
+    processes -> layout -> resume? -> data -> engine -> tracker -> trainer -> exit code
+
+| end                          | exit code | tracker  | checkpoint            |
+|------------------------------|-----------|----------|-----------------------|
+| all steps done               | 0         | FINISHED | last step             |
+| SIGTERM / Ctrl-C             | 143 / 130 | KILLED   | step that was running |
+| an error the user can act on | 2         | FAILED   | none                  |
+| anything else                | 1         | FAILED   | none                  |
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pltmoe.checkpoint import store
+from pltmoe.checkpoint.compatible import check_resume, check_weights
+from pltmoe.checkpoint.manifest import Manifest, read_manifest
+from pltmoe.config import RunConfig, config_to_dict, write_config
+from pltmoe.data.datasets import batches, build_datasets
+from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.engines.base import Batch, Engine
+from pltmoe.engines.megatron import MegatronEngine
+from pltmoe.errors import CheckpointError
+from pltmoe.parallel.groups import create_groups
+from pltmoe.parallel.layout import Layout, layout_for
+from pltmoe.runtime import devices, distributed, seeds
+from pltmoe.runtime.signals import StopRequest
+from pltmoe.runtime.versions import commit
+from pltmoe.tracking import Tracker, build_tracker
+from pltmoe.train.callbacks import Checkpointing, LogLine, Tracking, Validation
+from pltmoe.train.startup import log_startup
+from pltmoe.train.throughput import Throughput
+from pltmoe.train.trainer import Outcome, Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: ``folder`` with ``manifest`` to resume, or neither."""
+
+    folder: Path | None = None
+    manifest: Manifest | None = None
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps already taken."""
+        return self.manifest.step if self.manifest else 0
+
+
+def pretrain(config: RunConfig) -> int:
+    """Run on all processes of the launcher and return the exit code of this one.
+
+    Raises:
+        PLTMoEError: something the user can act on.
+    """
+    processes = distributed.processes_from_environment()
+    distributed.start(processes)
+    layout = layout_for(config, processes.world_size)
+    with StopRequest() as stop:
+        groups = create_groups(layout)
+        seeds.seed_everything(config.train.seed, config.train.deterministic)
+        start = _find_start(config)
+        data = Data(config, layout, processes.rank, start)
+        engine = MegatronEngine(config, layout, groups)
+        source = _load(config, engine, layout, start)
+        log_startup(config, engine.capabilities, source)
+        return _train(config, engine, data, start, stop)
+
+
+class Data:
+    """The sequences of a run; iterators over this rank's share."""
+
+    def __init__(self, config: RunConfig, layout: Layout, rank: int, start: Start):
+        """Build or reuse the index of the training and validation sequences.
+
+        A resumed run asks for the order that was drawn at its beginning: another number of
+        sequences would be another order.
+        """
+        self._config, self._layout, self._rank = config, layout, rank
+        train = config.train
+        planned = start.manifest.train_samples if start.manifest else 0
+        self.train_samples = max(planned, train.steps * train.global_batch_size)
+        valid = train.eval_steps * train.global_batch_size if train.eval_interval else 0
+        tokenizer = Tokenizer(config.data.tokenizer)
+        self._train, self._valid, _ = build_datasets(
+            config, tokenizer, (self.train_samples, valid, 0)
+        )
+
+    def train_from(self, consumed_samples: int) -> Iterator[Batch]:
+        """Return training batches that follow ``consumed_samples`` sequences of all ranks."""
+        return self._batches(self._train, consumed_samples)
+
+    def valid(self) -> Iterator[Batch]:
+        """Return the validation batches from the first one."""
+        return self._batches(self._valid, 0)
+
+    def _batches(self, dataset: Any, consumed_samples: int) -> Iterator[Batch]:
+        return batches(
+            dataset,
+            consumed_samples=consumed_samples,
+            micro_batch_size=self._layout.micro_batch_size,
+            dp_rank=self._rank,
+            dp_size=self._layout.data_parallel_size,
+            num_workers=self._config.data.num_workers,
+        )
+
+
+def _find_start(config: RunConfig) -> Start:
+    """Prepare the output folder and look for a checkpoint in it; the same answer on all ranks."""
+
+    def look() -> Start:
+        folder = config.train.output_dir
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_config(config, folder / "config.yaml")
+        except OSError as error:
+            raise CheckpointError(f"train.output_dir ({folder}): {error.strerror}") from error
+        store.clean_unfinished(folder / "checkpoints")
+        newest = store.latest_checkpoint(folder)
+        if newest is None:
+            return Start()
+        if not config.checkpoint.resume:
+            raise CheckpointError(
+                f"{newest} is there already, and checkpoint.resume is false: choose another "
+                "train.output_dir, or delete it"
+            )
+        manifest = read_manifest(newest)
+        check_resume(newest, manifest, config)
+        return Start(newest, manifest)
+
+    return distributed.on_main(look)
+
+
+def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> str:
+    """Fill the engine from where the run starts, and say where that is."""
+    if start.folder is not None and start.manifest is not None:
+        parts = ["model", "optimizer"]
+        if start.manifest.world_size == layout.world_size:
+            parts.append("random")
+        engine.restore(store.load_state(start.folder, engine.placeholders(*parts)), start.step)
+        return f"resumed from {start.folder} (step {start.step:,})"
+    if (folder := config.checkpoint.load_weights) is None:
+        return f"new, seed {config.train.seed}"
+    manifest = read_manifest(folder)
+    check_weights(folder, manifest, config)
+    bias = manifest.config.model.moe_expert_bias_update_rate > 0
+    engine.restore(store.load_state(folder, engine.placeholders("model", expert_bias=bias)), 0)
+    return f"from {folder} (step {manifest.step:,} of {manifest.config.name}); new optimizer"
+
+
+def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: StopRequest) -> int:
+    """Train with a tracker on rank 0 that is told how it ends."""
+    layout = engine.capabilities.layout
+    tracker = distributed.main_only(lambda: _start_tracker(config, engine, start))
+    try:
+        trainer = Trainer(
+            config,
+            engine,
+            data.train_from,
+            [
+                Validation(data.valid),
+                LogLine(Throughput(config, layout.world_size, _peak_flops(config))),
+                Tracking(tracker),
+                Checkpointing(lambda step: _manifest(config, layout, data, step), start.step),
+            ],
+            stop,
+            start.step,
+        )
+        outcome = trainer.fit()
+    except BaseException:
+        if tracker is not None:
+            tracker.finish("FAILED")
+        raise
+    finished = outcome is Outcome.FINISHED
+    if tracker is not None:
+        tracker.finish("FINISHED" if finished else "KILLED")
+    logger.info(
+        "%s at step %d: %s", "finished" if finished else "stopped", trainer.step, outcome.value
+    )
+    engine.close()
+    return 0 if finished else 128 + trainer.stop_signal
+
+
+def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
+    capabilities = engine.capabilities
+    tags = {
+        "model": config.name,
+        "commit": commit(),
+        "layout": str(capabilities.layout),
+        "precision": capabilities.precision,
+        "device": devices.device_name(),
+        **config.tracking.tags,
+    }
+    tracker = build_tracker(config, config.train.output_dir)
+    tracker.start(config_to_dict(config), tags, resume_step=start.step if start.manifest else None)
+    tracker.artifact(config.train.output_dir / "config.yaml")
+    return tracker
+
+
+def _manifest(config: RunConfig, layout: Layout, data: Data, step: int) -> Manifest:
+    consumed = step * config.train.global_batch_size
+    return Manifest(
+        config=config,
+        step=step,
+        tokens=consumed * config.data.sequence_length,
+        consumed_samples=consumed,
+        train_samples=data.train_samples,
+        world_size=layout.world_size,
+        precision=devices.precision_name(config.train.precision),
+    )
+
+
+def _peak_flops(config: RunConfig) -> float | None:
+    dtype = devices.parameter_dtype(config.train.precision)
+    return devices.peak_flops(devices.device_name(), dtype)

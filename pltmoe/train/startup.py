@@ -1,0 +1,57 @@
+"""What is said once at the start: software, device, layout, sizes, and who computes what."""
+
+import logging
+
+from pltmoe.config import RunConfig
+from pltmoe.config.counts import count_parameters, flops_per_token
+from pltmoe.engines.base import Capabilities
+from pltmoe.runtime import cpu, devices
+from pltmoe.runtime.logs import log_block
+from pltmoe.runtime.versions import commit, versions
+
+logger = logging.getLogger(__name__)
+
+
+def log_startup(config: RunConfig, capabilities: Capabilities, source: str) -> None:
+    """Write the start-up block; ``source`` says where the weights come from."""
+    log_block(logger, f"run {config.name}", startup_rows(config, capabilities, source))
+
+
+def startup_rows(
+    config: RunConfig, capabilities: Capabilities, source: str
+) -> list[tuple[str, str]]:
+    """Return the rows of the start-up block as (name, value)."""
+    layout, train, model = capabilities.layout, config.train, config.model
+    parameters = count_parameters(model)
+    flops = flops_per_token(model, config.data.sequence_length)
+    tokens = train.global_batch_size * config.data.sequence_length
+    rows = [
+        ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+        ("commit", commit()),
+        ("device", _device()),
+        ("layout", f"{layout} ({layout.world_size} process(es), one per device)"),
+        ("precision", _precision(capabilities.precision)),
+        ("parameters", f"{parameters.total:,} total, {parameters.active:,} active per token"),
+        ("loops", f"{model.num_loops} x {model.num_layers} layers"),
+        ("FLOPs per token", f"{flops:.4g} (forward and backward)"),
+        (
+            "tokens per step",
+            f"{tokens:,} = {train.global_batch_size} sequences x {config.data.sequence_length}; "
+            f"{layout.micro_batches} micro batch(es) of {train.micro_batch_size} per process",
+        ),
+        ("steps", f"{train.steps:,} = {train.steps * tokens:,} tokens"),
+    ]
+    rows += [(job, str(backend)) for job, backend in capabilities.backends.items()]
+    return rows + [("weights", source), ("output", str(train.output_dir))]
+
+
+def _device() -> str:
+    if cpu.is_standing_in():
+        return f"{devices.device_name()}: there is no GPU, the CPU stands in for CUDA"
+    return devices.device_name()
+
+
+def _precision(name: str) -> str:
+    if name == "bf16":
+        return "bf16 weights and activations, fp32 master weights and gradients"
+    return "fp32"

@@ -1,0 +1,94 @@
+"""The training loop. It knows steps, data order and time; the engine knows everything else.
+
+    for each step:   engine.train_step(this rank's share of the global batch)
+                     callbacks in order: validation, log line, tracking, checkpoint
+                     stop here if any process was asked to
+
+Steps count from 1. After step k exactly k x global_batch_size sequences have been consumed, in an
+order that is a function of that number alone; so a run is resumed by its step.
+"""
+
+import enum
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from pltmoe.config import RunConfig
+from pltmoe.engines.base import Batch, Engine, StepResult
+from pltmoe.runtime.distributed import highest
+from pltmoe.runtime.signals import StopRequest
+from pltmoe.train.callbacks.base import Callback
+
+
+class Outcome(enum.Enum):
+    """How training ended, if it did not raise."""
+
+    FINISHED = "all steps are done"
+    STOPPED = "a signal asked to stop"
+
+
+@dataclass
+class StepReport:
+    """One finished step, as callbacks see it."""
+
+    step: int
+    result: StepResult
+    seconds: float
+    """Wall time of the step, with the wait for data."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """What will be tracked; callbacks fill it."""
+
+
+class Trainer:
+    """Takes the steps of one run from ``step`` to ``train.steps``."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        engine: Engine,
+        batches_from: Callable[[int], Iterator[Batch]],
+        callbacks: Sequence[Callback],
+        stop: StopRequest,
+        step: int = 0,
+    ):
+        """Prepare.
+
+        Args:
+            config: the run.
+            engine: at ``step`` already.
+            batches_from: this rank's micro batches after so many consumed sequences (all ranks').
+            callbacks: called in this order after every step.
+            stop: set by signals.
+            step: optimizer steps that have been taken.
+        """
+        self.config, self.engine, self.step = config, engine, step
+        self._batches_from, self._callbacks, self._stop = batches_from, callbacks, stop
+        self.stop_signal = 0
+
+    def fit(self) -> Outcome:
+        """Train until the last step, or until a signal; saves through the callbacks.
+
+        Raises:
+            EngineError: a step failed; nothing is saved.
+        """
+        train = self.config.train
+        batches = self._batches_from(self.step * train.global_batch_size)
+        while self.step < train.steps and not self.stop_signal:
+            self._take_step(batches)
+            self.stop_signal = int(highest(self._stop.signal))
+        for callback in self._callbacks:
+            callback.after_last_step(self)
+        return Outcome.FINISHED if self.step >= train.steps else Outcome.STOPPED
+
+    def is_logged(self, step: int) -> bool:
+        """Whether a step gets a line: the first, the last, and every ``log_interval``-th."""
+        train = self.config.train
+        return step in (1, train.steps) or step % train.log_interval == 0
+
+    def _take_step(self, batches: Iterator[Batch]) -> None:
+        begin, number = time.perf_counter(), self.step + 1
+        result = self.engine.train_step(batches, number, watch=self.is_logged(number))
+        self.step = number
+        report = StepReport(number, result, time.perf_counter() - begin)
+        for callback in self._callbacks:
+            callback.after_step(self, report)

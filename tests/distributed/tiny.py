@@ -1,0 +1,99 @@
+"""A tiny run for engine tests: configuration, seeded batches, an engine on this rank."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from pltmoe.config import RunConfig, config_from_dict
+from pltmoe.engines.megatron import MegatronEngine
+from pltmoe.parallel.groups import create_groups, destroy_groups
+from pltmoe.parallel.layout import Layout, layout_for
+from pltmoe.runtime import distributed, seeds
+
+MOE = {
+    "vocab_size": 64,
+    "num_layers": 2,
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "head_dim": 8,
+    "num_experts": 4,
+    "moe_top_k": 2,
+    "moe_ffn_hidden_size": 16,
+    "moe_aux_loss_coeff": 0.02,
+    "moe_z_loss_coeff": 0.01,
+    "moe_expert_bias_update_rate": 0.01,
+    "num_loops": 2,
+    "cross_loop_shift": True,
+    "share_first_loop_kv": True,
+    "gated_swa": True,
+    "window_keys": 4,
+    "init_std": 0.3,
+}
+"""PLT-2 with every loss of the router on."""
+
+DENSE = {k: v for k, v in MOE.items() if "moe" not in k and k != "num_experts"} | {
+    "ffn_hidden_size": 48
+}
+
+
+def tiny_config(model: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
+    """Return a run of 16-token sequences; ``changes`` are dotted paths with ``__`` for dots."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "model": dict(model or MOE),
+        "data": {
+            "tokenizer": "tokenizer.model",
+            "train": [{"path": "text"}],
+            "sequence_length": 16,
+        },
+        "optimizer": {"lr": 1e-2, "warmup_steps": 2, "min_lr": 1e-3},
+        "train": {
+            "output_dir": "run",
+            "steps": 10,
+            "global_batch_size": 8,
+            "micro_batch_size": 2,
+        },
+    }
+    for path, value in changes.items():
+        *sections, key = path.split("__")
+        node = tree
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[key] = value
+    return config_from_dict(tree)
+
+
+def build_engine(config: RunConfig) -> MegatronEngine:
+    """Start the processes as a run does, and build the engine."""
+    processes = distributed.processes_from_environment()
+    distributed.start(processes)
+    layout = layout_for(config, processes.world_size)
+    groups = create_groups(layout)
+    seeds.seed_everything(config.train.seed)
+    return MegatronEngine(config, layout, groups)
+
+
+def drop_engine() -> None:
+    """Forget the groups, so that the same processes can build another layout."""
+    destroy_groups()
+
+
+def batches(layout: Layout, skip_steps: int = 0, masked: bool = True) -> Iterator[dict[str, Any]]:
+    """Yield this rank's micro batches, in the order of data/datasets.py."""
+    generator = torch.Generator().manual_seed(5)
+    rank = torch.distributed.get_rank()
+    micro, world = layout.micro_batch_size, layout.world_size
+    per_step = layout.global_batch_size // micro
+    for index in range(10**6):
+        tokens = torch.randint(0, 64, (micro, 17), generator=generator)
+        mask = (torch.rand(micro, 16, generator=generator) < 0.7).float()
+        if index < skip_steps * per_step or index % world != rank:
+            continue
+        yield {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "position_ids": torch.arange(16).expand(micro, 16).contiguous(),
+            "loss_mask": mask if masked else torch.ones(micro, 16),
+        }

@@ -1,0 +1,51 @@
+"""Pretrain a model described by a configuration file.
+
+    python tools/pretrain.py --config configs/X.yaml [section.key=value ...]
+    torchrun --nproc-per-node 2 tools/pretrain.py --config configs/X.yaml [section.key=value ...]
+
+The run continues by itself when its output folder holds a checkpoint.
+"""
+
+import argparse
+import logging
+import sys
+
+from pltmoe.runtime.cpu import stand_in_for_cuda
+from pltmoe.runtime.logs import configure_logging
+
+
+def main() -> int:
+    """Parse the command line, train, and turn every ending into an exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    arguments = parser.parse_args()
+
+    from pltmoe.config import load_config
+    from pltmoe.errors import PLTMoEError
+    from pltmoe.runtime import distributed
+
+    try:
+        processes = distributed.processes_from_environment()
+        configure_logging(processes.rank)
+        config = load_config(arguments.config, arguments.overrides)
+        stand_in_for_cuda()
+        # Megatron may be imported only after the CPU stands in for CUDA.
+        from pltmoe.train.pretrain import pretrain
+
+        return pretrain(config)
+    except PLTMoEError as error:
+        if distributed.speaks_for_error():
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 2
+    except Exception:
+        logging.getLogger("pretrain").exception("training failed")
+        return 1
+    finally:
+        distributed.stop()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
