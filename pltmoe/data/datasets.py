@@ -1,0 +1,285 @@
+"""Training, validation and test data: Megatron's blended GPT datasets, checked before they start.
+
+    DataSource -> IndexedDataset (.bin/.idx) -> GPTDataset (cut into sequences, shuffled)
+               -> BlendedDataset (mixed by weight) -> batches() (micro batches of one rank)
+
+The order of the sequences is fixed by (sources, weights, split, sequence length, seed, number of
+samples). Where a run stands in it is one number, the consumed samples; every data-parallel size
+sees the same sequences in the same step. Asking for another number of samples (``train.steps``)
+shuffles anew when the text has to be repeated, as Megatron shuffles all epochs but the last.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.datasets.blended_megatron_dataset_builder import BlendedMegatronDatasetBuilder
+from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+from torch.utils.data import DataLoader, Dataset
+
+from pltmoe.config.run import DataConfig, DataSource, RunConfig
+from pltmoe.data.indexed import idx_path
+from pltmoe.data.manifest import read_manifest
+from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.verify import verify_dataset, verify_split, verify_vocabulary
+from pltmoe.errors import DataError
+
+log = logging.getLogger(__name__)
+
+Samples = tuple[int, int, int]
+"""Sequences wanted for training, validation and test."""
+Datasets = tuple[Dataset[Any] | None, Dataset[Any] | None, Dataset[Any] | None]
+
+_SPLITS = ("train", "valid", "test")
+_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
+
+
+def build_datasets(config: RunConfig, tokenizer: Tokenizer, num_samples: Samples) -> Datasets:
+    """Check the data and build the train, valid and test sets, None where no sample is asked for.
+
+    Collective when torch.distributed is initialised. Rank 0 checks and builds the index cache, once
+    for all ranks and later runs; every rank raises the same error. The cache appears under its name
+    only when it is complete.
+
+    Raises:
+        DataError: missing, half-written or mismatched data; an empty part of the split; samples
+            asked of a set without a source; a cache folder that cannot be used.
+    """
+    root = config.data.cache_dir or config.data.train[0].path.parent / "index_cache"
+    _on_rank_zero(lambda: _verify(config, tokenizer, num_samples, root))
+    cache = Path(_on_rank_zero(lambda: str(_cache_folder(config, tokenizer, num_samples, root))))
+    if not _on_rank_zero(cache.is_dir):
+        _build_cache(config, tokenizer, num_samples, cache)
+    if not cache.is_dir():  # rank 0 has it
+        raise DataError(
+            f"{cache}: not visible to every process; put data.cache_dir on a file system that all "
+            "machines share"
+        )
+    train, valid, test = _build(config, tokenizer, num_samples, cache, on_this_rank=True)
+    return train, valid, test
+
+
+def batches(
+    dataset: Dataset[Any],
+    *,
+    consumed_samples: int,
+    micro_batch_size: int,
+    dp_rank: int,
+    dp_size: int,
+    num_workers: int = 0,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield this rank's micro batches, beginning after ``consumed_samples`` (over all ranks).
+
+    Each has ``tokens``, ``labels``, ``position_ids`` ``[b, s]`` int64 and ``loss_mask`` ``[b, s]``
+    float32. The k-th micro batches of all ranks together are the next ``b * dp_size`` sequences, so
+    a global batch holds the same sequences for every ``dp_size``. Ends when the dataset has no
+    complete row of micro batches left. Draws nothing from the global random state, so that a
+    resumed run and one that never stopped stay equal.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=_MicroBatches(
+            len(dataset),  # type: ignore[arg-type]
+            consumed_samples,
+            micro_batch_size,
+            dp_rank,
+            dp_size,
+        ),
+        num_workers=num_workers,
+        collate_fn=_stack,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )
+    return iter(loader)
+
+
+class _MicroBatches:
+    """Indices of one rank's micro batches; a pure function of its arguments."""
+
+    def __init__(self, total: int, consumed: int, size: int, dp_rank: int, dp_size: int):
+        assert consumed >= 0 and size > 0 and 0 <= dp_rank < dp_size
+        self._starts = range(consumed + dp_rank * size, total, size * dp_size)
+        self._rows = max(0, total - consumed) // (size * dp_size)
+        self._size = size
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for start in self._starts[: self._rows]:
+            yield list(range(start, start + self._size))
+
+
+def _stack(samples: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([sample[key] for sample in samples]) for key in _KEYS}
+
+
+def _sources(data: DataConfig, num_samples: Samples) -> list[list[DataSource]]:
+    """Sources of train, valid and test; empty where no sample is asked for."""
+    cut = data.split is not None
+    valid, test = (data.train if cut else data.valid), (data.train if cut else [])
+    return [
+        sources if wanted else []
+        for sources, wanted in zip((data.train, valid, test), num_samples, strict=True)
+    ]
+
+
+def _verify(config: RunConfig, tokenizer: Tokenizer, num_samples: Samples, root: Path) -> None:
+    data = config.data
+    verify_vocabulary(config, tokenizer)
+    per_split = _sources(data, num_samples)
+    for name, share, sources, wanted in zip(
+        _SPLITS, data.split or (1, 1, 1), per_split, num_samples, strict=True
+    ):
+        if wanted and not (sources and share):
+            raise DataError(
+                f"{wanted} sequences for '{name}' are wanted, but nothing says where they come "
+                f"from: give data.split a share for it{' or set data.valid' * (name == 'valid')}"
+            )
+    _check_writable(root)
+    for path in {source.path: None for sources in per_split for source in sources}:
+        pair = verify_dataset(path, tokenizer, root)
+        if data.split:
+            verify_split(pair, data.split, num_samples, data.sequence_length)
+        else:
+            verify_split(pair, (1, 0, 0), (1, 0, 0), data.sequence_length)
+
+
+def _check_writable(root: Path) -> None:
+    probe = root / f".writable.{os.getpid()}.tmp"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DataError(
+            f"{root}: the index cache cannot be written there ({error.strerror}): "
+            "set data.cache_dir to a folder that can be written"
+        ) from None
+
+
+def _cache_folder(
+    config: RunConfig, tokenizer: Tokenizer, num_samples: Samples, root: Path
+) -> Path:
+    """Name the cache after everything that decides it, contents included.
+
+    Megatron's own name for a cached index has the path of the dataset but not its contents: a
+    dataset made anew under the same name would be read through the index of the old one.
+    """
+    sources = [
+        [(str(s.path), s.weight, _contents(s.path)) for s in part]
+        for part in _sources(config.data, num_samples)
+    ]
+    data = config.data
+    decides = (sources, data.split, data.sequence_length, num_samples, config.train.seed)
+    text = json.dumps([*decides, tokenizer.sha256])
+    return root / hashlib.sha256(text.encode()).hexdigest()[:24]
+
+
+def _contents(prefix: Path) -> str:
+    if manifest := read_manifest(prefix):
+        return manifest.idx.sha256
+    return hashlib.sha256(idx_path(prefix).read_bytes()).hexdigest()
+
+
+def _build_cache(
+    config: RunConfig, tokenizer: Tokenizer, num_samples: Samples, cache: Path
+) -> None:
+    """Let rank 0 build the index under a temporary name and rename it when it is complete."""
+    temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
+    is_first = _rank() == 0
+    try:
+        _build(config, tokenizer, num_samples, temporary, on_this_rank=is_first)
+        if is_first:
+            _rename_folder(temporary, cache)
+    finally:
+        if is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+    _on_rank_zero(lambda: None)  # nobody looks for the cache before it is there
+
+
+def _rename_folder(temporary: Path, final: Path) -> None:
+    try:
+        os.replace(temporary, final)
+    except OSError:
+        if not final.is_dir():
+            raise
+        log.info("%s: built by another run in the meantime", final)
+
+
+def _build(
+    config: RunConfig,
+    tokenizer: Tokenizer,
+    num_samples: Samples,
+    cache: Path,
+    *,
+    on_this_rank: bool,
+) -> list[Any]:
+    dataset_config = _dataset_config(config, tokenizer, num_samples, cache)
+    builder = BlendedMegatronDatasetBuilder(
+        GPTDataset, list(num_samples), lambda: on_this_rank, dataset_config
+    )
+    return builder.build()
+
+
+def _dataset_config(
+    config: RunConfig, tokenizer: Tokenizer, num_samples: Samples, cache: Path
+) -> GPTDatasetConfig:
+    data = config.data
+    blends = [_blend(sources) for sources in _sources(data, num_samples)]
+    where = (
+        {"blend": _blend(data.train), "split": ",".join(str(share) for share in data.split)}
+        if data.split
+        else {"blend_per_split": blends}
+    )
+    result = GPTDatasetConfig(
+        **where,
+        random_seed=config.train.seed,
+        sequence_length=data.sequence_length,
+        path_to_cache=str(cache),
+        tokenizer=tokenizer,  # type: ignore[arg-type]  # only its ids and identifiers are used
+        reset_position_ids=data.reset_position_ids,
+        reset_attention_mask=False,
+        eod_mask_loss=data.mask_document_ends,
+        create_attention_mask=False,  # no s x s mask: causality is the kernel's
+    )
+    if result.split_matrix is not None:
+        # Megatron would search for ever in a part without documents, even for no samples.
+        result.split_matrix = [
+            share if wanted else None
+            for share, wanted in zip(result.split_matrix, num_samples, strict=True)
+        ]
+    return result
+
+
+def _blend(sources: Sequence[DataSource]) -> tuple[list[str], list[float] | None] | None:
+    """Return a blend as Megatron wants it; weights only where there is something to weigh."""
+    if not sources:
+        return None
+    weights = [source.weight for source in sources] if len(sources) > 1 else None
+    return [str(source.path) for source in sources], weights
+
+
+def _rank() -> int:
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def _on_rank_zero[T](function: Callable[[], T]) -> T:
+    """Call ``function`` on rank 0 only; every rank gets its result or raises its DataError."""
+    answer: list[Any] = [None, None]
+    if _rank() == 0:
+        try:
+            answer[0] = function()
+        except DataError as error:
+            answer[1] = str(error)
+    if torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(answer, src=0)
+    if answer[1] is not None:
+        raise DataError(answer[1])
+    return answer[0]

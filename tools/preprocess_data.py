@@ -1,0 +1,46 @@
+"""Tokenize text into a Megatron dataset: PREFIX.bin, PREFIX.idx and PREFIX.manifest.json.
+
+A run that was interrupted continues when the same command is given again.
+"""
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from pltmoe.data.preprocess import PreprocessOptions, preprocess
+from pltmoe.errors import PLTMoEError
+
+
+def main() -> None:
+    """Parse the command line and preprocess."""
+    default = PreprocessOptions()
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("inputs", nargs="+", type=Path, help="text, JSONL, .gz .bz2 .xz, folders")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model file")
+    parser.add_argument("--output", type=Path, required=True, metavar="PREFIX")
+    parser.add_argument("--json-key", default=default.json_key, help="field of the text in JSONL")
+    parser.add_argument("--include", default=default.include, help="file names to take in folders")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--overwrite", action="store_true", help="replace another dataset")
+    args = parser.parse_args()
+    options = PreprocessOptions(
+        json_key=args.json_key,
+        include=args.include,
+        workers=args.workers,
+        overwrite=args.overwrite,
+    )
+    manifest = preprocess(args.inputs, args.output, args.tokenizer, options)
+    print(
+        f"{args.output}.bin/.idx: {manifest.documents:,} documents, {manifest.tokens:,} tokens, "
+        f"{manifest.text_bytes / manifest.tokens:.2f} bytes of text per token"
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main()
+    except PLTMoEError as error:
+        sys.exit(f"error: {error}")

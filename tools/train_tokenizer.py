@@ -1,0 +1,45 @@
+"""Train a lossless sentencepiece tokenizer on text files, JSONL files or folders of them."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
+from pltmoe.errors import PLTMoEError
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    default = TrainingOptions(vocab_size=0)
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("inputs", nargs="+", type=Path, help="text, JSONL, .gz .bz2 .xz, folders")
+    parser.add_argument("--output", type=Path, required=True, help="model file to write")
+    parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces")
+    parser.add_argument("--json-key", default=default.json_key, help="field of the text in JSONL")
+    parser.add_argument(
+        "--max-bytes", type=int, default=default.max_bytes, help="size of the sample to train on"
+    )
+    parser.add_argument(
+        "--character-coverage",
+        type=float,
+        default=default.character_coverage,
+        help="share of the characters that become pieces; the others are written as bytes",
+    )
+    args = parser.parse_args()
+    options = TrainingOptions(
+        vocab_size=args.vocab_size,
+        json_key=args.json_key,
+        max_bytes=args.max_bytes,
+        character_coverage=args.character_coverage,
+    )
+    tokenizer = train_tokenizer(args.inputs, args.output, options)
+    print(f"{args.output}: {tokenizer.vocab_size:,} pieces, documents end with id {tokenizer.eod}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main()
+    except PLTMoEError as error:
+        sys.exit(f"error: {error}")
