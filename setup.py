@@ -1,0 +1,51 @@
+"""The package and what it needs. Exact versions are pinned in tools/requirements.txt only."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "pltmoe/__init__.py").read_text())
+assert VERSION
+
+# A lower bound is either a reason (named here) or the version that the tests ran on; an upper
+# bound stands where the next one is known to break.
+REQUIRES = [
+    "torch>=2.11",  # tested from here on
+    "megatron-core>=0.19.2,<0.20",  # its interfaces change with every minor version
+    "transformers>=5,<6",  # 5 changed how expert weights are stored
+    "mlflow>=3.17,<4",  # tested from here on; 4 may change the stores again
+    "sentencepiece>=0.2",
+    "safetensors>=0.8",  # as transformers 5 wants
+    "pydantic>=2.7",  # use_attribute_docstrings
+    "pyyaml>=6",
+    "numpy>=2",
+    "matplotlib>=3.9",
+    "tqdm>=4.66",
+    "psutil>=6",  # memory of the process, and MLflow's system metrics
+]
+
+EXTRAS = {
+    # Built from source against the torch that is there; comes ready-made with NGC containers.
+    "te": ["transformer-engine[pytorch]>=2.20,<3"],
+    # Megatron's experts use DeepSpeed's MoE internals, so stay near what was tried.
+    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1.10"],
+    "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.100", "ruff>=0.17"],
+}
+
+setup(
+    name="pltmoe",
+    version=VERSION[1],
+    description="Pretraining of Parallel Loop Transformers with mixture of experts on Megatron-core",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.12",  # megatron-core's own bound since 0.17
+    packages=find_packages(include=["pltmoe", "pltmoe.*"]),
+    # hf/*.py travel with exported weights, so they are wanted as files, templates beside them.
+    package_data={"pltmoe": ["py.typed"], "pltmoe.hf": ["*.py", "*.md", "*.json", "*.jinja"]},
+    zip_safe=False,
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+)
