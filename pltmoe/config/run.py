@@ -44,7 +44,7 @@ class DataConfig(Section):
     reset_position_ids: bool = False
     """Restart positions after each document, so that the cross-loop shift does not cross it."""
     mask_document_ends: bool = False
-    """Leave the end-of-document token out of the loss."""
+    """No loss at an end-of-document token, whose successor begins another document."""
 
 
 class OptimizerConfig(Section):
