@@ -23,6 +23,7 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
+from pltmoe.checkpoint.in_process import save_in_process
 from pltmoe.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, file_hash, write_manifest
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.distributed import on_main
@@ -84,6 +85,7 @@ def write_folder(
     """
     writing = final.with_name(_WRITING + final.name)
     on_main(lambda: _explain(writing, lambda: _fresh_folder(writing)))
+    save_in_process()
     try:
         dist_checkpointing.save(state, str(writing), validate_access_integrity=True)
     except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:

@@ -4,22 +4,25 @@ import logging
 import sys
 import warnings
 
-_NOISY = ("megatron", "torch.distributed", "mlflow", "alembic", "urllib3", "py.warnings")
+_THIRD_PARTY = ("megatron", "torch.distributed", "torch.utils.cpp_extension", "alembic", "urllib3")
 
 
 def configure_logging(rank: int, level: int = logging.INFO) -> None:
-    """Log to standard error as ``12:30:01 rank 0 INFO trainer: message``; call once per process."""
+    """Log to standard error as ``12:30:01 rank 0 INFO message``; call it once per process.
+
+    Warnings that other packages give at import, about libraries that are not there, are left out:
+    the start-up block says what is used and why.
+    """
     handler = logging.StreamHandler(sys.stderr)
-    line = f"%(asctime)s rank {rank} %(levelname)s %(module)s: %(message)s"
+    line = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level if rank == 0 else logging.WARNING)
-    logging.captureWarnings(True)
-    for name in _NOISY:
-        logging.getLogger(name).setLevel(logging.WARNING if rank == 0 else logging.ERROR)
-    # Megatron says so at every import; the start-up block says it once, with the reason.
-    warnings.filterwarnings("ignore", message=".*(Transformer Engine|[Aa]pex).*(not|Fall).*")
+    for name in _THIRD_PARTY:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")
+    warnings.filterwarnings("ignore", category=SyntaxWarning)
 
 
 def log_block(logger: logging.Logger, title: str, rows: list[tuple[str, str]]) -> None:
