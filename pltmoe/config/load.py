@@ -2,7 +2,7 @@
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -54,16 +54,35 @@ def config_to_dict(config: BaseModel) -> dict[str, Any]:
 
 def write_config(config: RunConfig, path: Path) -> None:
     """Write the complete configuration as YAML, every default spelled out."""
-    path.write_text(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    path.write_text(
+        yaml.safe_dump(config_to_dict(config), sort_keys=False, allow_unicode=True),
+        encoding="utf-8",
+    )
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key given twice is an error: plain YAML silently takes the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"key {key.value!r} is given twice", key.start_mark
+                )
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(path.read_text())
+        tree = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such config file") from None
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
@@ -107,6 +126,9 @@ def _explain(error: ValidationError, where: str, root: type[BaseModel]) -> str:
 def _suggest(item: Any, root: type[BaseModel]) -> str:
     section: Any = root
     for part in item["loc"][:-1]:
+        if isinstance(part, int):  # list[Section]: the place in the list
+            section = get_args(section)[0]
+            continue
         field = getattr(section, "model_fields", {}).get(part)
         section = field.annotation if field else None
     close = difflib.get_close_matches(str(item["loc"][-1]), getattr(section, "model_fields", {}))

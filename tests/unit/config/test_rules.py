@@ -1,0 +1,164 @@
+"""Every rule between fields: it bites, and its message names both paths and both values."""
+
+from typing import Any
+
+import pytest
+
+from pltmoe.config import config_from_dict
+from pltmoe.config.rules import MODEL_RULES, RUN_RULES
+from pltmoe.errors import ConfigError
+from tests.unit.config.trees import DENSE, LOOP_ROWS, MOE, run_tree
+
+SHIFT = {"num_loops": 2, "cross_loop_shift": True}
+NO_EXPERTS = MOE | {"num_experts": None, "ffn_hidden_size": 24}
+
+
+def model(base: dict[str, Any] = MOE, **changes: Any) -> dict[str, Any]:
+    return run_tree() | {"model": base | changes}
+
+
+BROKEN = {
+    "heads_divide": [
+        (
+            model(num_attention_heads=3),
+            "model.num_attention_heads (3) must be a multiple of model.num_kv_heads (2)",
+        ),
+        (model(head_dim=7), "model.head_dim (7) must be even"),
+    ],
+    "dense_or_moe": [
+        (
+            model(DENSE, ffn_hidden_size=None),
+            "model.ffn_hidden_size (None) and model.num_experts (None): give the first",
+        ),
+        (model(NO_EXPERTS), "model.moe_top_k (2) needs model.num_experts (None)"),
+        (model(NO_EXPERTS), "model.moe_ffn_hidden_size (8) needs model.num_experts (None)"),
+        (
+            model(DENSE, moe_aux_loss_coeff=0.1),
+            "model.moe_aux_loss_coeff (0.1) needs model.num_experts (None)",
+        ),
+        (
+            model(DENSE, moe_z_loss_coeff=0.1),
+            "model.moe_z_loss_coeff (0.1) needs model.num_experts (None)",
+        ),
+        (
+            model(DENSE, moe_expert_bias_update_rate=0.1),
+            "model.moe_expert_bias_update_rate (0.1) needs model.num_experts (None)",
+        ),
+        (
+            model(ffn_hidden_size=24),
+            "model.ffn_hidden_size (24) is for dense models; with model.num_experts (4)",
+        ),
+        (model(moe_top_k=None), "model.moe_top_k (None) is required with model.num_experts (4)"),
+        (
+            model(moe_ffn_hidden_size=None),
+            "model.moe_ffn_hidden_size (None) is required with model.num_experts (4)",
+        ),
+        (model(moe_top_k=5), "model.moe_top_k (5) must not exceed model.num_experts (4)"),
+    ],
+    "loop_flags": [
+        (model(cross_loop_shift=True), "model.cross_loop_shift (true) needs model.num_loops >= 2"),
+        (
+            model(share_first_loop_kv=True),
+            "model.share_first_loop_kv (true) needs model.num_loops >= 2 (it is 1)",
+        ),
+        (model(gated_swa=True), "model.gated_swa (true) needs model.num_loops >= 2 (it is 1)"),
+        (
+            model(**SHIFT, gated_swa=True),
+            "model.gated_swa (true) needs model.share_first_loop_kv (false)",
+        ),
+        (
+            model(**SHIFT, gate_use_hidden_states=True),
+            "model.gate_use_hidden_states (true) needs model.gated_swa (false)",
+        ),
+        (
+            model(num_loops=2, normalize_per_loop=True),
+            "model.normalize_per_loop (True) needs model.cross_loop_shift (false)",
+        ),
+        (model(emb_scale=0.7), "model.emb_scale (0.7) needs model.cross_loop_shift (false)"),
+        (model(hidden_scale=0.7), "model.hidden_scale (0.7) needs model.cross_loop_shift (false)"),
+    ],
+    "experts_divide": [
+        (
+            run_tree(parallel__expert_parallel_size=3),
+            "model.num_experts (4) must be a multiple of parallel.expert_parallel_size (3)",
+        ),
+        (
+            model(DENSE) | {"parallel": {"expert_parallel_size": 2}},
+            "model.num_experts (None) must be a multiple of parallel.expert_parallel_size (2)",
+        ),
+    ],
+    "batch_divides": [
+        (
+            run_tree(train__micro_batch_size=3),
+            "train.global_batch_size (4) must be a multiple of train.micro_batch_size (3)",
+        ),
+    ],
+    "schedule_fits": [
+        (
+            run_tree(optimizer__warmup_steps=10),
+            "optimizer.warmup_steps (10) must be smaller than train.steps (10)",
+        ),
+        (
+            run_tree(optimizer__warmup_steps=5, optimizer__decay_steps=5),
+            "optimizer.warmup_steps (5) must be smaller than optimizer.decay_steps (5)",
+        ),
+        (
+            run_tree(optimizer__min_lr=0.1),
+            "optimizer.min_lr (0.1) must not exceed optimizer.lr (0.001)",
+        ),
+        (
+            run_tree(optimizer__schedule="wsd"),
+            "optimizer.wsd_decay_steps (None) belongs to, and is required by, "
+            "optimizer.schedule = wsd (it is wsd)",
+        ),
+        (
+            run_tree(optimizer__wsd_decay_steps=3),
+            "optimizer.wsd_decay_steps (3) belongs to, and is required by, "
+            "optimizer.schedule = wsd (it is cosine)",
+        ),
+    ],
+    "validation_has_data": [
+        (
+            run_tree(data__valid=[{"path": "v"}], data__split=[98, 2, 0]),
+            "data.split ([98.0, 2.0, 0.0]) and data.valid (1 sources) both say",
+        ),
+        (
+            run_tree(train__eval_interval=5),
+            "train.eval_interval (5) needs data.valid (empty) or a data.split",
+        ),
+        (
+            run_tree(train__eval_interval=5, data__split=[100, 0, 0]),
+            "with a validation share ((100.0, 0.0, 0.0))",
+        ),
+    ],
+}
+CASES = [(rule, tree, text) for rule, cases in BROKEN.items() for tree, text in cases]
+
+
+@pytest.mark.parametrize(
+    ("rule", "tree", "text"), CASES, ids=[f"{c[0]}: {c[2][:40]}" for c in CASES]
+)
+def test_broken_rule_names_paths_and_values(rule: str, tree: dict, text: str):
+    with pytest.raises(ConfigError) as error:
+        config_from_dict(tree, where="run.yaml")
+    assert str(error.value).startswith("run.yaml: ")
+    assert text in str(error.value)
+
+
+def test_every_rule_is_tested_here():
+    assert {rule.__name__ for rule in (*MODEL_RULES, *RUN_RULES)} == set(BROKEN)
+
+
+@pytest.mark.parametrize("row", LOOP_ROWS)
+def test_the_six_rows_of_the_ablation_are_valid(row: str):
+    config_from_dict(model(**LOOP_ROWS[row]))
+    config_from_dict(model(DENSE, **LOOP_ROWS[row]))
+
+
+def test_what_the_rules_must_let_pass():
+    config_from_dict(run_tree(optimizer__schedule="wsd", optimizer__wsd_decay_steps=3))
+    config_from_dict(run_tree(train__eval_interval=5, data__valid=[{"path": "v"}]))
+    config_from_dict(run_tree(train__eval_interval=5, data__split=[98, 2, 0]))
+    config_from_dict(run_tree(optimizer__warmup_steps=10, optimizer__decay_steps=20))
+    gate = {"gate_use_hidden_states": True, "normalize_per_loop": True, "emb_scale": 0.5}
+    config_from_dict(model(**LOOP_ROWS["5 plt2"], **gate))
