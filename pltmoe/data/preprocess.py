@@ -105,6 +105,7 @@ def preprocess(
             _tidy(folder, keep=parts)
             counts = _add(_tokenize(parts, workers, options))
             if not counts.documents:
+                _tidy(folder, keep=[])
                 raise DataError(f"{files[0].path}{' ...' * (len(files) > 1)}: no text in the input")
             joined, index, digest = _join(job, parts, folder, counts.tokens)
             manifest = _manifest(job, counts, joined, index, digest)
