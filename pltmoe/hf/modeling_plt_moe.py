@@ -360,7 +360,8 @@ class PLTMoERouter(nn.Module):
 
     def forward(self, x_td: Tensor) -> tuple[Tensor, Tensor]:
         """Return chosen experts [t, top_k] and their weights [t, top_k]."""
-        scores = at_least_float32(F.linear(x_td, self.weight)).softmax(-1)
+        # In float32 from the logits on, as in training: bf16 logits would choose other experts.
+        scores = F.linear(at_least_float32(x_td), at_least_float32(self.weight)).softmax(-1)
         bias = getattr(self, "e_score_correction_bias", 0.0)
         experts = (scores + bias).topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, experts)
