@@ -1,0 +1,67 @@
+"""gpu_check without a GPU: it refuses, remembers parts, and never claims what was not run."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.launch import REPOSITORY
+
+WHERE = {"device": "GPU", "versions": "v", "commit": "abc"}
+
+
+@pytest.fixture
+def gpu_check() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_check", REPOSITORY / "tools/gpu_check.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_check"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_refuses_without_a_gpu() -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/gpu_check.py"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
+    )
+    assert done.returncode == 2
+    assert done.stdout == (
+        "error: gpu_check needs an NVIDIA GPU (torch.cuda.is_available() is false)\n"
+    )
+
+
+def test_page_in_the_repository_is_what_the_tool_writes(
+    gpu_check: ModuleType, tmp_path: Path
+) -> None:
+    page = (REPOSITORY / "docs/gpu_results.md").read_text()
+    for part in gpu_check.PARTS:
+        assert f"## {part.name}: {part.what}" in page
+    assert gpu_check._page(tmp_path).count("Not run.") == len(gpu_check.PARTS)
+
+
+def test_a_passed_part_is_not_run_again(gpu_check: ModuleType, tmp_path: Path) -> None:
+    count = tmp_path / "count"
+    part = gpu_check.Part("tests", "a part", (f"echo x >> {count}; echo '3 passed in 1.00s'",))
+    for again in (False, False, True):
+        gpu_check._run_part(part, tmp_path, WHERE, again)
+    assert count.read_text() == "x\nx\n"
+    assert "3 passed in 1.00s" in gpu_check._page(tmp_path)
+    gpu_check._run_part(part, tmp_path, {**WHERE, "commit": "new"}, False)
+    assert count.read_text() == "x\nx\nx\n"
+
+
+def test_a_failure_ends_the_part_and_is_shown(gpu_check: ModuleType, tmp_path: Path) -> None:
+    part = gpu_check.Part("tests", "a part", ("echo no kernel; exit 3", "touch never"))
+    gpu_check._run_part(part, tmp_path, WHERE, False)
+    result = json.loads((tmp_path / "tests.json").read_text())
+    assert result["passed"] is False and "no kernel" in result["summary"]
+    page = gpu_check._page(tmp_path)
+    assert "FAILED" in page and "exit code 3" in page

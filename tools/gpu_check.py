@@ -1,0 +1,233 @@
+"""Check on a GPU what continuous integration cannot: tests/gpu and every benchmark, part by part.
+
+    python tools/gpu_check.py                      all parts that this commit has not passed yet
+    python tools/gpu_check.py --parts tests        one part
+    python tools/gpu_check.py --again              also those that were done
+
+Every part takes less than ten minutes and remembers its result in --work, so a machine that is
+lent for a short while can do them one after another. docs/gpu_results.md is written from what was
+measured; a part that was not run is said to be not run.
+"""
+
+import argparse
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LIMIT_S = 590
+TRAIN_STEPS = 200
+MODELS = ("vanilla", "loop2", "plt2")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One check: shell commands in order, run in the repository with $WORK set."""
+
+    name: str
+    what: str
+    commands: tuple[str, ...]
+
+
+def _pretrain(model: str) -> str:
+    return (
+        f"{{python}} tools/pretrain.py --config configs/quickstart_{model}.yaml "
+        "data.tokenizer=$WORK/tokenizer.model 'data.train=[{{path: '$WORK/corpus'}}]' "
+        f"parallel.expert_parallel_size=1 train.output_dir=$WORK/runs/{model} "
+        f"train.steps={TRAIN_STEPS} train.eval_interval={TRAIN_STEPS} train.micro_batch_size=16 "
+        f"checkpoint.save_interval={TRAIN_STEPS}"
+    )
+
+
+PARTS = (
+    Part("tests", "tests/gpu", ("{python} -m pytest tests/gpu -q -rs --durations 5",)),
+    Part(
+        "train",
+        f"{TRAIN_STEPS} steps of the quickstart's three models in bf16 on one GPU",
+        (
+            "{python} tools/build_corpus.py --output $WORK/text.jsonl --max-bytes 8000000",
+            "{python} tools/train_tokenizer.py $WORK/text.jsonl --output $WORK/tokenizer.model "
+            "--vocab-size 4096",
+            "{python} tools/preprocess_data.py $WORK/text.jsonl --tokenizer $WORK/tokenizer.model "
+            "--output $WORK/corpus",
+            *(_pretrain(model) for model in MODELS),
+        ),
+    ),
+    Part(
+        "decode",
+        "decoding of the three exported models with transformers",
+        (
+            *(
+                f"rm -rf $WORK/hf/{m} && {{python}} tools/convert_to_hf.py "
+                f"--checkpoint $WORK/runs/{m} --output $WORK/hf/{m}"
+                for m in MODELS
+            ),
+            "{python} tools/benchmark_decode.py --output $WORK/decode.json "
+            + " ".join(f"--model {m}=$WORK/hf/{m}" for m in MODELS),
+        ),
+    ),
+)
+
+
+def main() -> int:
+    """Run the parts, then write the page; the exit code is 1 if a part failed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [part.name for part in PARTS]
+    parser.add_argument("--parts", default=",".join(names), help=f"of {','.join(names)}")
+    parser.add_argument("--again", action="store_true", help="run parts that were done, too")
+    parser.add_argument("--work", type=Path, default=REPOSITORY / "runs" / "gpu_check")
+    parser.add_argument("--page", type=Path, default=REPOSITORY / "docs" / "gpu_results.md")
+    args = parser.parse_args()
+    if unknown := sorted(set(args.parts.split(",")) - set(names)):
+        parser.error(f"unknown part {unknown[0]}; there are {', '.join(names)}")
+    import torch
+
+    from pltmoe.runtime.versions import commit, versions
+
+    if not torch.cuda.is_available():
+        print("error: gpu_check needs an NVIDIA GPU (torch.cuda.is_available() is false)")
+        return 2
+    args.work = args.work.resolve()
+    args.work.mkdir(parents=True, exist_ok=True)
+    installed = ", ".join(f"{name} {version}" for name, version in versions().items())
+    where = {
+        "device": f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})",
+        "versions": installed,
+        "commit": commit(),
+    }
+    for part in PARTS:
+        if part.name in args.parts.split(","):
+            _run_part(part, args.work, where, args.again)
+    args.page.write_text(_page(args.work))
+    print(f"wrote {args.page}")
+    results = [_read(args.work, part) for part in PARTS]
+    return int(any(result and not result["passed"] for result in results))
+
+
+def _run_part(part: Part, work: Path, where: dict[str, Any], again: bool) -> None:
+    before = _read(work, part)
+    if before and before["passed"] and before["where"]["commit"] == where["commit"] and not again:
+        print(f"[gpu_check] {part.name}: done already for {where['commit']}")
+        return
+    print(f"[gpu_check] {part.name}: {part.what}", flush=True)
+    started, passed, output = time.monotonic(), True, ""
+    for command in part.commands:
+        left = LIMIT_S - (time.monotonic() - started)
+        code, text = _run(command.format(python=shlex.quote(sys.executable)), work, left)
+        output += text
+        if code != 0:
+            passed = False
+            output += f"\n[gpu_check] exit code {code}: {command}\n"
+            break
+    (work / f"{part.name}.log").write_text(output)
+    result = {
+        "passed": passed,
+        "seconds": round(time.monotonic() - started, 1),
+        "where": where,
+        "command": f"python tools/gpu_check.py --parts {part.name}",
+        "summary": _summary(part.name, work, output) if passed else output[-1500:],
+    }
+    (work / f"{part.name}.json").write_text(json.dumps(result, indent=2))
+    print(f"[gpu_check] {part.name}: {'passed' if passed else 'FAILED'} in {result['seconds']} s")
+
+
+def _run(command: str, work: Path, limit_s: float) -> tuple[int, str]:
+    """Run one shell command, show its output as it comes, and keep it."""
+    paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "WORK": str(work), "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        ["timeout", str(max(1, int(limit_s))), "bash", "-c", command],
+        cwd=REPOSITORY,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        lines.append(line)
+    return process.wait(), "".join(lines)
+
+
+def _summary(name: str, work: Path, output: str) -> str:
+    """Say in Markdown what a passed part measured."""
+    if name == "tests":
+        closing = re.findall(r"^(?:=+ )?(\d+ passed.*?)(?: =+)?$", output, re.MULTILINE)
+        return closing[-1] if closing else "no closing line"
+    if name == "train":
+        return _train_table(work)
+    rows = ["| model | ms per token | cache KiB per sequence | batch | context | dtype |"]
+    rows.append("|---|---|---|---|---|---|")
+    for model, r in json.loads((work / "decode.json").read_text()).items():
+        kib = r["cache_bytes_per_sequence"] / 1024
+        rows.append(
+            f"| {model} | {r['ms_per_token']:.2f} | {kib:.0f} | {r['batch']} | {r['context']} | "
+            f"{r['dtype']} |"
+        )
+    return "\n".join(rows)
+
+
+def _train_table(work: Path) -> str:
+    rows = [
+        "| model | loss | validation loss | tokens/s per GPU | peak GiB |",
+        "|---|---|---|---|---|",
+    ]
+    for model in MODELS:
+        last: dict[str, float] = {}
+        speed = []
+        for line in (work / "runs" / model / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            last |= record
+            speed.append(record.get("perf/tokens_per_second_per_gpu", 0.0))
+        middle = sorted(s for s in speed if s)[len([s for s in speed if s]) // 2]
+        rows.append(
+            f"| {model} | {last['train/loss']:.3f} | {last['valid/loss']:.3f} | {middle:,.0f} | "
+            f"{last['memory/peak_gib']:.2f} |"
+        )
+    return "\n".join(rows)
+
+
+def _page(work: Path) -> str:
+    """Write the page from the results of all parts."""
+    lines = [
+        "# GPU results",
+        "",
+        "Written by `python tools/gpu_check.py` from what it measured; not edited by hand.",
+        "",
+    ]
+    for part in PARTS:
+        result = _read(work, part)
+        lines += [f"## {part.name}: {part.what}", ""]
+        if result is None:
+            lines += ["Not run.", ""]
+            continue
+        where = result["where"]
+        lines += [
+            f"{'Passed' if result['passed'] else 'FAILED'} in {result['seconds']} s on "
+            f"{where['device']}, commit {where['commit']}, {where['versions']}; "
+            f"`{result['command']}`",
+            "",
+            result["summary"] if result["passed"] else f"```\n{result['summary']}\n```",
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _read(work: Path, part: Part) -> dict[str, Any] | None:
+    path = work / f"{part.name}.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
