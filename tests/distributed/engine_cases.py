@@ -4,13 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from pltmoe.checkpoint import store
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
-from pltmoe.config import RunConfig
 from pltmoe.engines.megatron import MegatronEngine
+from pltmoe.errors import EngineError
+from pltmoe.hf.mapping import megatron_to_hf
 from pltmoe.model.initialize import global_name
+from pltmoe.model.reference import router_loss
 from tests.distributed.tiny import batches, build_engine, drop_engine, tiny_config
+from tests.single_process import reference_of
 
 
 def train(
@@ -20,60 +24,126 @@ def train(
     load_from: Path | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Take ``steps`` steps; return what each reported and what is left behind, by global name."""
+    """Take ``steps`` steps; return what each reported and what is left, under global names."""
     config = tiny_config(model, **changes)
     engine = build_engine(config)
-    start = _load(engine, load_from) if load_from else 0
-    loaded_moments = moments(engine) if load_from else {}
+    start = 0
+    if load_from:
+        start = read_manifest(load_from).step
+        parts = ("model", "optimizer")
+        engine.restore(store.load_state(load_from, engine.placeholders(*parts)), start)
+    loaded = {"weights": weights(engine), "moments": moments(engine)}
     data = batches(engine.capabilities.layout, skip_steps=start)
     results = [engine.train_step(data, start + k + 1, watch=True) for k in range(steps)]
     valid = engine.eval_step(data)
     if save_to:
-        _save(engine, config, save_to, start + steps)
+        manifest = Manifest(config=config, step=start + steps)
+        store.save_checkpoint(save_to, engine.state(), manifest)
     report = {
         "losses": [r.loss for r in results],
         "norms": [r.grad_norm for r in results],
         "rates": [r.learning_rate for r in results],
-        "metrics": results[-1].model_metrics if results else {},
+        "metrics": results[-1].model_metrics,
         "valid": valid[0] / valid[1],
         "weights": weights(engine),
-        "biases": {n: b.clone() for n, b in engine.model.named_buffers() if "expert_bias" in n},
         "moments": moments(engine),
-        "loaded_moments": loaded_moments,
+        "loaded": loaded,
     }
     drop_engine()
     return report
 
 
 def weights(engine: MegatronEngine) -> dict[str, torch.Tensor]:
-    """Return this rank's weights under their global names."""
+    """Return this rank's weights and expert biases under their global names."""
     model = engine.model
-    return {global_name(model, n): p.detach().clone() for n, p in model.named_parameters()}
+    found = {global_name(model, n): p.detach().clone() for n, p in model.named_parameters()}
+    biases = {n: b.clone() for n, b in model.named_buffers() if n.endswith("expert_bias")}
+    return found | biases
 
 
-def moments(engine: MegatronEngine) -> dict[str, torch.Tensor]:
-    """Return Adam's second moments of this rank's shards, flat, with their place in the weight."""
-    found = {}
+def moments(engine: MegatronEngine) -> dict[tuple[str, str], list[tuple[int, torch.Tensor]]]:
+    """Return Adam's state and the fp32 master weights of this rank's shards: (start, values)."""
+    found: dict[tuple[str, str], list[tuple[int, torch.Tensor]]] = {}
     names = {parameter: n for n, parameter in engine.model.named_parameters()}
     for part in engine._optimizer.chained_optimizers:
         for ranges in part.gbuf_ranges:
-            for buckets in ranges.values():
-                for bucket in buckets:
-                    for parameter, where in bucket["param_map"].items():
-                        state = part._get_main_param_and_optimizer_states(parameter)
-                        span = where["param"]
-                        name = global_name(engine.model, names[parameter])
-                        found[(name, span.start, span.end)] = state["exp_avg_sq"].clone()
+            for bucket in (b for buckets in ranges.values() for b in buckets):
+                for parameter, where in bucket["param_map"].items():
+                    state = part._get_main_param_and_optimizer_states(parameter)
+                    name = global_name(engine.model, names[parameter])
+                    for kind, values in state.items():
+                        pieces = found.setdefault((name, kind), [])
+                        pieces.append((where["param"].start, values.detach().clone()))
     return found
 
 
-def _save(engine: MegatronEngine, config: RunConfig, folder: Path, step: int) -> None:
-    store.save_checkpoint(folder, engine.state(), Manifest(config=config, step=step, world_size=1))
+def gradients_against_reference() -> dict[str, float]:
+    """Largest relative difference per weight between the engine's gradient and a written-out loss.
+
+    The written-out loss of a global batch of n loss tokens, with micro batch i having n_i of them:
+    sum of cross entropies / n + sum_i n_i / n * (router losses of micro batch i).
+    """
+    config = tiny_config()
+    engine = build_engine(config)
+    reference, m = reference_of(engine.model, config.model), config.model
+    layout = engine.capabilities.layout
+    data = batches(layout)
+    micro_batches = [next(data) for _ in range(layout.micro_batches)]
+    n = sum(batch["loss_mask"].sum() for batch in micro_batches)
+    total = torch.zeros((), dtype=torch.float64)
+    for batch in micro_batches:
+        out = reference(batch["tokens"], batch["position_ids"] == 0)
+        mask = batch["loss_mask"].double()
+        entropy = torch.nn.functional.cross_entropy(
+            out.logits.flatten(0, 1), batch["labels"].flatten(), reduction="none"
+        )
+        total = total + (entropy.view_as(mask) * mask).sum() / n
+        total = total + mask.sum() / n * router_loss(out, m)
+    total.backward()
+    engine.train_step(batches(layout), 1, watch=False)
+    ours = {name: p.main_grad.double() for name, p in engine.model.named_parameters()}
+    mapped = megatron_to_hf(ours, m, partial=True)
+    differences = {
+        name: ((mapped[name] - p.grad).abs().max() / p.grad.abs().max()).item()
+        for name, p in reference.named_parameters()
+        if p.grad is not None and p.grad.any()
+    }
+    drop_engine()
+    return differences
 
 
-def _load(engine: MegatronEngine, folder: Path) -> int:
-    manifest = read_manifest(folder)
-    engine.restore(
-        store.load_state(folder, engine.placeholders("model", "optimizer")), manifest.step
+def clipping(limit: float) -> dict[str, Any]:
+    """Take one step with a limit on the gradient norm; return Adam's first moments."""
+    engine = build_engine(tiny_config(optimizer__clip_grad_norm=limit))
+    result = engine.train_step(batches(engine.capabilities.layout), 1, watch=False)
+    first = {k[0]: v for k, v in moments(engine).items() if k[1] == "exp_avg"}
+    drop_engine()
+    return {"norm": result.grad_norm, "first": first}
+
+
+def broken_steps() -> dict[str, Any]:
+    """Try a step with a loss that is not a number on rank 1, then one with an infinite gradient."""
+    engine = build_engine(tiny_config())
+    data = batches(engine.capabilities.layout)
+    engine.train_step(data, 1, watch=False)
+    before, report = weights(engine), {}
+    sick = ({**b, "loss_mask": b["loss_mask"] * _sickness()} for b in data)
+    try:
+        engine.train_step(sick, 2, watch=False)
+    except EngineError as error:
+        report["loss"] = str(error)
+    engine.model.final_norm.weight.register_hook(lambda gradient: gradient * float("inf"))
+    try:
+        engine.train_step(data, 2, watch=False)
+    except EngineError as error:
+        report["gradient"] = str(error)
+    after = weights(engine)
+    report["untouched"] = all(
+        torch.equal(after[name], before[name]) for name in before if "expert_bias" not in name
     )
-    return manifest.step
+    drop_engine()
+    return report
+
+
+def _sickness() -> float:
+    return float("nan") if dist.get_rank() == 1 else 1.0

@@ -1,0 +1,31 @@
+"""A process group of one, and checkpoint folders without tensors."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pltmoe.checkpoint.manifest import Manifest, write_manifest
+from tests.distributed.tiny import tiny_config
+from tests.single_process import create_single_process_groups
+
+
+@pytest.fixture(scope="session")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Megatron's process groups for a single process."""
+    return create_single_process_groups(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def fake_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """``fake_checkpoint(step)`` writes a complete folder in which the tensors are a text file."""
+
+    def make(step: int, **fields: Any) -> Path:
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "__0_0.distcp").write_text("tensors")
+        write_manifest(folder, Manifest(config=tiny_config(), step=step, **fields))
+        return folder
+
+    return make

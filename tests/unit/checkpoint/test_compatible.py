@@ -1,0 +1,144 @@
+"""Which changes of the configuration stop a resume, and what the message says."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pltmoe.checkpoint.compatible import check_resume, check_weights
+from pltmoe.checkpoint.manifest import Manifest, file_hash
+from pltmoe.errors import CheckpointError
+from tests.distributed.tiny import MOE, tiny_config
+
+FOLDER = Path("run/checkpoints/step_00000005")
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(b"pieces")
+    return path
+
+
+@pytest.fixture
+def check(tokenizer):
+    """``check(**changes)`` resumes a run of 10 steps at step 5 with a changed configuration."""
+
+    def resume(model: dict[str, Any] | None = None, old: dict | None = None, **changes: Any) -> None:
+        path = {"data__tokenizer": str(tokenizer)}
+        manifest = Manifest(
+            config=tiny_config(**path, **(old or {})),
+            step=5,
+            train_samples=80,
+            tokenizer_sha256=file_hash(tokenizer),
+        )
+        check_resume(FOLDER, manifest, tiny_config(model, **path, **changes))
+
+    return resume
+
+
+def test_the_same_configuration_fits(check):
+    check()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__log_interval": 3},
+        {"train__output_dir": "elsewhere"},
+        {"parallel__expert_parallel_size": 2},
+        {"checkpoint__keep_last": 5},
+        {"tracking__experiment": "other"},
+        {"data__num_workers": 2},
+        {"data__cache_dir": "cache"},
+        {"train__deterministic": True},
+        {"train__precision": "fp32"},  # what auto means here
+        {"optimizer__decay_steps": 10},  # what it was anyway
+    ],
+)
+def test_what_does_not_decide_the_result_may_change(check, changes):
+    check(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer__lr": 2e-2}, "optimizer.lr: checkpoint 0.01, config 0.02"),
+        ({"train__seed": 5}, "train.seed: checkpoint 1234, config 5"),
+        ({"train__global_batch_size": 16}, "train.global_batch_size: checkpoint 8, config 16"),
+        ({"train__micro_batch_size": 1}, "train.micro_batch_size: checkpoint 2, config 1"),
+        ({"train__precision": "bf16"}, "train.precision: checkpoint fp32, config bf16"),
+        ({"data__sequence_length": 32}, "data.sequence_length: checkpoint 16, config 32"),
+        ({"data__reset_position_ids": True}, "data.reset_position_ids: checkpoint False"),
+        ({"data__train": [{"path": "b"}]}, "data.train: checkpoint .*'text'.*, config .*'b'"),
+        ({"model": MOE | {"num_layers": 3}}, "model.num_layers: checkpoint 2, config 3"),
+        ({"model": MOE | {"rope_theta": 5.0}}, "model.rope_theta: checkpoint 10000.0, config 5.0"),
+    ],
+)
+def test_what_decides_the_result_is_named_with_both_values(check, changes, message):
+    with pytest.raises(CheckpointError, match=message) as error:
+        check(**changes)
+    text = str(error.value)
+    assert text.startswith(f"{FOLDER} does not fit the configuration: ")
+    assert "checkpoint.accept_changes" in text and "train.output_dir" in text
+    assert text.count("config ") == 1, "no other field is named"
+
+
+def test_all_differences_are_named_at_once(check):
+    with pytest.raises(CheckpointError, match="optimizer.lr: .*; train.seed: "):
+        check(optimizer__lr=2e-2, train__seed=5)
+
+
+def test_another_tokenizer_of_the_same_name(check, tokenizer):
+    tokenizer_bytes = tokenizer.read_bytes()
+    with pytest.raises(CheckpointError, match="data.tokenizer: checkpoint sha256 .*, config sha256"):
+        manifest = Manifest(
+            config=tiny_config(), step=5, train_samples=80, tokenizer_sha256="0" * 64
+        )
+        check_resume(FOLDER, manifest, tiny_config(data__tokenizer=str(tokenizer)))
+    assert tokenizer.read_bytes() == tokenizer_bytes
+
+
+def test_a_longer_run_is_another_schedule_unless_its_end_is_kept(check, caplog):
+    with pytest.raises(CheckpointError) as error:
+        check(train__steps=20)
+    assert (
+        "optimizer.decay_steps: checkpoint 10, config 20 (train.steps when not set; "
+        "optimizer.decay_steps=10 keeps the learning-rate schedule)" in str(error.value)
+    )
+    check(train__steps=20, optimizer__decay_steps=10)
+    assert "planned for 80 sequences and is longer now" in caplog.text
+    check(
+        train__steps=20,
+        optimizer__schedule="constant",
+        old={"optimizer__schedule": "constant"},
+    )
+    check(train__steps=7, optimizer__decay_steps=10)
+
+
+def test_accepted_changes_pass_but_shapes_never(check, caplog):
+    accept = {"checkpoint__accept_changes": ["optimizer.lr", "model.num_layers"]}
+    check(optimizer__lr=2e-2, **accept)
+    assert "accepted change: optimizer.lr: checkpoint 0.01, config 0.02" in caplog.text
+    with pytest.raises(CheckpointError, match="model.num_layers: checkpoint 2, config 3"):
+        check(model=MOE | {"num_layers": 3}, **accept)
+
+
+def test_weights_alone_are_not_resumed_and_steps_do_not_go_back(check, tokenizer):
+    config = tiny_config(data__tokenizer=str(tokenizer))
+    with pytest.raises(CheckpointError, match="weights only .* checkpoint.load_weights=run/check"):
+        check_resume(FOLDER, Manifest(config=config, contains=("model",)), config)
+    with pytest.raises(CheckpointError, match=r"is at step 11, past train.steps \(10\): raise"):
+        check_resume(FOLDER, Manifest(config=config, step=11), config)
+
+
+def test_weights_need_the_same_shapes_only():
+    manifest = Manifest(config=tiny_config(), step=5)
+    other = MOE | {"moe_aux_loss_coeff": 0.5, "num_loops": 3, "rope_theta": 5.0}
+    check_weights(FOLDER, manifest, tiny_config(other, optimizer__lr=2e-2))
+    with pytest.raises(CheckpointError) as error:
+        check_weights(FOLDER, manifest, tiny_config(MOE | {"vocab_size": 65}))
+    assert str(error.value) == (
+        f"the weights in {FOLDER} do not fit the configuration: "
+        "model.vocab_size: checkpoint 64, config 65"
+    )

@@ -1,0 +1,53 @@
+"""Start-up from the launcher's environment, in one process."""
+
+import pytest
+import torch
+
+from pltmoe.errors import EngineError
+from pltmoe.runtime import distributed
+from pltmoe.runtime.distributed import Processes
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    for name in _VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch.setenv
+
+
+def test_without_a_launcher_one_process_runs_alone(environment):
+    assert distributed.processes_from_environment() == Processes(0, 1, 0)
+    environment("MASTER_ADDR", "127.0.0.1")  # often left over in a shell
+    assert distributed.processes_from_environment() == Processes(0, 1, 0)
+
+
+def test_the_launcher_says_who_is_who(environment):
+    values = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "MASTER_ADDR": "a", "MASTER_PORT": 1}
+    for name, value in values.items():
+        environment(name, str(value))
+    assert distributed.processes_from_environment() == Processes(5, 8, 1)
+
+
+def test_half_an_environment_is_an_error(environment):
+    environment("RANK", "0")
+    environment("WORLD_SIZE", "2")
+    with pytest.raises(EngineError, match="has RANK, WORLD_SIZE but not MASTER_ADDR, MASTER_PORT"):
+        distributed.processes_from_environment()
+
+
+def test_a_rank_that_is_no_number_is_an_error(environment):
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment(name, "2")
+    environment("RANK", "first")
+    with pytest.raises(EngineError, match="RANK is 'first', expected a number"):
+        distributed.processes_from_environment()
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(EngineError, match="local rank 1 has no GPU: this machine has 1; .* 1 or le"):
+        distributed.start(Processes(rank=1, world_size=2, local_rank=1))

@@ -1,0 +1,32 @@
+"""What made a run."""
+
+import subprocess
+
+import torch
+
+import pltmoe
+from pltmoe.runtime import versions
+
+
+def test_versions_name_what_is_installed():
+    found = versions.versions()
+    assert found["torch"] == torch.__version__.split("+")[0]
+    assert found["pltmoe"] == pltmoe.__version__
+    assert "python" in found and "megatron-core" in found
+
+
+def test_commit_is_that_of_this_tree_and_says_when_it_is_changed(tmp_path, monkeypatch):
+    package = tmp_path / "pltmoe"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(pltmoe, "__file__", str(package / "__init__.py"))
+    assert versions.commit() == "unknown"
+    for command in (
+        ["init", "-q"],
+        ["add", "."],
+        ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-q", "-m", "x"],
+    ):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    assert len(versions.commit()) == 12
+    (package / "__init__.py").write_text("changed")
+    assert versions.commit().endswith("-dirty")
