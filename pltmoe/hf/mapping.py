@@ -216,7 +216,7 @@ def megatron_to_hf(
         ConversionError: unknown or (unless ``partial``) missing tensor, or a wrong shape.
     """
     table = {row.megatron: row for row in rows(model)}
-    _check_names("Megatron", name_to_tensor, table, partial)
+    check_names("Megatron", name_to_tensor, table, partial)
     out: dict[str, Tensor] = {}
     for name, row in table.items():
         if name in name_to_tensor:
@@ -234,12 +234,34 @@ def hf_to_megatron(
     the embedding.
     """
     table = list(rows(model))
-    given = dict(name_to_tensor)
-    if model.tied_embeddings:
-        given.pop("lm_head.weight", None)
-    _check_names("Hugging Face", given, [name for row in table for name in row.hf], partial)
+    given = {name: name_to_tensor[name] for name in without_tied_head(name_to_tensor, model)}
+    check_names("Hugging Face", given, [name for row in table for name in row.hf], partial)
     present = [row for row in table if any(name in given for name in row.hf)]
     return {row.megatron: row.join(given) for row in present}
+
+
+def without_tied_head(names: Collection[str], model: ModelConfig) -> list[str]:
+    """Leave out the head of a tied model: it is the embedding, which some files repeat."""
+    tied = model.tied_embeddings
+    return [name for name in names if not (tied and name == "lm_head.weight")]
+
+
+def check_names(
+    side: str, given: Collection[str], known: Collection[str], partial: bool = False
+) -> None:
+    """Compare the tensors that are there with those of the table.
+
+    Raises:
+        ConversionError: unknown or (unless ``partial``) missing tensors; names the first ones.
+    """
+    known = set(known)
+    if unknown := sorted(set(given) - known):
+        raise ConversionError(
+            f"{side} tensor unknown to the model configuration: {_some(unknown)}; "
+            "does the configuration belong to these weights?"
+        )
+    if not partial and (missing := sorted(known - set(given))):
+        raise ConversionError(f"{side} tensor missing: {_some(missing)}")
 
 
 def _sizes(m: ModelConfig) -> dict[str, int]:
@@ -277,17 +299,6 @@ def _fill(rule: Rule, layer: int | None, m: ModelConfig, sizes: dict[str, int]) 
             expert=expert,
             groups=m.num_kv_heads,
         )
-
-
-def _check_names(side: str, given: Collection[str], known: Collection[str], partial: bool) -> None:
-    known = set(known)
-    if unknown := sorted(set(given) - known):
-        raise ConversionError(
-            f"{side} tensor unknown to the model configuration: {_some(unknown)}; "
-            "does the configuration belong to these weights?"
-        )
-    if not partial and (missing := sorted(known - set(given))):
-        raise ConversionError(f"{side} tensor missing: {_some(missing)}")
 
 
 def _some(names: list[str]) -> str:

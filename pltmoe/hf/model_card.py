@@ -17,8 +17,9 @@ tags:
 
 _PLT = """\
 A Parallel Loop Transformer ([arXiv 2510.24824](https://arxiv.org/abs/2510.24824)): the whole layer
-stack runs {num_loops} times per token with the same weights. {between} The model needs the code
-that lies next to the weights (`trust_remote_code=True`); its loops run one after another.
+stack runs {num_loops} times per token with the same weights.
+{between}
+The model needs the code that lies next to the weights (`trust_remote_code=True`).
 """
 _STOCK = """\
 An ordinary decoder ({architecture} of transformers, no custom code), trained as the baseline of a
@@ -38,7 +39,7 @@ inputs = tokenizer("def fibonacci(n):", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
-transformers 5 ({transformers} was used for the checks below). It is a base model: it continues text.
+transformers 5 ({transformers} was used for the checks below). A base model: it continues text.
 {limits}
 """
 

@@ -42,7 +42,9 @@ class ShardWriter:
         self._open[name] = tensor.contiguous().clone()  # safetensors refuses views of one storage
         self._bytes += tensor.numel() * tensor.element_size()
         if len(self._open) == len(self._shards[self._current]):
-            save_file(self._open, self._folder / self._file(self._current), {"format": "pt"})
+            path = self._folder / self._file(self._current)
+            save_file(self._open, path, {"format": "pt"})
+            path.chmod(0o644)  # safetensors makes files that only their owner can read
             self._open, self._current = {}, self._current + 1
 
     def finish(self) -> None:

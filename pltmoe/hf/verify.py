@@ -138,7 +138,7 @@ def _compare(expected: Tensor, found: Tensor, dtype: torch.dtype) -> Verificatio
     p, q = expected.double().log_softmax(-1), found.double().log_softmax(-1)
     return Verification(
         max_difference=float((expected.double() - found.double()).abs().max()),
-        mean_kl=float((p.exp() * (p - q)).sum(-1).mean()),
+        mean_kl=float((p.exp() * (p - q)).sum(-1).clamp(min=0).mean()),
         num_tokens=expected.size(0) * expected.size(1),
         dtype=dtype,
     )

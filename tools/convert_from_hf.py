@@ -1,0 +1,46 @@
+"""Convert a Hugging Face folder to a checkpoint that a run can start from."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+import torch
+
+from pltmoe.config import load_config
+from pltmoe.errors import PLTMoEError
+from pltmoe.runtime.cpu import stand_in_for_cuda
+
+
+def main() -> None:
+    """Parse the command line and convert."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, help="Hugging Face folder")
+    parser.add_argument("--output", type=Path, required=True, help="checkpoint folder to make")
+    parser.add_argument(
+        "--config",
+        type=Path,
+        required=True,
+        help="configuration of the run that will start from it; its model section must fit",
+    )
+    parser.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="default: as in the folder"
+    )
+    parser.add_argument("overrides", nargs="*", help="e.g. model.num_loops=3")
+    args = parser.parse_args()
+    config = load_config(args.config, args.overrides)
+    stand_in_for_cuda()
+    from pltmoe.hf.convert_back import import_folder  # imports Megatron: after the stand-in
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    import_folder(args.model, args.output, config, dtype)
+    print(f"{args.model} -> {args.output}; start a run from it with")
+    print(f"  checkpoint.load_weights={args.output}")
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        main()
+    except PLTMoEError as error:
+        sys.exit(f"error: {error}")
