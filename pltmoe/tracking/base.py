@@ -1,0 +1,116 @@
+"""What every tracker does, how several act as one, and how a run ends with the truth."""
+
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, Protocol
+
+EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
+"""FINISHED: all steps done. FAILED: an error. KILLED: stopped from outside (SIGTERM, Ctrl-C)."""
+
+
+class Tracker(Protocol):
+    """Records one run. Lives on global rank 0 only; no call may wait for a network."""
+
+    def start(
+        self, params: Mapping[str, Any], tags: Mapping[str, str], resume_step: int | None = None
+    ) -> None:
+        """Begin, or continue after the checkpoint of ``resume_step`` (None: from scratch)."""
+        ...
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record the metrics of one optimizer step, under the names of the metric table."""
+        ...
+
+    def artifact(self, path: Path) -> None:
+        """Keep a file or directory with the run (config, report, plots)."""
+        ...
+
+    def finish(self, status: EndStatus) -> None:
+        """End the run. Only the first call counts."""
+        ...
+
+
+class FanOut:
+    """Several trackers behind one; called in the given order, ended in reverse."""
+
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._trackers = list(trackers)
+        self._ended = False
+
+    def start(
+        self, params: Mapping[str, Any], tags: Mapping[str, str], resume_step: int | None = None
+    ) -> None:
+        """Start every tracker."""
+        for tracker in self._trackers:
+            tracker.start(params, tags, resume_step=resume_step)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Log to every tracker."""
+        for tracker in self._trackers:
+            tracker.log(step, metrics)
+
+    def artifact(self, path: Path) -> None:
+        """Hand the file or directory to every tracker."""
+        for tracker in self._trackers:
+            tracker.artifact(path)
+
+    def finish(self, status: EndStatus) -> None:
+        """End every tracker, also when one of them cannot; a second call does nothing."""
+        if self._ended:
+            return
+        self._ended = True
+        error: Exception | None = None
+        for tracker in reversed(self._trackers):
+            try:
+                tracker.finish(status)
+            except Exception as problem:  # the others still have to end; raised below
+                error = error or problem
+        if error is not None:
+            raise error
+
+
+class Terminated(SystemExit):
+    """Raised in the main thread by SIGTERM inside ``ending``; exit code 143 as from a shell."""
+
+    def __init__(self) -> None:
+        super().__init__(128 + signal.SIGTERM)
+
+
+@contextmanager
+def ending(tracker: Tracker) -> Iterator[None]:
+    """Run a block and end ``tracker`` with what became of it.
+
+    FINISHED when the block completes, KILLED on Ctrl-C or SIGTERM, FAILED on any other error.
+    A SIGTERM handler is installed only where nobody has one; the error goes on to the caller.
+    """
+    installed = _raise_on_sigterm()
+    try:
+        yield
+    except (KeyboardInterrupt, Terminated):
+        tracker.finish("KILLED")
+        raise
+    except BaseException:
+        tracker.finish("FAILED")
+        raise
+    else:
+        tracker.finish("FINISHED")
+    finally:
+        if installed:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _raise_on_sigterm() -> bool:
+    if threading.current_thread() is not threading.main_thread():
+        return False
+    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        return False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, handler)
+    return True

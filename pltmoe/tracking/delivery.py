@@ -1,0 +1,295 @@
+"""Brings an MLflow server up to date with a run directory, as often as needed, never twice.
+
+Safe to repeat and to interrupt anywhere:
+
+- the run is found again by its id or, when the answer to "create" was lost, by a key in its tags;
+- a point is sent when its step is later than the newest one that the server has of that metric, so
+  steps done again after a resume do not double (MLflow keeps what it got first);
+- a batch whose answer was lost is sent again unchanged, and the server drops equal points.
+
+This module is imported by processes that send, never by the one that trains.
+"""
+
+import json
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+
+import requests
+from mlflow.entities import Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.validation import (
+    MAX_ENTITY_KEY_LENGTH,
+    MAX_METRICS_PER_BATCH,
+    MAX_PARAM_VAL_LENGTH,
+    MAX_PARAMS_TAGS_PER_BATCH,
+    MAX_TAG_VAL_LENGTH,
+)
+from sqlalchemy.exc import SQLAlchemyError
+
+from pltmoe.tracking.journal import Journal, end_of_last_start, without_password
+from pltmoe.tracking.jsonl import METRICS_FILE, NOT_METRICS, SYSTEM_METRICS_FILE, decode_line
+from pltmoe.tracking.store import artifact_location, run_link
+
+UNAVAILABLE = (MlflowException, requests.RequestException, SQLAlchemyError, OSError)
+"""What talking to a server or its store can raise."""
+RUN_KEY_TAG = "pltmoe.run_key"
+EXPERIMENT_KIND = ("mlflow.experimentKind", "custom_model_development")
+"""Says that this is model training. Releases of the MLflow 3 UI that ask the experiment open its
+training view by it; 3.17 asks the browser and the link instead (``store.run_link``)."""
+_LINES_PER_READ = 200
+
+log = logging.getLogger(__name__)
+
+
+class RunGoneError(Exception):
+    """Someone deleted the run in MLflow: nothing more is to be sent to it."""
+
+
+class Delivery:
+    """One run directory and one server; ``on_batch`` hears of the bytes done with (progress)."""
+
+    def __init__(
+        self, run_dir: Path, uri: str, on_batch: Callable[[int], None] | None = None
+    ) -> None:
+        self._on_batch = on_batch or (lambda done_bytes: None)
+        self.journal = Journal(run_dir)
+        self.uri = uri
+        self.sent_metrics = 0
+        self._client: MlflowClient | None = None
+        self._run_id: str | None = None
+        self._newest: dict[str, int] = {}
+        self._feeds = [_Feed(run_dir / METRICS_FILE), _Feed(run_dir / SYSTEM_METRICS_FILE)]
+        self._events_done = 0
+
+    def deliver(self) -> bool:
+        """Send everything that is on disk by now; True when there was something.
+
+        Raises:
+            RunGoneError: the run was deleted on the server.
+            Exception: one of UNAVAILABLE; what was acknowledged before is not sent again.
+        """
+        events = self.journal.events()  # before the metrics: a finish event comes after the last
+        if not any(event["event"] == "start" for event in events):
+            return False
+        if self._run_id is None:
+            self._open_run(events)
+        new = events[self._events_done :]
+        moved = self._send_starts(new)
+        moved |= self._send_metrics()
+        moved |= self._send_artifacts(new)
+        self._set_status(events, new)
+        self._events_done = len(events)
+        return moved
+
+    def bytes_waiting(self) -> int:
+        """Size of the lines not yet acknowledged (a torn line at the end counts)."""
+        return sum(feed.bytes_waiting() for feed in self._feeds)
+
+    def _open_run(self, events: list[dict[str, Any]]) -> None:
+        start = next(event for event in events if event["event"] == "start")
+        if self._client is None:
+            self._client = MlflowClient(tracking_uri=self.uri)
+        state = self.journal.state(self.uri)
+        run = self._find(state.get("run_id"), start) or self._create(start)
+        if run.info.lifecycle_stage != "active":
+            raise RunGoneError(f"run {run.info.run_id} was deleted in MLflow; not sending to it")
+        state |= {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
+        self.journal.save_state(self.uri, state)
+        self._newest = {m.key: m.step for m in run.data.to_proto().metrics}
+        self._run_id = run.info.run_id
+        log.info("run %r: %s", start["run_name"], self.where())
+
+    def where(self) -> str:
+        """Return the address of the run (or its id, for a store without a server)."""
+        state = self.journal.state(self.uri)
+        uri = without_password(self.uri)
+        if not uri.startswith("http"):
+            return f"{uri} run {state['run_id']}"
+        return run_link(uri, state["experiment_id"], state["run_id"])
+
+    def _find(self, run_id: str | None, start: dict[str, Any]) -> Any:
+        if run_id is not None:
+            try:
+                return self._client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                    raise
+                log.warning("run %s is not on the server any more: making a new one", run_id)
+        experiment = self._client.get_experiment_by_name(start["experiment"])
+        if experiment is None:
+            return None
+        same = f"tags.`{RUN_KEY_TAG}` = '{start['run_key']}'"
+        found = self._client.search_runs([experiment.experiment_id], same, max_results=1)
+        return self._client.get_run(found[0].info.run_id) if found else None
+
+    def _create(self, start: dict[str, Any]) -> Any:
+        experiment = self._client.get_experiment_by_name(start["experiment"])
+        if experiment is None:
+            location = artifact_location(self.uri, start["experiment"])
+            experiment_id = self._client.create_experiment(start["experiment"], location)
+            experiment = self._client.get_experiment(experiment_id)
+        if EXPERIMENT_KIND[0] not in experiment.tags:
+            self._client.set_experiment_tag(experiment.experiment_id, *EXPERIMENT_KIND)
+        run = self._client.create_run(
+            experiment.experiment_id,
+            start_time=int(start["time"] * 1000),
+            tags={RUN_KEY_TAG: start["run_key"]},
+            run_name=start["run_name"],
+        )
+        return self._client.get_run(run.info.run_id)
+
+    def _send_starts(self, events: list[dict[str, Any]]) -> bool:
+        starts = [event for event in events if event["event"] == "start"]
+        if not starts:
+            return False
+        has = self._client.get_run(self._run_id).data.params
+        tags: dict[str, str] = {}
+        new: dict[str, str] = {}
+        for start in starts:
+            tags |= start["tags"]
+            for key, value in start["params"].items():
+                key, value = _name(key), value[:MAX_PARAM_VAL_LENGTH]
+                known = has.get(key, new.get(key))
+                if known is None:
+                    new[key] = value
+                elif known != value:  # parameters cannot be changed in MLflow; a tag says so
+                    tags[f"changed.{key}"] = f"{value} since step {start['resume_step']}"
+        params = [Param(key, value) for key, value in new.items()]
+        for chunk in _chunks(params, MAX_PARAMS_TAGS_PER_BATCH):
+            self._client.log_batch(self._run_id, params=chunk)
+        run_tags = [RunTag(_name(key), tag[:MAX_TAG_VAL_LENGTH]) for key, tag in tags.items()]
+        for chunk in _chunks(run_tags, MAX_PARAMS_TAGS_PER_BATCH):
+            self._client.log_batch(self._run_id, tags=chunk)
+        return True
+
+    def _send_metrics(self) -> bool:
+        moved = False
+        for feed in self._feeds:
+            while lines := feed.read(_LINES_PER_READ):
+                points = [point for line in lines for point in self._points(line)]
+                for chunk in _chunks(points, MAX_METRICS_PER_BATCH):
+                    self._log_metrics(chunk)
+                    self._newest |= {m.key: max(m.step, self._newest.get(m.key, -1)) for m in chunk}
+                    moved = True
+                self._on_batch(feed.acknowledge())
+        return moved
+
+    def _points(self, line: dict[str, Any]) -> Iterator[Metric]:
+        for key, value in line.items():
+            if key in NOT_METRICS:
+                continue
+            name = _name(key)
+            if line["step"] > self._newest.get(name, -1):
+                yield Metric(name, float(value), int(line["time"] * 1000), line["step"])
+
+    def _log_metrics(self, metrics: list[Metric]) -> None:
+        try:
+            self._client.log_batch(self._run_id, metrics=metrics)
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            # Refused for good; trying again would hold up everything behind it for ever.
+            if self._client.get_run(self._run_id).info.lifecycle_stage != "active":
+                raise RunGoneError(f"run {self._run_id} was deleted in MLflow") from error
+            log.error("MLflow refuses %d points: %s", len(metrics), error.message)
+            return
+        self.sent_metrics += len(metrics)
+
+    def _send_artifacts(self, events: list[dict[str, Any]]) -> bool:
+        state = self.journal.state(self.uri)
+        done: dict[str, list[list[Any]]] = state.setdefault("artifacts", {})
+        moved = False
+        for event in events:
+            if event["event"] != "artifact":
+                continue
+            path = Path(event["path"])
+            if not path.exists():
+                log.warning("%s: artefact was gone before it could be sent", path)
+                continue
+            version = _version(path)
+            if done.get(event["path"]) == version:
+                continue
+            self._send_artifact(path, event.get("folder") or None)
+            done[event["path"]] = version
+            self.journal.save_state(self.uri, state)
+            moved = True
+        return moved
+
+    def _send_artifact(self, path: Path, folder: str | None) -> None:
+        if path.is_dir():
+            inside = f"{folder}/{path.name}" if folder else path.name
+            self._client.log_artifacts(self._run_id, str(path), inside)
+        else:
+            self._client.log_artifact(self._run_id, str(path), folder)
+
+    def _set_status(self, events: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
+        if not any(event["event"] in ("start", "finish") for event in new):
+            return
+        end = end_of_last_start(events)
+        if end is None:
+            self._client.update_run(self._run_id, status="RUNNING")
+            return
+        self._client.set_tag(self._run_id, "end_reason", end.get("reason", "as the job said"))
+        self._client.set_terminated(self._run_id, end["status"], int(end["time"] * 1000))
+
+
+class _Feed:
+    """Reads a growing file of lines from where it was; starts over when the file was replaced."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._inode = 0
+        self._offset = 0
+        self._read_to = 0
+
+    def read(self, max_lines: int) -> list[dict[str, Any]]:
+        """Return up to ``max_lines`` lines not yet acknowledged; torn ones are left or passed."""
+        self._notice_replacement()
+        if not self.path.exists():
+            return []
+        lines: list[dict[str, Any]] = []
+        with self.path.open("rb") as file:
+            file.seek(self._offset)
+            while len(lines) < max_lines and (raw := file.readline()).endswith(b"\n"):
+                self._read_to = file.tell()
+                if (values := decode_line(raw.decode(errors="replace"))) is not None:
+                    lines.append(values)
+        return lines
+
+    def acknowledge(self) -> int:
+        """Do not return the lines of the last read again; say how many bytes that were."""
+        done_bytes = self._read_to - self._offset
+        self._offset = self._read_to
+        return done_bytes
+
+    def bytes_waiting(self) -> int:
+        """Return how much of the file is still to be read."""
+        return max(0, self.path.stat().st_size - self._offset) if self.path.exists() else 0
+
+    def _notice_replacement(self) -> None:
+        status = self.path.stat() if self.path.exists() else None
+        if status is None or status.st_ino != self._inode or status.st_size < self._offset:
+            self._inode = status.st_ino if status else 0
+            self._offset = self._read_to = 0
+
+
+def _name(key: str) -> str:
+    """Return a name that MLflow accepts; ours are, those of users may not be."""
+    return re.sub(r"[^/\w.\- :]", "_", key).strip("/")[:MAX_ENTITY_KEY_LENGTH]
+
+
+def _version(path: Path) -> list[list[Any]]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    seen = [(f, f.stat()) for f in files if f.is_file()]
+    return json.loads(json.dumps([[str(f), s.st_mtime_ns, s.st_size] for f, s in seen]))
+
+
+def _chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
+    return (items[i : i + size] for i in range(0, len(items), size))

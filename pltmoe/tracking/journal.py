@@ -1,0 +1,134 @@
+"""RUN_DIR/mlflow/: what MLflow is to be told, and what it has acknowledged.
+
+    events.jsonl   start, artifact and finish events, appended by the training process
+    state.json     per server: run id and what it has, written by whoever sends
+    lock           held by the one process that sends
+
+Metrics are not repeated here: senders read metrics.jsonl. So all that is ever waiting for a server
+is on disk, memory stays bounded however long the server is gone, and "send later" is the same
+code as "send now".
+"""
+
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pltmoe.tracking.jsonl import MLFLOW_FOLDER
+
+EVENTS_FILE = "events.jsonl"
+STATE_FILE = "state.json"
+
+
+class Journal:
+    """The events and the state of one run directory."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.folder = run_dir / MLFLOW_FOLDER
+        self.events_path = self.folder / EVENTS_FILE
+        self._state_path = self.folder / STATE_FILE
+
+    def append(self, kind: str, **fields: Any) -> None:
+        """Add one event; a line this short is appended in one piece."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        event = {"event": kind, "time": round(time.time(), 3)} | fields
+        with self.events_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(event) + "\n")
+
+    def events(self) -> list[dict[str, Any]]:
+        """Return all complete events, oldest first."""
+        if not self.events_path.exists():
+            return []
+        found = []
+        for line in self.events_path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if line.endswith("\n"):
+                found.append(json.loads(line))
+        return found
+
+    def last_start(self) -> dict[str, Any] | None:
+        """Return the newest start event."""
+        return next((e for e in reversed(self.events()) if e["event"] == "start"), None)
+
+    def last_end(self) -> dict[str, Any] | None:
+        """Return the finish event of the newest start, if it has one."""
+        return end_of_last_start(self.events())
+
+    def state(self, uri: str) -> dict[str, Any]:
+        """Return what the server at ``uri`` has acknowledged; empty when nothing."""
+        return self._states().get(without_password(uri), {})
+
+    def save_state(self, uri: str, state: Mapping[str, Any]) -> None:
+        """Replace the state of ``uri`` atomically."""
+        states = self._states() | {without_password(uri): dict(state)}
+        new = self._state_path.with_suffix(".new")
+        new.write_text(json.dumps(states, indent=1) + "\n", encoding="utf-8")
+        os.replace(new, self._state_path)
+
+    @contextmanager
+    def lock(self, wait_s: float) -> Iterator[bool]:
+        """Hold the right to send; yields False when another process has it for ``wait_s``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with (self.folder / "lock").open("w") as file:
+            deadline = time.monotonic() + wait_s
+            while not (mine := _try_lock(file.fileno())) and time.monotonic() < deadline:
+                time.sleep(0.2)
+            yield mine
+
+    def _states(self) -> dict[str, Any]:
+        if not self._state_path.exists():
+            return {}
+        return json.loads(self._state_path.read_text(encoding="utf-8"))
+
+
+def end_of_last_start(events: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """Return the finish event that belongs to the newest start event.
+
+    The end of an earlier attempt may stand *behind* that start: its sender notices a kill -9 at
+    about the time when the next job begins.
+    """
+    start = next((e for e in reversed(events) if e["event"] == "start"), None)
+    ends = [e for e in events if e["event"] == "finish" and e["attempt"] == start["attempt"]]
+    return ends[-1] if ends else None
+
+
+def without_password(uri: str) -> str:
+    """Return a URI that may be shown and stored: ``http://user:secret@host`` loses the secret."""
+    return re.sub(r"://[^/@]*@", "://***@", uri)
+
+
+def vanished(start: Mapping[str, Any]) -> bool:
+    """Whether the process of a start event, on this machine, is no more."""
+    if start["host"] != socket.gethostname():
+        return False
+    return _process_started(start["pid"]) != start["pid_started"]
+
+
+def process_identity() -> dict[str, Any]:
+    """Return what tells this process from a later one that gets the same number."""
+    pid = os.getpid()
+    return {"host": socket.gethostname(), "pid": pid, "pid_started": _process_started(pid)}
+
+
+def _process_started(pid: int) -> str | None:
+    """Start time of a process in clock ticks since boot (proc(5), field 22), or None."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    fields = stat.rpartition(")")[2].split()
+    return None if fields[0] == "Z" else fields[19]
+
+
+def _try_lock(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,150 @@
+"""metrics.jsonl: one line per logged step, always written, and all that plots and MLflow need.
+
+A line is strict JSON: ``{"step": 10, "time": 1767225600.1, "tokens": 20480, "train/loss": 3.2}``.
+``time`` is seconds since 1970, ``tokens`` all tokens trained on up to this step. JSON knows no
+NaN: values that are not finite are written as the strings "NaN", "Infinity", "-Infinity".
+"""
+
+import json
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from pltmoe.tracking.base import EndStatus
+
+METRICS_FILE = "metrics.jsonl"
+SYSTEM_METRICS_FILE = "system_metrics.jsonl"
+MLFLOW_FOLDER = "mlflow"
+PREVIOUS_FOLDER = "previous"
+NOT_METRICS = frozenset({"step", "time", "tokens"})
+"""Keys of a line that are coordinates, not metrics."""
+
+log = logging.getLogger(__name__)
+
+
+class JsonlTracker:
+    """Writes ``RUN_DIR/metrics.jsonl``, flushed line by line so that a killed job keeps them."""
+
+    def __init__(self, run_dir: Path, tokens_per_step: int) -> None:
+        self.path = run_dir / METRICS_FILE
+        self._tokens_per_step = tokens_per_step
+        self._file: TextIO | None = None
+
+    def start(
+        self, params: Mapping[str, Any], tags: Mapping[str, str], resume_step: int | None = None
+    ) -> None:
+        """Open the file: after a resume without the lines that will be written again.
+
+        Lines of steps after the checkpoint belong to work that is lost and done again; they are
+        cut off. Without a resume, what an earlier run left here moves to ``previous/``.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        if resume_step is None:
+            archive_previous(self.path.parent)
+        else:
+            drop_after(self.path, resume_step)
+        self._file = self.path.open("a", encoding="utf-8")
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append one line and flush it to the operating system."""
+        assert self._file is not None, "start() comes before log()"
+        tokens = metrics.get("train/tokens", step * self._tokens_per_step)
+        line = {"step": step, "time": round(time.time(), 3), "tokens": int(tokens)}
+        self._file.write(encode_line(line | dict(metrics)))
+        self._file.flush()
+
+    def artifact(self, path: Path) -> None:
+        """Nothing to do: the run directory is where artefacts are."""
+
+    def finish(self, status: EndStatus) -> None:
+        """Close the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def encode_line(values: Mapping[str, Any]) -> str:
+    """Return one line of strict JSON, newline included."""
+    return json.dumps({k: _plain(v) for k, v in values.items()}, allow_nan=False) + "\n"
+
+
+def decode_line(line: str) -> dict[str, Any] | None:
+    """Return the values of a line, or None for a torn one (a job killed while it wrote)."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    if not isinstance(values, dict) or "step" not in values:
+        return None
+    # "NaN" and "Infinity" are the only strings a line holds; float() reads both.
+    return {k: float(v) if isinstance(v, str) else v for k, v in values.items()}
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """Yield the complete lines of a metrics file, in file order; nothing when there is none."""
+    if not path.exists():
+        return
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if (values := decode_line(line)) is not None:
+                yield values
+
+
+def drop_after(path: Path, step: int) -> int:
+    """Remove the lines of steps after ``step`` and torn lines, all or nothing; return how many."""
+    if not path.exists():
+        return 0
+    kept, dropped = [], []
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            values = decode_line(line)
+            (kept if values and values["step"] <= step else dropped).append(line)
+    if not dropped:
+        return 0
+    new = path.with_name(path.name + ".new")
+    with new.open("w", encoding="utf-8") as file:
+        file.writelines(kept)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, path)
+    log.info("%s: cut %d lines after step %d, they come again", path, len(dropped), step)
+    return len(dropped)
+
+
+def archive_previous(run_dir: Path) -> Path | None:
+    """Move the records of an earlier run in this directory out of the way; nothing is deleted.
+
+    Returns the folder, itself a run directory that reports and tools/sync_mlflow.py can read.
+    """
+    names = (METRICS_FILE, SYSTEM_METRICS_FILE, MLFLOW_FOLDER)
+    found = [run_dir / name for name in names if (run_dir / name).exists()]
+    if not found:
+        return None
+    stamp = time.strftime("%Y%m%d_%H%M%S")
+    folder = run_dir / PREVIOUS_FOLDER / stamp
+    number = 1
+    while folder.exists():
+        number += 1
+        folder = run_dir / PREVIOUS_FOLDER / f"{stamp}_{number}"
+    folder.mkdir(parents=True)
+    for path in found:
+        os.replace(path, folder / path.name)
+    log.warning("%s: starts from scratch; records of the run before are in %s", run_dir, folder)
+    return folder
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, int):
+        return value
+    number = float(value)  # also numpy scalars and one-element tensors
+    if math.isnan(number):
+        return "NaN"
+    if math.isinf(number):
+        return "Infinity" if number > 0 else "-Infinity"
+    return number

@@ -1,0 +1,207 @@
+"""The training side of MLflow: writes down what happened, and starts the process that sends it.
+
+Training never talks to MLflow and never imports it: importing alone costs seconds of the
+interpreter, and a thread that sends would take the interpreter lock from the training loop. This
+tracker appends start, artefact and finish events to ``RUN_DIR/mlflow/events.jsonl``; a child
+process (sender.py) sends those and the lines of metrics.jsonl, and outlives a crash of the job.
+"""
+
+import atexit
+import getpass
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pltmoe
+from pltmoe.config import RunConfig, config_to_dict
+from pltmoe.tracking.base import EndStatus
+from pltmoe.tracking.journal import Journal, process_identity, without_password
+from pltmoe.tracking.store import run_link, usable_uri
+
+_LOOK_AFTER_SENDER_S = 10.0
+SYNC_COMMAND = "python tools/sync_mlflow.py {}"
+
+log = logging.getLogger(__name__)
+
+
+class MLflowTracker:
+    """One MLflow run per run directory; a resumed job continues it.
+
+    Args:
+        config: the run; its ``tracking.mlflow_uri`` must be set.
+        run_dir: directory of the run.
+        give_up_s: how long the end of a job may wait for a server that makes no progress.
+
+    Raises:
+        ConfigError: ``tracking.mlflow_uri`` is nothing MLflow can use.
+    """
+
+    def __init__(self, config: RunConfig, run_dir: Path, give_up_s: float = 15.0) -> None:
+        assert config.tracking.mlflow_uri is not None
+        self._config = config
+        self._run_dir = run_dir.absolute()
+        self._uri = usable_uri(config.tracking.mlflow_uri)
+        self._give_up_s = give_up_s
+        self._journal = Journal(self._run_dir)
+        self.attempt = uuid.uuid4().hex
+        self._sender: subprocess.Popen[bytes] | None = None
+        self._look_again = 0.0
+        self._open = False
+        self._pid = os.getpid()
+
+    def start(
+        self, params: Mapping[str, Any], tags: Mapping[str, str], resume_step: int | None = None
+    ) -> None:
+        """Begin a run, or continue the one that this directory belongs to."""
+        self.record_start(params, tags, resume_step)
+        self._open = True
+        atexit.register(self.finish, "FAILED")  # left without finish(): not a finished run
+        self._spawn()
+        log.info("MLflow: sending to %s", without_password(self._uri))
+
+    def record_start(
+        self,
+        params: Mapping[str, Any],
+        tags: Mapping[str, str],
+        resume_step: int | None,
+        **known_better: Any,
+    ) -> None:
+        """Write the start event, without starting to send (``time``, ``host`` if not here, now)."""
+        before = self._journal.last_start()
+        self._journal.append(
+            "start",
+            attempt=self.attempt,
+            run_key=before["run_key"] if before else uuid.uuid4().hex,
+            run_name=self._config.name,
+            experiment=self._config.tracking.experiment,
+            uri=without_password(self._uri),
+            resume_step=resume_step,
+            params=flatten(config_to_dict(self._config)) | flatten(params),
+            tags=self._tags(tags, resume_step),
+            **(process_identity() | known_better),
+        )
+        config_file = self._run_dir / "config.yaml"
+        if config_file.exists():
+            self.artifact(config_file)
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Nothing to write: the sender reads metrics.jsonl. Looks whether it is still there."""
+        now = time.monotonic()
+        if now < self._look_again or self._sender is None:
+            return
+        self._look_again = now + _LOOK_AFTER_SENDER_S
+        if self._sender.poll() is not None:
+            self._sender = None
+            again = SYNC_COMMAND.format(self._run_dir)
+            log.warning("MLflow: the sending process ended. Training goes on; later: %s", again)
+
+    def artifact(self, path: Path) -> None:
+        """Note a file or directory; it is read when it is sent."""
+        self._journal.append("artifact", path=str(path.absolute()))
+
+    def finish(self, status: EndStatus) -> None:
+        """Note how the run ended and give the sender a limited time to deliver the rest."""
+        if not self._open or os.getpid() != self._pid:  # a forked child may run atexit as well
+            return
+        self._open = False
+        atexit.unregister(self.finish)
+        self._journal.append("finish", status=status, attempt=self.attempt)
+        if self._sender is None:
+            self._spawn()
+        assert self._sender is not None
+        # After SIGTERM a scheduler kills everything within half a minute or so.
+        patience_s = self._give_up_s * (1 if status == "KILLED" else 4)
+        try:
+            unsent = self._sender.wait(timeout=patience_s) != 0
+        except subprocess.TimeoutExpired:
+            log.warning("MLflow: still sending in the background (process %d)", self._sender.pid)
+            return
+        if unsent:
+            again = SYNC_COMMAND.format(self._run_dir)
+            log.warning("MLflow: not everything was sent. Nothing is lost; later: %s", again)
+
+    def _tags(self, tags: Mapping[str, str], resume_step: int | None) -> dict[str, str]:
+        found = {
+            "model": self._config.name,
+            "resumed": "false" if resume_step is None else "true",
+            "mlflow.user": _user(),
+            "mlflow.source.name": Path(sys.argv[0]).name,
+            "mlflow.source.type": "LOCAL",
+        }
+        if resume_step is not None:
+            found["resumed_from_step"] = str(resume_step)
+        if "commit" in tags:
+            found["mlflow.source.git.commit"] = tags["commit"]
+        return found | dict(tags) | self._config.tracking.tags
+
+    def _spawn(self) -> None:
+        command = [sys.executable, "-m", "pltmoe.tracking.sender", str(self._run_dir)]
+        command += ["--attempt", self.attempt, "--give-up-after", str(self._give_up_s)]
+        if self._config.tracking.system_metrics:
+            command.append("--system-metrics")
+        package_root = str(Path(pltmoe.__file__).parents[1])
+        path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        # The URI goes by the environment: it may hold a password, and `ps` shows arguments.
+        environment = os.environ | {"PYTHONPATH": path, "PLTMOE_MLFLOW_URI": self._uri}
+        # Its own session, so that Ctrl-C or a signal to the job's group leaves it to report that.
+        self._sender = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Return nested settings as dotted names and values as one would write them in YAML."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{name}.")
+        elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+            flat |= flatten({str(i): item for i, item in enumerate(value)}, f"{name}.")
+        elif isinstance(value, str):
+            flat[name] = without_password(value)
+        else:
+            flat[name] = json.dumps(value, default=str)
+    return flat
+
+
+def experiment_page(run_dir: Path, server: str) -> str | None:
+    """Return where ``server`` (an address of ``mlflow ui``) shows the experiment of a run.
+
+    None when the run was never sent to MLflow.
+    """
+    journal = Journal(run_dir)
+    start = journal.last_start()
+    state = journal.state(start["uri"]) if start else {}
+    return run_link(server, state["experiment_id"]) if state else None
+
+
+def attach(run_dir: Path, paths: list[Path], folder: str = "") -> bool:
+    """Note files for the MLflow run of a directory that may have ended; False if it has none.
+
+    They are sent by the next ``tools/sync_mlflow.py RUN_DIR``.
+    """
+    journal = Journal(run_dir)
+    if journal.last_start() is None:
+        return False
+    for path in paths:
+        journal.append("artifact", path=str(path.absolute()), folder=folder)
+    return True
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        return str(os.getuid())

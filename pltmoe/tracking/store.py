@@ -1,0 +1,69 @@
+"""Where MLflow keeps things: checks a tracking URI without importing mlflow."""
+
+import re
+from pathlib import Path
+
+from pltmoe.errors import ConfigError
+
+_DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
+
+
+def usable_uri(uri: str) -> str:
+    """Return the URI with a SQLite path made absolute; its parent directory exists afterwards.
+
+    Raises:
+        ConfigError: not a server or database, or the directory cannot be made.
+    """
+    scheme = uri.partition("://")[0].partition("+")[0]
+    if "://" not in uri or scheme not in ("http", "https", "databricks", *_DATABASES):
+        raise ConfigError(
+            f"tracking.mlflow_uri ({uri!r}): expected http://HOST:PORT of a server, or "
+            "sqlite:////ABSOLUTE/PATH/mlflow.db (MLflow no longer tracks into plain directories)"
+        )
+    if scheme != "sqlite":
+        return uri
+    path = sqlite_path(uri)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"tracking.mlflow_uri ({uri!r}): {path.parent} cannot be made ({error.strerror}); "
+            "name a path where you may write"
+        ) from None
+    return f"sqlite:///{path}"
+
+
+def sqlite_path(uri: str) -> Path:
+    """Return the absolute path of a ``sqlite:///`` URI.
+
+    Raises:
+        ConfigError: the URI names no file.
+    """
+    name = re.sub(r"^sqlite(\+\w+)?:///", "", uri).partition("?")[0]
+    if not name or name.startswith("sqlite:") or name == ":memory:":
+        raise ConfigError(
+            f"tracking.mlflow_uri ({uri!r}) names no file: write sqlite:////ABSOLUTE/PATH/mlflow.db"
+        )
+    return Path(name).absolute()
+
+
+def artifact_location(uri: str, experiment: str) -> str | None:
+    """Return where a new experiment's artefacts go; None lets a server decide.
+
+    Without a server MLflow would put them under the current directory, wherever that is.
+    """
+    if not uri.startswith("sqlite"):
+        return None
+    folder = experiment.replace("/", "_")
+    return (sqlite_path(uri).parent / "mlflow_artifacts" / folder).as_uri()
+
+
+def run_link(server: str, experiment_id: str, run_id: str | None = None) -> str:
+    """Return the page of an experiment or a run, in the UI's model-training view.
+
+    MLflow 3.17 chooses between its GenAI and its model-training view by ``workflowType`` in the
+    address or, without it, by what this browser used last: GenAI at first.
+    """
+    page = f"{server.rstrip('/')}/#/experiments/{experiment_id}"
+    page += "" if run_id is None else f"/runs/{run_id}"
+    return f"{page}?workflowType=machine_learning"

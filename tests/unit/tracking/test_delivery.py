@@ -1,0 +1,292 @@
+"""Against a real MLflow server, with real processes that are stopped and killed.
+
+Each test starts its processes first and works while they import mlflow, which takes seconds.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pltmoe.errors import ConfigError, DataError
+from pltmoe.tracking import build_tracker
+from pltmoe.tracking.journal import Journal
+from pltmoe.tracking.jsonl import NOT_METRICS, read_lines
+from pltmoe.tracking.mlflow import attach, experiment_page
+from pltmoe.tracking.sync import sync
+from tests.unit.tracking.conftest import ROOT, Server
+from tests.unit.tracking.runs import metrics_of, run_config
+
+pytestmark = pytest.mark.xdist_group("mlflow")
+
+
+def job(run_dir: Path, uri: str, *options: object) -> subprocess.Popen[str]:
+    """Start a tracked job; see job.py."""
+    command = [sys.executable, "-m", "tests.unit.tracking.job", str(run_dir), "--uri", uri]
+    environment = os.environ | {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"}
+    return subprocess.Popen(
+        [*command, *map(str, options)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
+    )
+
+
+def wait_for_last_step(process: subprocess.Popen[str]) -> None:
+    for line in process.stdout:
+        if "all steps done" in line:
+            return
+    raise AssertionError("the job ended early")
+
+
+def run_of(run_dir: Path, server: Server):
+    """The run as the server has it."""
+    from mlflow.tracking import MlflowClient
+
+    run_id = Journal(run_dir).state(server.uri)["run_id"]
+    return MlflowClient(server.uri).get_run(run_id)
+
+
+def wait_until(condition, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.2)
+
+
+def has_run(run_dir: Path, server: Server) -> bool:
+    return "run_id" in Journal(run_dir).state(server.uri)
+
+
+def history(run_dir: Path, server: Server, key: str) -> list[tuple[int, float, int]]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(server.uri)
+    points = client.get_metric_history(Journal(run_dir).state(server.uri)["run_id"], key)
+    return [(p.step, p.value, p.timestamp) for p in points]
+
+
+def assert_server_has_the_jsonl(run_dir: Path, server: Server) -> None:
+    """Every point of metrics.jsonl is on the server, once, with its value and time."""
+    lines = list(read_lines(run_dir / "metrics.jsonl"))
+    keys = sorted({key for line in lines for key in line} - NOT_METRICS)
+    assert {"train/loss", "moe/load_imbalance/loop_2/layer_03"} <= set(keys)
+    for key in keys:
+        expected = [(m["step"], m[key], int(m["time"] * 1000)) for m in lines if key in m]
+        assert sorted(history(run_dir, server, key)) == expected, key
+
+
+def test_a_whole_run(server, tmp_path):
+    """Parameters, tags, metrics, artefacts, system metrics, the experiment's kind, FINISHED."""
+    run_dir = tmp_path / "run"
+    process = job(run_dir, server.uri, "--last", 60, "--pause", 0.02, "--system-metrics")
+    assert process.wait(120) == 0
+    run = run_of(run_dir, server)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "small"
+    assert run.data.params["model.num_loops"] == "2"
+    assert run.data.params["train.global_batch_size"] == "8"
+    tags = {"commit": "0123abc", "layout": "EP2 x DP1", "model": "small", "resumed": "false"}
+    assert tags.items() <= run.data.tags.items()
+    assert run.data.tags["mlflow.source.git.commit"] == "0123abc"
+    assert "system/cpu_utilization_percentage" in run.data.metrics
+    assert not [key for key in run.data.metrics if "gpu" in key and key.startswith("system/")]
+    assert_server_has_the_jsonl(run_dir, server)
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(server.uri)
+    assert [f.path for f in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
+    experiment = client.get_experiment(run.info.experiment_id)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    page = experiment_page(run_dir, "http://host")
+    assert (
+        page
+        == f"http://host/#/experiments/{experiment.experiment_id}?workflowType=machine_learning"
+    )
+
+
+def test_killed_failed_and_vanished_jobs_say_so_and_resume_in_the_same_run(server, tmp_path):
+    """SIGTERM, an exception and kill -9; then the last one goes on after its checkpoint."""
+    options = ("--last", 20, "--linger")
+    terminated = job(tmp_path / "term", server.uri, *options)
+    failed = job(tmp_path / "fail", server.uri, "--last", 20, "--raise-at", 7)
+    killed = job(tmp_path / "kill", server.uri, *options)
+    wait_for_last_step(terminated)
+    terminated.send_signal(signal.SIGTERM)
+    wait_for_last_step(killed)
+    wait_until(lambda: has_run(tmp_path / "kill", server))
+    wait_until(lambda: len(history(tmp_path / "kill", server, "train/loss")) == 20)
+    killed.kill()
+    assert killed.wait(60) == -signal.SIGKILL
+    assert failed.wait(120) == 1
+    assert terminated.wait(120) == 143
+    assert run_of(tmp_path / "term", server).info.status == "KILLED"
+    assert run_of(tmp_path / "fail", server).info.status == "FAILED"
+    assert len(history(tmp_path / "fail", server, "train/loss")) == 7
+    wait_until(lambda: run_of(tmp_path / "kill", server).info.status == "FAILED")
+    before = run_of(tmp_path / "kill", server)
+    assert "kill -9" in before.data.tags["end_reason"]
+
+    first_times = dict((s, t) for s, _, t in history(tmp_path / "kill", server, "train/loss"))
+    resumed = job(
+        tmp_path / "kill", server.uri, "--resume", 15, "--first", 16, "--last", 40, "--pause", 0.3
+    )
+    wait_until(lambda: run_of(tmp_path / "kill", server).info.status == "RUNNING")
+    assert resumed.wait(120) == 0
+    after = run_of(tmp_path / "kill", server)
+    assert after.info.run_id == before.info.run_id
+    assert after.info.status == "FINISHED"
+    assert after.data.tags["resumed"] == "true"
+    assert after.data.tags["resumed_from_step"] == "15"
+    points = history(tmp_path / "kill", server, "train/loss")
+    assert [step for step, _, _ in points] == list(range(1, 41))  # 16..20 once
+    assert all(time == first_times[step] for step, _, time in points if step <= 20)
+    lines = list(read_lines(tmp_path / "kill" / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == list(range(1, 41))
+
+
+def test_an_outage_loses_and_doubles_nothing_and_never_holds_up_training(server, tmp_path):
+    """Frozen (accepts, never answers), gone, and back, while steps go on being logged."""
+    config = run_config(tmp_path, server.uri, model__num_loops=2)
+    tracker = build_tracker(config, tmp_path)
+    tracker.start({}, {})
+    costs_ms, step = [], 0
+
+    def log_for(seconds: float) -> None:
+        nonlocal step
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            step += 1
+            metrics = metrics_of(step, config)
+            began = time.perf_counter()
+            tracker.log(step, metrics)
+            costs_ms.append(1e3 * (time.perf_counter() - began))
+            time.sleep(0.02)
+
+    while not has_run(tmp_path, server):
+        log_for(0.2)
+    log_for(1)
+    server.freeze()
+    log_for(2)
+    server.thaw()
+    server.stop()
+    log_for(2)
+    server.start(wait=False)
+    log_for(1)
+    server.wait_until_up()
+    tracker.finish("FINISHED")
+    assert run_of(tmp_path, server).info.status == "FINISHED"
+    assert_server_has_the_jsonl(tmp_path, server)
+    assert sorted(costs_ms)[int(0.99 * len(costs_ms))] < 50
+    assert sorted(costs_ms)[len(costs_ms) // 2] < 1
+
+
+def test_no_server_at_all_then_sync_later_and_again(server, tmp_path, caplog):
+    """The end of the job waits only as long as it was told; nothing is lost; sync is repeatable."""
+    config = run_config(tmp_path, "http://127.0.0.1:9")  # nobody listens there
+    tracker = build_tracker(config, tmp_path)
+    tracker._trackers[1]._give_up_s = 1.0
+    began = time.monotonic()
+    tracker.start({}, {})
+    assert time.monotonic() - began < 1.0
+    for step in range(1, 301):
+        tracker.log(step, metrics_of(step, config))
+    tracker.finish("KILLED")
+    assert "tools/sync_mlflow.py" in caplog.text or "still sending" in caplog.text
+    journal = Journal(tmp_path)
+    assert journal.state("http://127.0.0.1:9") == {}
+    with journal.lock(wait_s=60.0) as free:  # the sender gives up by itself
+        assert free
+        with pytest.raises(DataError, match="running job is sending"):
+            sync(tmp_path, server.uri)
+
+    first = sync(tmp_path, server.uri)
+    assert first.status == "KILLED"
+    lines = list(read_lines(tmp_path / "metrics.jsonl"))
+    assert first.sent_metrics == sum(len(set(line) - NOT_METRICS) for line in lines)
+    report = tmp_path / "report.md"
+    report.write_text("# Report\n")
+    assert attach(tmp_path, [report], folder="report")
+    second = sync(tmp_path, server.uri)
+    assert second.sent_metrics == 0
+    assert second.where == first.where
+    run = run_of(tmp_path, server)
+    assert run.info.status == "KILLED"
+    assert [history(tmp_path, server, "train/loss")[i][0] for i in (0, -1)] == [1, 300]
+    assert len(history(tmp_path, server, "train/loss")) == 300
+
+    from mlflow.tracking import MlflowClient
+
+    files = MlflowClient(server.uri).list_artifacts(run.info.run_id, "report")
+    assert [file.path for file in files] == ["report/report.md"]
+
+
+def test_a_run_never_tracked_is_sent_from_its_config(server, tmp_path):
+    command = [sys.executable, "-m", "tests.unit.tracking.job", str(tmp_path), "--last", "12"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    with pytest.raises(ConfigError, match="--uri URI"):
+        sync(tmp_path)
+    tool = [sys.executable, "tools/sync_mlflow.py", str(tmp_path), "--uri", server.uri]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(tool, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "RUNNING" in done.stdout  # 12 of 1000 steps, and nobody wrote down why
+    assert sync(tmp_path, server.uri, status="KILLED").status == "KILLED"
+    assert run_of(tmp_path, server).info.status == "KILLED"
+    assert_server_has_the_jsonl(tmp_path, server)
+
+
+def test_a_changed_setting_after_a_resume_is_a_tag(server, tmp_path):
+    """MLflow keeps parameters as they were first; the change must not be lost, or stop the run."""
+    from pltmoe.tracking.delivery import Delivery
+    from pltmoe.tracking.jsonl import JsonlTracker
+    from pltmoe.tracking.mlflow import MLflowTracker
+
+    for lr, resume in ((1e-3, None), (5e-4, 3)):
+        config = run_config(tmp_path, server.uri, optimizer__lr=lr)
+        lines = JsonlTracker(tmp_path, 1)
+        lines.start({}, {}, resume_step=3)
+        MLflowTracker(config, tmp_path).record_start({"note": "x" * 7000}, {}, resume_step=resume)
+        lines.log(4, {"train/loss": float("nan"), "odd [name]": 1.0})
+        lines.finish("FINISHED")
+        Delivery(tmp_path, server.uri).deliver()
+    run = run_of(tmp_path, server)
+    assert run.data.params["optimizer.lr"] == "0.001"
+    assert run.data.tags["changed.optimizer.lr"] == "0.0005 since step 3"
+    assert len(run.data.params["note"]) == 6000
+    assert run.data.metrics["odd _name_"] == 1.0
+    assert str(run.data.metrics["train/loss"]) == "nan"
+
+
+def test_a_run_deleted_in_mlflow_is_left_alone(server, tmp_path):
+    from mlflow.tracking import MlflowClient
+
+    from pltmoe.tracking.delivery import Delivery
+    from pltmoe.tracking.mlflow import MLflowTracker
+
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "a": 1.0}\n')
+    MLflowTracker(run_config(tmp_path, server.uri), tmp_path).record_start({}, {}, None)
+    delivery = Delivery(tmp_path, server.uri)
+    delivery.deliver()
+    MlflowClient(server.uri).delete_run(run_of(tmp_path, server).info.run_id)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, "time": 2.0, "a": 2.0}) + "\n")
+    with pytest.raises(DataError, match="deleted in MLflow"):
+        sync(tmp_path, server.uri)
+
+
+def test_sync_names_what_is_wrong(tmp_path):
+    with pytest.raises(DataError, match=r"no metrics\.jsonl here"):
+        sync(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    config = run_config(tmp_path, "http://user:secret@127.0.0.1:9")
+    from pltmoe.tracking.mlflow import MLflowTracker
+
+    MLflowTracker(config, tmp_path).record_start({}, {}, None)
+    with pytest.raises(ConfigError, match="password is not stored"):
+        sync(tmp_path)
+    with pytest.raises(DataError, match=r"127\.0\.0\.1:9 does not take the run"):
+        sync(tmp_path, "http://127.0.0.1:9")

@@ -1,0 +1,108 @@
+import json
+import math
+import time
+from pathlib import Path
+
+import pytest
+
+from pltmoe.tracking import build_tracker
+from pltmoe.tracking.jsonl import JsonlTracker, decode_line, drop_after, encode_line, read_lines
+from tests.unit.tracking.runs import metrics_of, run_config
+
+
+def write(run_dir: Path, steps: range, resume: int | None = None) -> None:
+    tracker = JsonlTracker(run_dir, tokens_per_step=100)
+    tracker.start({}, {}, resume_step=resume)
+    for step in steps:
+        tracker.log(step, {"train/loss": 1.0 / step})
+    tracker.finish("FINISHED")
+
+
+def steps_of(run_dir: Path) -> list[int]:
+    return [line["step"] for line in read_lines(run_dir / "metrics.jsonl")]
+
+
+def test_a_line_has_step_time_tokens_and_metrics(tmp_path):
+    before = time.time()
+    write(tmp_path, range(1, 3))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["tokens"] for line in lines] == [100, 200]
+    assert lines[1]["train/loss"] == 0.5
+    assert before - 1 <= lines[0]["time"] <= time.time() + 1
+    assert list(lines[0])[:3] == ["step", "time", "tokens"]
+
+
+def test_each_line_is_on_disk_before_the_next(tmp_path):
+    tracker = JsonlTracker(tmp_path, 1)
+    tracker.start({}, {})
+    tracker.log(1, {"train/loss": 1.0})
+    assert steps_of(tmp_path) == [1]  # not closed, not finished
+    tracker.finish("FINISHED")
+
+
+def test_values_that_are_not_finite_are_strict_json_and_come_back():
+    text = encode_line({"step": 1, "a": math.nan, "b": math.inf, "c": -math.inf})
+
+    def no_constants(name: str) -> None:
+        raise AssertionError(f"{name} is not JSON")
+
+    json.loads(text, parse_constant=no_constants)
+    values = decode_line(text)
+    assert math.isnan(values["a"]) and values["b"] == math.inf and values["c"] == -math.inf
+
+
+def test_resume_cuts_the_steps_that_come_again(tmp_path, caplog):
+    write(tmp_path, range(1, 13))
+    with caplog.at_level("INFO"):
+        write(tmp_path, range(9, 13), resume=8)
+    assert steps_of(tmp_path) == list(range(1, 13))
+    assert "cut 4 lines after step 8" in caplog.text
+    assert not list(tmp_path.glob("*.new"))
+
+
+def test_resume_cuts_a_torn_line(tmp_path):
+    write(tmp_path, range(1, 4))
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "train/lo')
+    assert steps_of(tmp_path) == [1, 2, 3]
+    write(tmp_path, range(4, 6), resume=3)
+    assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_failed_cut_leaves_the_file_whole(tmp_path, monkeypatch):
+    write(tmp_path, range(1, 6))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+
+    def no_space(descriptor: int) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("os.fsync", no_space)
+    with pytest.raises(OSError, match="no space"):
+        drop_after(tmp_path / "metrics.jsonl", 2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_starting_from_scratch_moves_the_old_records_away(tmp_path):
+    write(tmp_path, range(1, 4))
+    (tmp_path / "mlflow").mkdir()
+    write(tmp_path, range(1, 3))
+    assert steps_of(tmp_path) == [1, 2]
+    (previous,) = (tmp_path / "previous").iterdir()
+    assert steps_of(previous) == [1, 2, 3]
+    assert (previous / "mlflow").is_dir()
+
+
+def test_logging_a_step_costs_less_than_a_millisecond(tmp_path):
+    """A line of 100 metrics; the bound is loose enough for a busy machine (the median counts)."""
+    config = run_config(tmp_path, model__num_loops=2, model__num_layers=48)
+    tracker = build_tracker(config, tmp_path)
+    tracker.start({}, {})
+    metrics = metrics_of(1, config)
+    assert len(metrics) == 100
+    costs = []
+    for step in range(200):
+        began = time.perf_counter()
+        tracker.log(step, metrics)
+        costs.append(time.perf_counter() - began)
+    tracker.finish("FINISHED")
+    assert sorted(costs)[100] < 1e-3
