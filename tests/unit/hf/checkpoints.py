@@ -1,0 +1,54 @@
+"""Real checkpoints (Megatron model, the trainer's own save) with random weights, for conversion."""
+
+from pathlib import Path
+
+import torch
+
+from pltmoe.checkpoint.manifest import Manifest
+from pltmoe.checkpoint.store import save_checkpoint
+from pltmoe.config import ModelConfig, RunConfig, config_from_dict
+from pltmoe.engines.megatron_state import model_state
+from pltmoe.model.megatron_config import transformer_config
+from pltmoe.model.plt import PLTModel
+from pltmoe.parallel.groups import create_groups, destroy_groups
+from pltmoe.parallel.layout import layout_for
+from pltmoe.runtime import distributed
+
+TEXT_VOCABULARY = 400
+
+
+def run_config(m: ModelConfig) -> RunConfig:
+    """Return a run that could have written a checkpoint of ``m``."""
+    return config_from_dict(
+        {
+            "name": "small",
+            "model": m.model_dump(),
+            "data": {"tokenizer": "t.model", "train": [{"path": "text"}], "sequence_length": 32},
+            "optimizer": {"lr": 1e-3},
+            "train": {"output_dir": "run", "steps": 10, "global_batch_size": 1},
+        }
+    )
+
+
+def write_checkpoint(
+    run: Path, m: ModelConfig, tokenizer: Path, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write ``run/checkpoints/step_00000007`` and return it."""
+    config = run_config(m)
+    distributed.start(distributed.Processes(rank=0, world_size=1, local_rank=0))
+    groups = create_groups(layout_for(config, 1))
+    try:
+        transformer = transformer_config(m, params_dtype=dtype)
+        model = PLTModel(m, transformer, groups)
+        torch.manual_seed(3)
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if tensor.is_floating_point():
+                centre = 1.0 if "norm" in name else 0.0
+                tensor.data.normal_(centre, 0.3)
+        manifest = Manifest(config=config, step=7, tokens=7 * 32)
+        folder = run / "checkpoints"
+        folder.mkdir(parents=True)
+        return save_checkpoint(folder, model_state(model, groups), manifest, tokenizer)
+    finally:
+        destroy_groups()
+        distributed.stop()
