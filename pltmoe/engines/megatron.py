@@ -132,7 +132,7 @@ class MegatronEngine:
         strange = [key for key in strange if not key.endswith("_extra_state")]
         assert not strange and not missing.unexpected_keys, (strange, missing.unexpected_keys)
         if "optimizer" in loaded:
-            megatron_state.restore_optimizer(self._optimizer, loaded["optimizer"])
+            megatron_state.restore_optimizer(self._optimizer, loaded["optimizer"], step)
         else:
             self._optimizer.reload_model_params()
         if "random" in loaded:

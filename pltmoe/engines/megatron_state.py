@@ -8,6 +8,7 @@ and the checkpoint's must agree with it (checkpoint/compatible.py).
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
@@ -46,12 +47,20 @@ def optimizer_state(
     weights: dict[str, Any],
     groups: ProcessGroupCollection,
     loading: bool,
-) -> dict[str, Any]:
-    """Describe fp32 master weights and Adam's moments; collective when saving."""
+) -> dict[int, Any]:
+    """Describe fp32 master weights and Adam's moments by part; collective when saving.
+
+    With expert parallelism there are two parts, experts and the rest, and one part without. What
+    Megatron would store beside the tensors depends on that, so it is left out.
+    """
     ensure_state(optimizer)
-    return optimizer.sharded_state_dict(
-        {"model": weights}, is_loading=loading, metadata=sharding_metadata(groups)
-    )
+    metadata = sharding_metadata(groups)
+    return {
+        index: part.sharded_state_dict({"model": weights}, is_loading=loading, metadata=metadata)[
+            "param_state"
+        ]
+        for index, part in enumerate(optimizer.chained_optimizers)
+    }
 
 
 def random_object(loading: bool) -> ShardedObject:
@@ -61,17 +70,20 @@ def random_object(loading: bool) -> ShardedObject:
     return ShardedObject("random", data, shape, offset, replica_id=0)
 
 
-def restore_optimizer(optimizer: ChainedOptimizer, loaded: dict[Any, Any]) -> None:
-    """Load moments, master weights and step count; keep the hyperparameters of this run.
+def restore_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any], step: int) -> None:
+    """Load moments and master weights after ``step`` steps; hyperparameters stay this run's.
 
-    Megatron pairs parameter groups by their hyperparameters and would take the stored ones.
+    Megatron's own ``load_state_dict`` fails with PyTorch's AdamW: it looks for the step count of
+    each parameter among the stored tensors. All counts are the same number, so it is set here.
     """
-    parts = optimizer.chained_optimizers
-    stored = [loaded] if len(parts) == 1 else [loaded[index] for index in range(len(parts))]
-    for part, state in zip(parts, stored, strict=True):
-        steps = {group["step"] for group in state["optimizer"]["param_groups"] if "step" in group}
-        assert len(steps) == 1, "all groups of an optimizer take the same steps"
-        groups = part.state_dict()["optimizer"]["param_groups"]
-        step = steps.pop()
-        state["optimizer"]["param_groups"] = [{**group, "step": step} for group in groups]
-    optimizer.load_state_dict(loaded)
+    for index, part in enumerate(optimizer.chained_optimizers):
+        adam = part.optimizer
+        for state in adam.state.values():
+            state.pop("step", None)
+        part.load_parameter_state_from_fully_reshardable(loaded[index])
+        if isinstance(adam, torch.optim.AdamW):
+            for state in adam.state.values():
+                state["step"] = torch.tensor(float(step))
+        else:  # Transformer Engine and Apex count per group
+            for group in adam.param_groups:
+                group["step"] = step
