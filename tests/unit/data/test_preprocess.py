@@ -17,6 +17,7 @@ from pltmoe.data.manifest import manifest_path, read_manifest
 from pltmoe.data.parts import write_part
 from pltmoe.data.preprocess import PreprocessOptions, preprocess
 from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
 from pltmoe.errors import DataError
 from tests.unit.data.odd_text import ODD_TEXTS
 
@@ -124,6 +125,28 @@ def test_interrupted_run_continues_with_the_same_bytes(
     preprocess([jsonl], prefix, tokenizer.model_path, _options())
     assert len(written) == len(set(written)) > 4, "a finished part was done again"
     assert _bytes(prefix) == _bytes(tmp_path / "ref" / "out")
+
+
+def test_parts_of_another_tokenizer_or_key_are_not_used(
+    tmp_path: Path, tokenizer: Tokenizer, corpus: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """An interrupted run may be continued with another command; its parts must then not fit."""
+    lines = [json.dumps({"text": f"text {i}", "body": f"body {i}"}) + "\n" for i in range(30)]
+    (tmp_path / "in.jsonl").write_text("".join(lines))
+    options = TrainingOptions(vocab_size=500, max_bytes=100_000)
+    other = train_tokenizer([corpus], tmp_path / "other.model", options, progress=False)
+    for number, (model, key) in enumerate(
+        [(tokenizer.model_path, "body"), (other.model_path, "text")]
+    ):
+        folder = tmp_path / str(number)
+        inputs = [tmp_path / "in.jsonl"]
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "_join", lambda *args: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                preprocess(inputs, folder / "out", tokenizer.model_path, _options())
+        for prefix in (folder / "out", folder / "ref" / "out"):
+            preprocess(inputs, prefix, model, _options(json_key=key))
+        assert _bytes(folder / "out") == _bytes(folder / "ref" / "out")
 
 
 @pytest.mark.parametrize("damage", [".bin", ".lengths.npy", ".json"])
