@@ -15,6 +15,7 @@ REQUIRES = [
     "torch>=2.11",  # tested from here on
     "megatron-core>=0.19.2,<0.20",  # its interfaces change with every minor version
     "transformers>=5,<6",  # 5 changed how expert weights are stored
+    "tokenizers>=0.22",  # the fast tokenizer of exported models; transformers bounds it further
     "mlflow>=3.17,<4",  # tested from here on; 4 may change the stores again
     "sentencepiece>=0.2",
     "safetensors>=0.8",  # as transformers 5 wants
@@ -24,6 +25,7 @@ REQUIRES = [
     "matplotlib>=3.9",
     "tqdm>=4.66",
     "psutil>=6",  # memory of the process, and MLflow's system metrics
+    "nvidia-ml-py>=12.560",  # MLflow's GPU metrics; pure Python, idle without a GPU
 ]
 
 EXTRAS = {
@@ -38,7 +40,7 @@ EXTRAS = {
 setup(
     name="pltmoe",
     version=VERSION[1],
-    description="Pretraining of Parallel Loop Transformers with mixture of experts on Megatron-core",
+    description="Pretraining of Parallel Loop Transformers (PLT) with experts on Megatron-core",
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.12",  # megatron-core's own bound since 0.17

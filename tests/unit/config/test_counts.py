@@ -45,7 +45,7 @@ def test_counts_of_the_papers_models(file: str, total: float, active: float):
 
 
 def test_counts_exactly():
-    """By hand: embeddings and head, final norm, then layers of attention, norms, router, experts."""
+    """By hand: embeddings and head, final norm; a layer: attention, norms, router, experts."""
     attention, norms, router, experts = 10_485_760, 4_352, 524_288, 1_610_612_736
     layer, ends, gate = attention + norms + router + experts, 268_435_456 + 2_048, 16 * 128 + 16
     assert count_parameters(of_file("vanilla_2.5b_60b.yaml")).total == ends + 36 * layer
