@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 
 _FACTORIES = ("empty", "zeros", "ones", "full", "tensor", "arange", "rand", "randn", "randint")
 _LIKE = ("empty_like", "zeros_like", "ones_like", "full_like")
@@ -83,6 +84,9 @@ def _redirect_device_argument(function: Callable[..., Any]) -> Callable[..., Any
 
 
 def _redirect_devices() -> None:
+    # ``with torch.device(...)`` knows factories by identity and collects them on first use: let it
+    # collect the real ones, or it does nothing and modules built on "meta" hold garbage.
+    _device_constructors()
     torch.cuda.current_device = lambda: torch.device("cpu")
     for name in _FACTORIES + _LIKE:
         setattr(torch, name, _redirect_device_argument(getattr(torch, name)))
