@@ -143,7 +143,6 @@ class PLTMoEConfig(PreTrainedConfig):
         window, experts, top_k = self.plt_window_size, self.num_experts, self.num_experts_per_tok
         yield self.hidden_act != "silu", f"hidden_act ({self.hidden_act}) must be silu"
         yield rope_type != "default", f"rope_type ({rope_type}) must be default"
-        yield self.head_dim % 2 == 1, f"head_dim ({self.head_dim}) must be even"
         yield (
             heads % kv_heads != 0,
             f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})",

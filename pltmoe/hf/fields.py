@@ -51,6 +51,7 @@ ARCHITECTURES = {
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+_RENAMED = {"num_local_experts": "num_experts"}  # as newer transformers write Qwen3-MoE configs
 AUTO_MAP = {
     "AutoConfig": "configuration_plt_moe.PLTMoEConfig",
     "AutoModel": "modeling_plt_moe.PLTMoEModel",
@@ -107,6 +108,7 @@ def from_hf_fields(fields: Mapping[str, Any], where: str = "config.json") -> Mod
         raise ConversionError(
             f"{where}: model_type is {kind!r}; only {', '.join(ARCHITECTURES)} can be converted"
         )
+    fields = {_RENAMED.get(name, name): value for name, value in fields.items()}
     _refuse_options(fields, where)
     is_moe = kind == "qwen3_moe" or bool(kind == "plt_moe" and fields.get("num_experts"))
     names = SAME_MEANING | (MOE_FIELDS if is_moe else {"ffn_hidden_size": "intermediate_size"})

@@ -1,8 +1,9 @@
 """Does an exported folder compute what the checkpoint computes? Compares logits on real tokens.
 
 One side is the reference model (model/reference.py) with tensors straight from the checkpoint, the
-other is what a user gets: the folder, loaded by transformers. Both run in float64 where memory
-allows, one after the other.
+other is what a user gets: the folder, loaded by transformers. Both run one after the other, in
+float64 where memory allows. transformers' own Qwen3 models run in float32: they keep norms and
+router scores in it whatever the dtype, and their fused experts know no float64.
 """
 
 import inspect
@@ -26,10 +27,8 @@ from pltmoe.model.reference import ReferencePLT
 NUM_SEQUENCES, NUM_SLOTS = 2, 160
 """Enough slots for a window of 64 keys to slide."""
 
-BOUNDS = {("plt_moe", torch.float64): 1e-8, ("plt_moe", torch.float32): 1e-2}
-STOCK_BOUND = 1e-2
-"""Allowed difference, relative to the largest logit. transformers' Qwen3 models keep norms, router
-scores and rotary angles in float32 whatever the dtype, and float32 runs round differently."""
+BOUNDS = {torch.float64: 1e-8, torch.float32: 1e-3}
+"""Allowed difference, relative to the largest logit."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,8 @@ class Verification:
 def fitting_dtype(m: ModelConfig) -> torch.dtype | None:
     """Return the widest precision in which the model fits into free memory, or None."""
     free = psutil.virtual_memory().available
-    for dtype in (torch.float64, torch.float32):
+    stock = hf_model_type(m) != "plt_moe"
+    for dtype in (torch.float32,) if stock else (torch.float64, torch.float32):
         if 1.3 * count_parameters(m).total * dtype.itemsize < free:
             return dtype
     return None
@@ -88,8 +88,7 @@ def verify_export(
     expected = _reference_logits(tensors, m, tokens, exported_dtype, dtype)
     found = _exported_logits(folder, tokens, dtype)
     result = _compare(expected, found, dtype)
-    bound = BOUNDS.get((hf_model_type(m), dtype), STOCK_BOUND)
-    if not result.max_difference <= bound * max(1.0, float(expected.abs().max())):
+    if not result.max_difference <= BOUNDS[dtype] * max(1.0, float(expected.abs().max())):
         raise ConversionError(
             f"the exported model computes other logits than the checkpoint: largest difference "
             f"{result.max_difference:.2e}, mean KL divergence {result.mean_kl:.2e} nats"
