@@ -83,7 +83,3 @@ class Engine(Protocol):
         Without the optimizer's part, the optimizer starts afresh from the loaded weights.
         """
         ...
-
-    def close(self) -> None:
-        """Let go of process groups."""
-        ...

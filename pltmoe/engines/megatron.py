@@ -40,7 +40,6 @@ from pltmoe.model.initialize import initialize
 from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
 from pltmoe.model.megatron_config import transformer_config
 from pltmoe.model.plt import PLTModel
-from pltmoe.parallel.groups import destroy_groups
 from pltmoe.parallel.layout import Layout
 from pltmoe.runtime import devices
 from pltmoe.runtime.devices import Backend
@@ -139,10 +138,6 @@ class MegatronEngine:
             restore_random_state(loaded["random"])
         self._schedule.num_steps = step
         self._schedule.step(0)
-
-    def close(self) -> None:
-        """Let go of process groups."""
-        destroy_groups()
 
     def _forward_backward(self, batches: Iterator[Batch], forward_only: bool) -> Tensor:
         """Run this rank's micro batches; returns [summed loss, loss tokens] in float64."""

@@ -23,12 +23,11 @@ from pltmoe.runtime.seeds import random_state
 def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
     """Return Megatron's switches for state that can be loaded under another layout.
 
-    Without the first two, expert parallelism puts ``chained_0.`` and rank numbers into the keys of
-    the optimizer's state, and only the same layout can load it.
+    ``fully_reshardable`` stores optimizer state in the shapes of the weights. (The other formats
+    store pieces of flat buffers, under keys with rank numbers in them.)
     """
     return {
         "distrib_optim_sharding_type": "fully_reshardable",
-        "chained_optim_avoid_prefix": True,
         "distrib_optim_fully_reshardable_mem_efficient": False,
         "singleton_local_shards": False,
         "dp_cp_group": groups.dp_cp,

@@ -25,7 +25,7 @@ from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.engines.base import Batch, Engine
 from pltmoe.engines.megatron import MegatronEngine
 from pltmoe.errors import CheckpointError
-from pltmoe.parallel.groups import create_groups
+from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime import devices, distributed, seeds
 from pltmoe.runtime.signals import StopRequest
@@ -61,15 +61,18 @@ def pretrain(config: RunConfig) -> int:
     processes = distributed.processes_from_environment()
     distributed.start(processes)
     layout = layout_for(config, processes.world_size)
-    with StopRequest() as stop:
-        groups = create_groups(layout)
-        seeds.seed_everything(config.train.seed, config.train.deterministic)
-        start = _find_start(config)
-        data = Data(config, layout, processes.rank, start)
-        engine = MegatronEngine(config, layout, groups)
-        source = _load(config, engine, layout, start)
-        log_startup(config, engine.capabilities, source)
-        return _train(config, engine, data, start, stop)
+    groups = create_groups(layout)
+    try:
+        with StopRequest() as stop:
+            seeds.seed_everything(config.train.seed, config.train.deterministic)
+            start = _find_start(config)
+            data = Data(config, layout, processes.rank, start)
+            engine = MegatronEngine(config, layout, groups)
+            source = _load(config, engine, layout, start)
+            log_startup(config, engine.capabilities, source)
+            return _train(config, engine, data, start, stop)
+    finally:
+        destroy_groups()
 
 
 class Data:
@@ -182,7 +185,6 @@ def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: St
     logger.info(
         "%s at step %d: %s", "finished" if finished else "stopped", trainer.step, outcome.value
     )
-    engine.close()
     return 0 if finished else 128 + trainer.stop_signal
 
 

@@ -26,7 +26,7 @@ def serial(warm_ranks, tmp_path_factory):
 
 @pytest.mark.parametrize("expert_parallel", [2, 1])
 def test_two_processes_equal_one(serial, warm_ranks, expert_parallel):
-    """Loss, gradient norm, metrics, weights and expert biases, with aux loss, z-loss and bias on."""
+    """Loss, gradient norm, metrics, weights and expert biases, with all router losses on."""
     _, one = serial
     two = warm_ranks(
         2, f"{CASES}:train", steps=STEPS, parallel__expert_parallel_size=expert_parallel
@@ -52,7 +52,7 @@ def test_dense_model_on_two_processes_equals_one(warm_ranks):
 
 
 def test_gradients_equal_the_written_out_loss(warm_ranks):
-    """Router losses keep their weight when tokens are masked: a micro batch counts by its tokens."""
+    """Router losses keep their weight when tokens are masked: micro batches count by tokens."""
     differences = warm_ranks(1, f"{CASES}:gradients_against_reference")[0]
     assert len(differences) > 20
     assert max(differences.values()) < 1e-4, differences
@@ -103,7 +103,9 @@ def test_what_is_not_finite_stops_before_the_update(warm_ranks):
 
 def assert_same_weights(got: dict[str, Any], expected: dict[str, Any]) -> None:
     for name, weight in got.items():
-        torch.testing.assert_close(weight, expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            weight, expected[name], **CLOSE, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def assert_same_moments(got: list[Any], expected: list[Any]) -> None:

@@ -20,7 +20,9 @@ def test_reads_back_what_was_written(fake_checkpoint):
 def test_no_folder_and_no_manifest(tmp_path):
     with pytest.raises(CheckpointError, match="nowhere: no such checkpoint folder"):
         read_manifest(tmp_path / "nowhere")
-    with pytest.raises(CheckpointError, match="no manifest.json, so it is no checkpoint or was nev"):
+    with pytest.raises(
+        CheckpointError, match="no manifest.json, so it is no checkpoint or was nev"
+    ):
         read_manifest(tmp_path)
 
 

@@ -49,5 +49,7 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(EngineError, match="local rank 1 has no GPU: this machine has 1; .* 1 or le"):
+    with pytest.raises(
+        EngineError, match="local rank 1 has no GPU: this machine has 1; .* 1 or le"
+    ):
         distributed.start(Processes(rank=1, world_size=2, local_rank=1))

@@ -1,0 +1,229 @@
+"""Real runs of tools/pretrain.py: killed and resumed, stopped, moved, and told wrong things."""
+
+import json
+import os
+import re
+import signal
+import sqlite3
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pltmoe.checkpoint import store
+from pltmoe.checkpoint.manifest import read_manifest
+from pltmoe.train.metrics import metric_named
+from tests.distributed.pretrain_cases import same
+from tests.distributed.run_files import finish, make_files, start_ranks
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+CASES = "tests.distributed.pretrain_cases"
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def run(config, warm_ranks):
+    """``run(output, *overrides)`` in a warm process: exit code, log."""
+
+    def tool(output: Path, *overrides: str) -> tuple[int, str]:
+        arguments = ["--config", str(config), f"train.output_dir={output}", *overrides]
+        return warm_ranks(1, f"{CASES}:run_many", cases={"only": arguments})[0]["only"]
+
+    return tool
+
+
+@pytest.fixture(scope="module")
+def straight(run, tmp_path_factory) -> tuple[Path, str]:
+    """A run of all steps in one go: its folder and its log."""
+    output = tmp_path_factory.mktemp("straight")
+    code, log = run(output, f"train.steps={STEPS}")
+    assert code == 0, log
+    return output, log
+
+
+def lines_of(output: Path) -> list[dict[str, Any]]:
+    """The metrics of a run without what depends on the clock."""
+    text = (output / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in text]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("perf/", "memory/", "time"))}
+        for line in lines
+    ]
+
+
+def wait_for(process: Any, text: str) -> str:
+    """Read the output of a process up to a line that contains ``text``."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"never said {text!r}:\n{seen}")
+
+
+def test_log_and_metrics_of_a_run(straight):
+    output, log = straight
+    assert not any("WARNING" in line for line in log.splitlines())
+    for row in ("versions", "commit", "device", "layout", "parameters", "FLOPs per token"):
+        assert re.search(rf"^  {row} +\S", log, re.M), row
+    assert "the CPU stands in for CUDA" in log and "EP1 x DP1" in log
+    assert re.search(r"^  optimizer +(torch|TE|Apex) \(", log, re.M)
+    line = r"step 12/12  loss \d\.\d{4}  lr \S+  grad \S+  [\d,]+ tokens/s  \S+ TFLOP/s.*  ETA 0:00"
+    assert re.search(line, log)
+    metrics = lines_of(output)
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    assert {line["step"] for line in metrics if "valid/loss" in line} == {4, 8, 12}
+    names = {name for line in metrics for name in line} - {"step", "tokens"}
+    assert {n for n in names if metric_named(n) is None} == set(), "not in train/metrics.py"
+    assert {"moe/aux_loss/loop_2", "moe/expert_overlap/loop_2/layer_02"} <= names
+    assert {"plt/gate_mean/loop_2", "moe/load_imbalance/loop_1/layer_01"} <= names
+    assert metrics[-1]["tokens"] == STEPS * 4 * 16
+    assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
+    manifest = read_manifest(store.latest_checkpoint(output))
+    assert (manifest.step, manifest.consumed_samples, manifest.tokens) == (12, 48, 768)
+
+
+def test_killed_run_resumes_bit_for_bit(config, run, straight, warm_ranks, tmp_path):
+    """kill -9 between checkpoints, resume, Ctrl-C, resume: the same as never stopped."""
+    arguments = (f"train.output_dir={tmp_path}", f"train.steps={STEPS}")
+    (first,) = start_ranks(config, *arguments)
+    wait_for(first, "step 6/12")
+    first.kill()
+    finish([first])
+    leftover = tmp_path / "checkpoints" / ".writing_step_00000099"
+    leftover.mkdir()
+    assert store.latest_checkpoint(tmp_path).name == "step_00000004"
+
+    (second,) = start_ranks(config, *arguments)
+    log = wait_for(second, "step 5/12")
+    second.send_signal(signal.SIGINT)
+    codes, outputs = finish([second])
+    assert codes == [130], outputs
+    assert "resumed from" in log and "(step 4)" in log and not leftover.exists()
+    assert "SIGINT: finishing this step, then saving and stopping" in outputs[0]
+    stopped_at = read_manifest(store.latest_checkpoint(tmp_path)).step
+    assert 5 <= stopped_at < STEPS
+
+    code, log = run(tmp_path, f"train.steps={STEPS}")
+    assert code == 0 and f"(step {stopped_at})" in log
+    assert lines_of(tmp_path) == lines_of(straight[0])
+    ours, expected = (
+        warm_ranks(1, f"{CASES}:contents", folder=store.latest_checkpoint(output))[0]
+        for output in (tmp_path, straight[0])
+    )
+    assert ours.keys() == expected.keys()
+    assert len(ours) > 60 and any("expert_bias" in key for key in ours)
+    assert [key for key in ours if not same(ours[key], expected[key])] == []
+
+
+def test_sigterm_to_one_rank_stops_both_and_the_run_moves_on(config, run, tmp_path):
+    """Two ranks, EP=2, MLflow: KILLED; then one process continues the same run to its end."""
+    database = tmp_path / "mlflow.db"
+    common = (
+        f"train.output_dir={tmp_path / 'run'}",
+        "optimizer.decay_steps=500",
+        f"tracking.mlflow_uri=sqlite:///{database}",
+        "tracking.system_metrics=false",
+    )
+    ranks = start_ranks(
+        config, *common, "train.steps=500", "parallel.expert_parallel_size=2", nprocs=2
+    )
+    log = wait_for(ranks[0], "step 3/500")
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    codes, outputs = finish(ranks)
+    assert codes == [143, 143], outputs
+    assert "EP2 x DP1" in log and re.search(r"stopped at step \d+: a signal asked", outputs[0])
+    step = read_manifest(store.latest_checkpoint(tmp_path / "run")).step
+    assert step >= 3 and lines_of(tmp_path / "run")[-1]["step"] == step
+    assert mlflow_runs(database) == [("tiny", "KILLED")]
+
+    code, log = run(tmp_path / "run", *common, f"train.steps={step + 2}")
+    assert code == 0 and f"(step {step})" in log and "EP1 x DP1" in log
+    assert mlflow_runs(database) == [("tiny", "FINISHED")]
+    losses = [line["train/loss"] for line in lines_of(tmp_path / "run")]
+    assert len(losses) == step + 2 and abs(losses[-1] - losses[step - 1]) < 0.5
+
+
+def mlflow_runs(database: Path) -> list[tuple[str, str]]:
+    with sqlite3.connect(database) as connection:
+        return connection.execute("select name, status from runs").fetchall()
+
+
+def test_weights_alone_start_a_new_run(run, straight, tmp_path):
+    folder = store.latest_checkpoint(straight[0])
+    code, log = run(tmp_path, f"checkpoint.load_weights={folder}", "train.steps=4")
+    assert code == 0 and f"from {folder} (step 12 of tiny); new optimizer" in log
+    first, last = lines_of(tmp_path)[0], lines_of(straight[0])[-1]
+    assert first["step"] == 1 and first["optim/lr"] == 0.0
+    assert first["train/loss"] < lines_of(straight[0])[0]["train/loss"] - 0.1
+    assert abs(first["train/loss"] - last["train/loss"]) < 0.5
+
+
+def test_a_finished_run_stays_as_it_is(run, straight):
+    before = (straight[0] / "metrics.jsonl").read_bytes()
+    code, log = run(straight[0], f"train.steps={STEPS}")
+    assert code == 0 and "finished at step 12" in log
+    assert (straight[0] / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.fixture(scope="module")
+def mistakes(config, straight, warm_ranks, tmp_path_factory):
+    """Every mistake of one process, in one warm process: name -> (exit code, standard error)."""
+    base = ["--config", str(config)]
+    new = f"train.output_dir={tmp_path_factory.mktemp('mistakes') / 'run'}"
+    old = f"train.output_dir={straight[0]}"
+    file = tmp_path_factory.mktemp("file") / "file"
+    file.write_text("")
+    weights = f"checkpoint.load_weights={store.latest_checkpoint(straight[0])}"
+    cases = {
+        "no file": ["--config", "nowhere.yaml"],
+        "unknown key": [*base, "train.stepz=3"],
+        "layout": [*base, new, "parallel.expert_parallel_size=2"],
+        "data": [*base, new, f"data.train=[{{path: {file.parent}/text}}]"],
+        "changed": [*base, old, f"train.steps={STEPS}", "optimizer.lr=0.5", "train.seed=4"],
+        "behind": [*base, old, "train.steps=6", "optimizer.decay_steps=12"],
+        "no resume": [*base, old, f"train.steps={STEPS}", "checkpoint.resume=false"],
+        "weights": [*base, new, weights, "model.num_layers=3"],
+        "no weights": [*base, new, "checkpoint.load_weights=/nowhere"],
+        "output": [*base, f"train.output_dir={file}/run"],
+    }
+    return warm_ranks(1, f"{CASES}:run_many", cases=cases)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no file", "nowhere.yaml: no such config file"),
+        ("unknown key", "train.stepz: unknown key (value 3); did you mean steps?"),
+        (
+            "layout",
+            "1 process(es) cannot be split into groups of parallel.expert_parallel_size (2)",
+        ),
+        ("data", "/text"),
+        ("changed", "optimizer.lr: checkpoint 0.005, config 0.5; train.seed: checkpoint 1234, con"),
+        ("behind", "is at step 12, past train.steps (6)"),
+        ("no resume", "is there already, and checkpoint.resume is false"),
+        ("weights", "model.num_layers: checkpoint 2, config 3"),
+        ("no weights", "/nowhere: no such checkpoint folder"),
+        ("output", "train.output_dir ("),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(mistakes, name, message):
+    code, output = mistakes[name]
+    lines = output.splitlines()
+    assert code == 2, output
+    assert lines[-1].startswith("error: ") and message in lines[-1], output
+    assert "Traceback" not in output and len(lines) == 1, output
+
+
+def test_on_two_ranks_only_rank_zero_tells_what_both_know(config, warm_ranks, tmp_path):
+    arguments = ["--config", str(config), f"train.output_dir={tmp_path}/run"]
+    bad = [*arguments, f"data.train=[{{path: {tmp_path}/text}}]"]
+    first, second = warm_ranks(2, f"{CASES}:run_many", cases={"bad": bad})
+    assert first["bad"][0] == 2 and f"error: {tmp_path}/text" in first["bad"][1]
+    assert second["bad"] == (2, "")
