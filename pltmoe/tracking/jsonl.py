@@ -1,5 +1,8 @@
 """metrics.jsonl: one line per logged step, always written, and all that plots and MLflow need.
 
+Beside it, run.json says for each job that worked on the run where it ran, from which step, and how
+it ended.
+
 A line is strict JSON: ``{"step": 10, "time": 1767225600.1, "tokens": 20480, "train/loss": 3.2}``.
 ``time`` is seconds since 1970, ``tokens`` all tokens trained on up to this step. JSON knows no
 NaN: values that are not finite are written as the strings "NaN", "Infinity", "-Infinity".
@@ -17,6 +20,7 @@ from typing import Any, TextIO
 from pltmoe.tracking.base import EndStatus
 
 METRICS_FILE = "metrics.jsonl"
+JOBS_FILE = "run.json"
 SYSTEM_METRICS_FILE = "system_metrics.jsonl"
 MLFLOW_FOLDER = "mlflow"
 PREVIOUS_FOLDER = "previous"
@@ -48,6 +52,8 @@ class JsonlTracker:
         else:
             drop_after(self.path, resume_step)
         self._file = self.path.open("a", encoding="utf-8")
+        job = {"started": round(time.time(), 3), "resume_step": resume_step, "status": "RUNNING"}
+        write_jobs(self.path.parent, [*read_jobs(self.path.parent), job | {"tags": dict(tags)}])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line and flush it to the operating system."""
@@ -61,10 +67,27 @@ class JsonlTracker:
         """Nothing to do: the run directory is where artefacts are."""
 
     def finish(self, status: EndStatus) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
+        """Close the file and note how this job ended."""
+        if self._file is None:
+            return
+        self._file.close()
+        self._file = None
+        *before, job = read_jobs(self.path.parent)
+        job |= {"status": status, "ended": round(time.time(), 3)}
+        write_jobs(self.path.parent, [*before, job])
+
+
+def read_jobs(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the jobs that worked on a run, oldest first; RUNNING may also mean killed."""
+    path = run_dir / JOBS_FILE
+    return json.loads(path.read_text(encoding="utf-8"))["jobs"] if path.exists() else []
+
+
+def write_jobs(run_dir: Path, jobs: list[dict[str, Any]]) -> None:
+    """Replace run.json atomically."""
+    new = run_dir / (JOBS_FILE + ".new")
+    new.write_text(json.dumps({"jobs": jobs}, indent=1) + "\n", encoding="utf-8")
+    os.replace(new, run_dir / JOBS_FILE)
 
 
 def encode_line(values: Mapping[str, Any]) -> str:
@@ -122,7 +145,7 @@ def archive_previous(run_dir: Path) -> Path | None:
 
     Returns the folder, itself a run directory that reports and tools/sync_mlflow.py can read.
     """
-    names = (METRICS_FILE, SYSTEM_METRICS_FILE, MLFLOW_FOLDER)
+    names = (METRICS_FILE, JOBS_FILE, SYSTEM_METRICS_FILE, MLFLOW_FOLDER)
     found = [run_dir / name for name in names if (run_dir / name).exists()]
     if not found:
         return None

@@ -132,7 +132,7 @@ def main(arguments: list[str] | None = None) -> int:
             log.error("another process is still sending %s", args.run_dir)
             return NOT_ALL_SENT
         quick_to_fail()
-        os.nice(10)  # importing mlflow takes seconds of a core that training may need
+        os.nice(5)  # importing mlflow takes seconds of a core that training may need
         with _sampling(args.run_dir, args.system_metrics) as stop_sampling:
             from pltmoe.tracking.delivery import Delivery
 

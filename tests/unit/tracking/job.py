@@ -40,7 +40,6 @@ def main() -> None:
                 raise RuntimeError("the step went wrong")
             time.sleep(args.pause)
         (args.run_dir / "slowest.json").write_text(json.dumps(slowest_ms))
-        print("all steps done", flush=True)
         if args.linger:
             time.sleep(120)
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pltmoe.errors import ConfigError, DataError
+from pltmoe.reports.runs import read_mlflow_run, read_run
 from pltmoe.tracking import build_tracker
 from pltmoe.tracking.journal import Journal
 from pltmoe.tracking.jsonl import NOT_METRICS, read_lines
@@ -25,20 +26,16 @@ from tests.unit.tracking.runs import metrics_of, run_config
 pytestmark = pytest.mark.xdist_group("mlflow")
 
 
-def job(run_dir: Path, uri: str, *options: object) -> subprocess.Popen[str]:
+def job(run_dir: Path, uri: str, *options: object) -> subprocess.Popen[bytes]:
     """Start a tracked job; see job.py."""
     command = [sys.executable, "-m", "tests.unit.tracking.job", str(run_dir), "--uri", uri]
     environment = os.environ | {"MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "0.2"}
-    return subprocess.Popen(
-        [*command, *map(str, options)], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    )
+    return subprocess.Popen([*command, *map(str, options)], cwd=ROOT, env=environment)
 
 
-def wait_for_last_step(process: subprocess.Popen[str]) -> None:
-    for line in process.stdout:
-        if "all steps done" in line:
-            return
-    raise AssertionError("the job ended early")
+def wait_for_last_step(process: subprocess.Popen[bytes], run_dir: Path) -> None:
+    wait_until(lambda: (run_dir / "slowest.json").exists() or process.poll() is not None)
+    assert process.poll() is None, "the job ended early"
 
 
 def run_of(run_dir: Path, server: Server):
@@ -101,6 +98,12 @@ def test_a_whole_run(server, tmp_path):
     assert [f.path for f in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
     experiment = client.get_experiment(run.info.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    again = read_mlflow_run(server.uri, run.info.run_id)
+    here = read_run(run_dir)
+    assert again.series("train/loss") == here.series("train/loss")
+    assert (again.name, again.config, again.status) == (here.name, here.config, "FINISHED")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_mlflow_run(server.uri, "0" * 32)
     page = experiment_page(run_dir, "http://host")
     assert (
         page
@@ -108,43 +111,45 @@ def test_a_whole_run(server, tmp_path):
     )
 
 
-def test_killed_failed_and_vanished_jobs_say_so_and_resume_in_the_same_run(server, tmp_path):
-    """SIGTERM, an exception and kill -9; then the last one goes on after its checkpoint."""
-    options = ("--last", 20, "--linger")
-    terminated = job(tmp_path / "term", server.uri, *options)
-    failed = job(tmp_path / "fail", server.uri, "--last", 20, "--raise-at", 7)
-    killed = job(tmp_path / "kill", server.uri, *options)
-    wait_for_last_step(terminated)
-    terminated.send_signal(signal.SIGTERM)
-    wait_for_last_step(killed)
-    wait_until(lambda: has_run(tmp_path / "kill", server))
-    wait_until(lambda: len(history(tmp_path / "kill", server, "train/loss")) == 20)
+def status_of(run_dir: Path, server: Server) -> str:
+    return run_of(run_dir, server).info.status if has_run(run_dir, server) else "none yet"
+
+
+def test_failed_and_vanished_jobs_say_so_and_a_resume_continues_the_run(server, tmp_path):
+    """An exception; kill -9 after the checkpoint of step 15; resumed from there; SIGTERM."""
+    failed_dir, run_dir = tmp_path / "failed", tmp_path / "killed"
+    failed = job(failed_dir, server.uri, "--last", 20, "--raise-at", 7)
+    killed = job(run_dir, server.uri, "--last", 20, "--linger")
+    assert failed.wait(120) == 1
+    wait_until(lambda: status_of(failed_dir, server) == "FAILED")
+    assert [step for step, _, _ in history(failed_dir, server, "train/loss")] == list(range(1, 8))
+
+    wait_for_last_step(killed, run_dir)
+    wait_until(lambda: status_of(run_dir, server) == "RUNNING")
+    wait_until(lambda: len(history(run_dir, server, "train/loss")) == 20)
     killed.kill()
     assert killed.wait(60) == -signal.SIGKILL
-    assert failed.wait(120) == 1
-    assert terminated.wait(120) == 143
-    assert run_of(tmp_path / "term", server).info.status == "KILLED"
-    assert run_of(tmp_path / "fail", server).info.status == "FAILED"
-    assert len(history(tmp_path / "fail", server, "train/loss")) == 7
-    wait_until(lambda: run_of(tmp_path / "kill", server).info.status == "FAILED")
-    before = run_of(tmp_path / "kill", server)
+    wait_until(lambda: status_of(run_dir, server) == "FAILED")
+    before = run_of(run_dir, server)
     assert "kill -9" in before.data.tags["end_reason"]
+    first_times = {step: at for step, _, at in history(run_dir, server, "train/loss")}
 
-    first_times = dict((s, t) for s, _, t in history(tmp_path / "kill", server, "train/loss"))
-    resumed = job(
-        tmp_path / "kill", server.uri, "--resume", 15, "--first", 16, "--last", 40, "--pause", 0.3
-    )
-    wait_until(lambda: run_of(tmp_path / "kill", server).info.status == "RUNNING")
-    assert resumed.wait(120) == 0
-    after = run_of(tmp_path / "kill", server)
+    options = ("--resume", 15, "--first", 16, "--last", 40, "--linger")
+    (run_dir / "slowest.json").unlink()
+    resumed = job(run_dir, server.uri, *options)
+    wait_for_last_step(resumed, run_dir)
+    wait_until(lambda: status_of(run_dir, server) == "RUNNING")
+    resumed.send_signal(signal.SIGTERM)
+    assert resumed.wait(120) == 143
+    wait_until(lambda: status_of(run_dir, server) == "KILLED")
+    after = run_of(run_dir, server)
     assert after.info.run_id == before.info.run_id
-    assert after.info.status == "FINISHED"
     assert after.data.tags["resumed"] == "true"
     assert after.data.tags["resumed_from_step"] == "15"
-    points = history(tmp_path / "kill", server, "train/loss")
-    assert [step for step, _, _ in points] == list(range(1, 41))  # 16..20 once
-    assert all(time == first_times[step] for step, _, time in points if step <= 20)
-    lines = list(read_lines(tmp_path / "kill" / "metrics.jsonl"))
+    points = history(run_dir, server, "train/loss")
+    assert [step for step, _, _ in points] == list(range(1, 41))  # 16..20 once, as first sent
+    assert all(at == first_times[step] for step, _, at in points if step <= 20)
+    lines = list(read_lines(run_dir / "metrics.jsonl"))
     assert [line["step"] for line in lines] == list(range(1, 41))
 
 

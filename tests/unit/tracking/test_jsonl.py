@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 
 from pltmoe.tracking import build_tracker
-from pltmoe.tracking.jsonl import JsonlTracker, decode_line, drop_after, encode_line, read_lines
+from pltmoe.tracking.jsonl import (
+    JsonlTracker,
+    decode_line,
+    drop_after,
+    encode_line,
+    read_jobs,
+    read_lines,
+)
 from tests.unit.tracking.runs import metrics_of, run_config
 
 
@@ -106,3 +113,14 @@ def test_logging_a_step_costs_less_than_a_millisecond(tmp_path):
         costs.append(time.perf_counter() - began)
     tracker.finish("FINISHED")
     assert sorted(costs)[100] < 1e-3
+
+
+def test_run_json_tells_where_each_job_ran_and_how_it_ended(tmp_path):
+    tracker = JsonlTracker(tmp_path, 1)
+    tracker.start({}, {"device": "CPU (2 cores)"})
+    assert read_jobs(tmp_path)[-1]["status"] == "RUNNING"
+    tracker.finish("KILLED")
+    write(tmp_path, range(6, 8), resume=5)
+    first, second = read_jobs(tmp_path)
+    assert first["tags"] == {"device": "CPU (2 cores)"} and first["status"] == "KILLED"
+    assert second["resume_step"] == 5 and second["status"] == "FINISHED"

@@ -1,0 +1,149 @@
+"""A run as tables: from its directory, or from MLflow."""
+
+import re
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pltmoe.config import RunConfig, load_config
+from pltmoe.config.counts import flops_per_token
+from pltmoe.errors import DataError
+from pltmoe.tracking.jsonl import METRICS_FILE, NOT_METRICS, read_jobs, read_lines
+
+_PLACE = re.compile(r"^(?P<metric>.+)/loop_(?P<loop>\d+)/layer_(?P<layer>\d+)$")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of one metric."""
+
+    step: int
+    tokens: int
+    flops: float
+    """Training FLOPs spent up to here: tokens times what the model must compute per token."""
+    value: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """Configuration and logged lines of a run."""
+
+    config: RunConfig
+    lines: list[dict[str, Any]]
+    source: str
+    """Where it was read from."""
+    jobs: list[dict[str, Any]] = field(default_factory=list)
+    """Jobs that worked on it, oldest first, with tags (device, layout, commit) and status."""
+
+    @property
+    def name(self) -> str:
+        """Name of the run, as in its configuration."""
+        return self.config.name
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of one trained token, forward and backward, all loops."""
+        return flops_per_token(self.config.model, self.config.data.sequence_length)
+
+    @property
+    def last_step(self) -> int:
+        """Newest logged step."""
+        return max(line["step"] for line in self.lines)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens trained on."""
+        return max(line["tokens"] for line in self.lines)
+
+    def series(self, metric: str) -> list[Point]:
+        """Return the values of a metric in the order of steps; empty when it was never logged."""
+        points = [
+            Point(m["step"], m["tokens"], m["tokens"] * self.flops_per_token, m[metric])
+            for m in self.lines
+            if metric in m
+        ]
+        return sorted(points, key=lambda point: point.step)
+
+    def by_loop_and_layer(self, metric: str) -> dict[tuple[int, int], list[Point]]:
+        """Return the series of ``metric/loop_l/layer_nn`` by (loop, layer), both from 1."""
+        names = {key for line in self.lines for key in line}
+        found = {}
+        for name in sorted(names):
+            match = _PLACE.match(name)
+            if match and match["metric"] == metric:
+                found[int(match["loop"]), int(match["layer"])] = self.series(name)
+        return found
+
+    def tag(self, name: str) -> str | None:
+        """Return a tag of the newest job that has it."""
+        return next((j["tags"][name] for j in reversed(self.jobs) if name in j["tags"]), None)
+
+    @property
+    def status(self) -> str | None:
+        """FINISHED, FAILED or KILLED; RUNNING when nobody wrote an end; None when unknown."""
+        return self.jobs[-1]["status"] if self.jobs else None
+
+
+def read_run(run_dir: Path) -> Run:
+    """Read a run directory.
+
+    Raises:
+        DataError: no metrics.jsonl or config.yaml there, or no line in it.
+        ConfigError: its config.yaml is not a valid configuration.
+    """
+    for name in (METRICS_FILE, "config.yaml"):
+        if not (run_dir / name).exists():
+            raise DataError(f"{run_dir}: no {name} here; give the output directory of a run")
+    lines = list(read_lines(run_dir / METRICS_FILE))
+    if not lines:
+        raise DataError(f"{run_dir / METRICS_FILE}: no step was logged yet")
+    config = load_config(run_dir / "config.yaml")
+    return Run(config, lines, str(run_dir), read_jobs(run_dir))
+
+
+def read_mlflow_run(uri: str, run_id: str) -> Run:
+    """Read a run from an MLflow server or store; it must have been tracked by this package.
+
+    Raises:
+        DataError: no such run, it has no metrics, or no config.yaml among its artefacts.
+    """
+    from pltmoe.tracking.sender import quick_to_fail  # only this function pays for mlflow
+
+    quick_to_fail()
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(uri)
+    try:
+        run = client.get_run(run_id)
+        with tempfile.TemporaryDirectory() as folder:
+            config = load_config(client.download_artifacts(run_id, "config.yaml", folder))
+        histories = {key: client.get_metric_history(run_id, key) for key in run.data.metrics}
+    except (MlflowException, OSError) as error:
+        text = " ".join(str(error).split())[:300]
+        raise DataError(f"run {run_id} at {uri} cannot be read: {text}") from None
+    per_step = config.train.global_batch_size * config.data.sequence_length
+    rows: dict[int, dict[str, Any]] = {}
+    for key, history in histories.items():
+        if key.startswith("system/"):
+            continue  # counted in samples, not in steps
+        for m in history:
+            row = rows.setdefault(m.step, {"step": m.step, "tokens": m.step * per_step})
+            row[key] = m.value
+            row["time"] = max(row.get("time", 0.0), m.timestamp / 1000)
+    if not rows:
+        raise DataError(f"run {run_id} at {uri}: no metrics")
+    job = {"status": run.info.status, "tags": run.data.tags, "started": run.info.start_time / 1e3}
+    return Run(config, [rows[step] for step in sorted(rows)], f"{uri} run {run_id}", [job])
+
+
+def table(run: Run, metrics: Iterable[str] | None = None) -> list[list[Any]]:
+    """Return a header row and one row per line: step, tokens, time and the metrics (None: all).
+
+    A metric that a line does not have is an empty string.
+    """
+    names = list(metrics or sorted({key for line in run.lines for key in line} - NOT_METRICS))
+    rows = [[m["step"], m["tokens"], m["time"], *(m.get(n, "") for n in names)] for m in run.lines]
+    return [["step", "tokens", "time", *names], *rows]

@@ -1,0 +1,277 @@
+"""Reports of runs that were really logged: what the files say is what metrics.jsonl says."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from matplotlib.image import imread
+
+from pltmoe.config import write_config
+from pltmoe.config.counts import count_parameters, flops_per_token, kv_cache_bytes
+from pltmoe.errors import DataError
+from pltmoe.reports import numbers
+from pltmoe.reports.runs import Run, read_run, table
+from pltmoe.reports.summary import Extras, read_decode, read_generated, write_report
+from pltmoe.tracking.jsonl import JsonlTracker
+from tests.unit.tracking.runs import LOOPED, PLT, metrics_of, run_config
+
+ROOT = Path(__file__).parents[3]
+TAGS = {"device": "CPU (2 cores)", "layout": "EP2 x DP2", "precision": "fp32", "commit": "abc"}
+DECODE = {
+    "vanilla": {"ms_per_token": 8.134, "batch": 4, "context": 224, "device": "CPU (2 threads)"},
+    "plt2": {"ms_per_token": 16.25, "batch": 4, "context": 224, "device": "CPU (2 threads)"},
+}
+
+
+def logged_run(folder: Path, name: str, steps: int = 200, **changes: object) -> Path:
+    run_dir = folder / name
+    config = run_config(run_dir, name=name, train__steps=200, **changes)
+    tracker = JsonlTracker(run_dir, 8 * 128)
+    tracker.start({}, TAGS)
+    write_config(config, run_dir / "config.yaml")
+    for step in range(10, steps + 1, 10):
+        speed = {"perf/tokens_per_second": 9000.0 + step}
+        tracker.log(step, metrics_of(step, config) | speed)
+    tracker.finish("FINISHED")
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def run_dirs(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("runs")
+    kinds = {"vanilla": {}, "loop2": LOOPED, "plt2": PLT}
+    return [
+        logged_run(folder, name, **{f"model__{k}": v for k, v in changes.items()})
+        for name, changes in kinds.items()
+    ]
+
+
+@pytest.fixture(scope="module")
+def report(run_dirs, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("report")
+    runs = [read_run(path) for path in run_dirs]
+    samples = [{"prompt": "def f(x):", "text": "\n    return x\n"}]
+    return write_report(runs, folder, "Three runs", Extras(DECODE, samples))
+
+
+def raw_lines(run_dir: Path) -> list[dict]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def csv_rows(path: Path) -> list[dict[str, str]]:
+    with path.open() as file:
+        return list(csv.DictReader(file))
+
+
+def cells(report: Path, label: str) -> list[str]:
+    """The cells of the row of the report that begins with ``label``."""
+    rows = [line for line in report.read_text().splitlines() if line.startswith(f"| {label}")]
+    assert len(rows) == 1, label
+    return [cell.strip() for cell in rows[0].strip("|").split("|")[1:]]
+
+
+def test_the_results_are_the_numbers_of_the_jsonl(report, run_dirs):
+    for column, run_dir in enumerate(run_dirs):
+        lines = raw_lines(run_dir)
+        train = fmean(line["train/loss"] for line in lines[-5:])
+        assert cells(report, "training loss")[column] == f"{train:.4f}"
+        valid = [line for line in lines if "valid/loss" in line][-1]
+        expected = f"**{valid['valid/loss']:.4f}** ({valid['step']})"
+        assert cells(report, "**validation loss**")[column] == expected
+        assert cells(report, "training tokens/s")[column] == "9,110"
+
+
+def test_the_results_are_the_numbers_of_the_configuration(report, run_dirs):
+    models = [read_run(path).config.model for path in run_dirs]
+    parameters = [numbers.count(count_parameters(m).total) for m in models]
+    assert cells(report, "parameters") == parameters
+    assert cells(report, "active")[0] == numbers.count(count_parameters(models[0]).active)
+    flops = [numbers.flops(flops_per_token(m, 128)) for m in models]
+    assert cells(report, "training compute per token") == flops
+    sizes = [kv_cache_bytes(m, 128) for m in models]
+    shown = [f"{numbers.size_in_bytes(s)} ({s / sizes[0]:.2f}x)" for s in sizes]
+    assert cells(report, "KV cache per sequence of 128 tokens") == shown
+    assert cells(report, "decode ms per token") == ["8.13", "not measured", "16.25"]
+
+
+def test_differences_are_the_differences_and_nothing_else(report):
+    text = report.read_text().partition("## Where the configurations differ")[2]
+    names = re.findall(r"^\| `([\w.]+)`", text.partition("\n## ")[0], flags=re.MULTILINE)
+    expected = {f"model.{key}" for key in PLT}
+    assert set(names) == expected
+    assert cells(report, "`model.num_loops`") == ["1", "2", "2"]
+
+
+def test_it_says_what_was_run_on_what_and_what_was_not(report):
+    text = report.read_text()
+    assert "200 of 200" in text and "FINISHED" in text and "EP2 x DP2" in text
+    assert "No GPU was used" in text
+    assert "Every run saw 204,800 tokens." in text
+    assert "seed 1234" in text
+    assert "No benchmark of knowledge" in text
+    assert "def f(x):\n    return x" in text
+
+
+def test_csvs_hold_what_was_logged(report, run_dirs):
+    rows = csv_rows(report.parent / "loss.csv")
+    for run_dir in run_dirs:
+        run = read_run(run_dir)
+        for kind in ("train", "valid"):
+            got = [
+                (int(r["step"]), int(r["tokens"]), float(r["loss"]))
+                for r in rows
+                if r["run"] == run.name and r["kind"] == kind
+            ]
+            lines = [m for m in raw_lines(run_dir) if f"{kind}/loss" in m]
+            assert got == [(m["step"], m["tokens"], m[f"{kind}/loss"]) for m in lines]
+    last = [row for row in rows if row["run"] == "plt2"][-1]
+    flops = flops_per_token(read_run(run_dirs[2]).config.model, 128)
+    assert float(last["flops"]) == pytest.approx(int(last["tokens"]) * flops)
+
+    heat = csv_rows(report.parent / "loops.csv")
+    at = {"run": "plt2", "metric": "plt/gate_mean", "loop": "2", "layer": "3", "step": "200"}
+    (found,) = [row for row in heat if at.items() <= row.items()]
+    assert float(found["value"]) == raw_lines(run_dirs[2])[-1]["plt/gate_mean/loop_2/layer_03"]
+    costs = csv_rows(report.parent / "cost.csv")
+    assert [row["Decoding (ms per token)"] for row in costs] == ["8.134", "", "16.25"]
+
+
+def test_pictures_show_the_rows_of_their_csv(run_dirs, tmp_path, monkeypatch):
+    """The lines and cells that matplotlib gets are the logged values."""
+    from matplotlib.axes import Axes
+
+    from pltmoe.reports import plots
+
+    drawn, grids = [], []
+    plot, pcolormesh = Axes.plot, Axes.pcolormesh
+    monkeypatch.setattr(Axes, "plot", lambda s, *a, **k: drawn.append(a) or plot(s, *a, **k))
+    monkeypatch.setattr(
+        Axes, "pcolormesh", lambda s, *a, **k: grids.append(a[2]) or pcolormesh(s, *a, **k)
+    )
+    runs = [read_run(path) for path in run_dirs]
+    plots.plot_losses(runs, tmp_path / "loss.png", "t")
+    values = [p.value for p in runs[2].series("train/loss")]
+    tokens = [p.tokens / 1e3 for p in runs[2].series("train/loss")]
+    assert any(list(a[1]) == values and list(a[0]) == pytest.approx(tokens) for a in drawn)
+    plots.plot_heat_maps(runs, tmp_path / "loops.png")
+    gates = runs[2].by_loop_and_layer("plt/gate_mean")
+    expected = [[p.value for p in gates[2, layer]] for layer in (1, 2, 3)]
+    assert any(grid.tolist() == expected for grid in grids)
+
+
+def test_pictures_are_pictures(report):
+    for name in ("loss", "loops", "cost"):
+        image = imread(report.parent / f"{name}.png")
+        assert image.shape[1] > 1000
+        assert image[..., :3].std() > 0.05  # something is drawn
+    assert not list(report.parent.glob("*.new"))
+
+
+def test_a_run_that_never_validated_or_looped_still_has_a_report(tmp_path):
+    run_dir = tmp_path / "bare"
+    run_dir.mkdir()
+    write_config(run_config(run_dir, name="bare"), run_dir / "config.yaml")
+    (run_dir / "metrics.jsonl").write_text(
+        '{"step": 1, "time": 1.0, "tokens": 1024, "train/loss": "NaN"}\n'
+        '{"step": 2, "time": 2.0, "tokens": 2048, "train/loss": 3.0}\n'
+    )
+    path = write_report([read_run(run_dir)], tmp_path / "report", "Bare", Extras())
+    text = path.read_text()
+    assert "not validated" in text and "Not validated: bare." in text
+    assert "**Not finished:** bare (2 of 1,000 steps)." in text
+    assert "an unknown device" in text and "Decoding was not measured." in text
+    assert not (tmp_path / "report" / "loops.png").exists()
+
+
+def test_table_has_one_row_per_line(run_dirs):
+    rows = table(read_run(run_dirs[0]), ["train/loss", "valid/loss"])
+    assert rows[0] == ["step", "tokens", "time", "train/loss", "valid/loss"]
+    lines = raw_lines(run_dirs[0])
+    assert [row[0] for row in rows[1:]] == [line["step"] for line in lines]
+    assert [row[4] for row in rows[1:]] == [line.get("valid/loss", "") for line in lines]
+
+
+def test_errors_say_what_is_wrong(run_dirs, tmp_path):
+    with pytest.raises(DataError, match=r"no metrics\.jsonl here"):
+        read_run(tmp_path)
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(DataError, match=r"no config\.yaml here"):
+        read_run(tmp_path)
+    write_config(run_config(tmp_path), tmp_path / "config.yaml")
+    with pytest.raises(DataError, match="no step was logged yet"):
+        read_run(tmp_path)
+    run = read_run(run_dirs[0])
+    with pytest.raises(DataError, match="same name 'vanilla'"):
+        write_report([run, run], tmp_path / "r", "t", Extras())
+    with pytest.raises(DataError, match="decode times of \\['other'\\]"):
+        write_report([run], tmp_path / "r", "t", Extras({"other": {"ms_per_token": 1.0}}))
+    empty = Run(run.config, [{"step": 1, "tokens": 1, "time": 1.0}], "here")
+    with pytest.raises(DataError, match="no train/loss was logged"):
+        write_report([empty], tmp_path / "r", "t", Extras())
+    assert not (tmp_path / "r").exists()
+
+
+def test_bad_files_of_other_tools_are_named(tmp_path):
+    path = tmp_path / "x.json"
+    with pytest.raises(DataError, match="cannot be read"):
+        read_decode(path)
+    path.write_text("{")
+    with pytest.raises(DataError, match="not valid JSON"):
+        read_decode(path)
+    path.write_text("[]")
+    with pytest.raises(DataError, match="run name"):
+        read_decode(path)
+    path.write_text('{"a": {}}')
+    with pytest.raises(DataError, match="'a' has no number ms_per_token"):
+        read_decode(path)
+    with pytest.raises(DataError, match="prompt"):
+        read_generated(path)
+
+
+def test_the_tool(run_dirs, tmp_path):
+    decode = tmp_path / "decode.json"
+    decode.write_text(json.dumps(DECODE))
+    command = [sys.executable, "tools/report.py", *map(str, run_dirs), "--output", str(tmp_path)]
+    done = subprocess.run(
+        [*command, "--decode", str(decode), "--title", "By the tool"],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report.md").read_text().startswith("# By the tool\n")
+    failed = subprocess.run(
+        [sys.executable, "tools/report.py", str(tmp_path), "--output", str(tmp_path / "x")],
+        cwd=ROOT,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("got", "expected"),
+    [
+        (numbers.count(1228800), "1.23 M"),
+        (numbers.count(39.19e9), "39.2 B"),
+        (numbers.count(512), "512"),
+        (numbers.flops(2.998e7), "30.0 MFLOP"),
+        (numbers.size_in_bytes(131072), "128 KiB"),
+        (numbers.size_in_bytes(100), "100 B"),
+        (numbers.significant(12345.6), "12,300"),
+        (numbers.significant(0.01234), "0.0123"),
+        (numbers.significant(float("nan")), "nan"),
+        (numbers.scale_of(2.5e6), (1e6, "M")),
+        (numbers.scale_of(0.5), (1.0, "")),
+    ],
+)
+def test_numbers_read_well(got, expected):
+    assert got == expected
