@@ -110,7 +110,8 @@ def update(optimizer: ChainedOptimizer, norm: float, limit: float) -> None:
     assert math.isfinite(norm)
     if limit > 0:
         for part in optimizer.chained_optimizers:
-            clip_grad_by_total_norm_fp32(part.get_parameters(), limit, norm)
+            if parameters := part.get_parameters():  # a rank may own no shard of a small model
+                clip_grad_by_total_norm_fp32(parameters, limit, norm)
     optimizer.step_with_ready_grads()
 
 

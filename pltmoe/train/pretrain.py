@@ -11,6 +11,7 @@
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,10 +121,9 @@ def _find_start(config: RunConfig) -> Start:
         folder = config.train.output_dir
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_config(config, folder / "config.yaml")
+            store.clean_unfinished(folder / "checkpoints")
         except OSError as error:
             raise CheckpointError(f"train.output_dir ({folder}): {error.strerror}") from error
-        store.clean_unfinished(folder / "checkpoints")
         newest = store.latest_checkpoint(folder)
         if newest is None:
             return Start()
@@ -189,6 +189,10 @@ def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: St
 
 
 def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
+    """Write config.yaml, now that everything fits, and open the run."""
+    written = config.train.output_dir / "config.yaml"
+    write_config(config, written.with_suffix(".part"))
+    os.replace(written.with_suffix(".part"), written)
     capabilities = engine.capabilities
     tags = {
         "model": config.name,
@@ -200,7 +204,7 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
     }
     tracker = build_tracker(config, config.train.output_dir)
     tracker.start(config_to_dict(config), tags, resume_step=start.step if start.manifest else None)
-    tracker.artifact(config.train.output_dir / "config.yaml")
+    tracker.artifact(written)
     return tracker
 
 

@@ -1,8 +1,10 @@
 """What test_engine.py runs on its ranks."""
 
+import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -111,6 +113,20 @@ def gradients_against_reference() -> dict[str, float]:
     }
     drop_engine()
     return differences
+
+
+def random_numbers(folder: Path) -> tuple[list[float], list[float]]:
+    """Save, draw; load, draw again: what each rank drew before and after."""
+    config = tiny_config()
+    engine = build_engine(config)
+    random.seed(100 + dist.get_rank())  # so that every rank has its own state
+    saved = store.save_checkpoint(folder, engine.state(), Manifest(config=config, step=0))
+    draws = []
+    for _ in range(2):
+        draws.append([random.random(), float(np.random.rand()), torch.rand(()).item()])
+        engine.restore(store.load_state(saved, engine.placeholders("model", "random")), 0)
+    drop_engine()
+    return draws[0], draws[1]
 
 
 def clipping(limit: float) -> dict[str, Any]:

@@ -81,6 +81,32 @@ def test_checkpoint_moves_between_layouts(serial, warm_ranks, tmp_path):
         assert_same_weights(report["weights"], joined["weights"])
 
 
+def test_bf16_keeps_fp32_master_weights_through_a_checkpoint(serial, warm_ranks, tmp_path):
+    """Two steps, save, load, two steps: the same weights, bit for bit, as four steps."""
+    bf16 = {"train__precision": "bf16"}
+    straight = warm_ranks(1, f"{CASES}:train", steps=4, **bf16)[0]
+    warm_ranks(1, f"{CASES}:train", steps=2, save_to=tmp_path, **bf16)
+    folder = tmp_path / "step_00000002"
+    resumed = warm_ranks(1, f"{CASES}:train", steps=2, load_from=folder, **bf16)[0]
+    assert resumed["losses"] == straight["losses"][2:]
+    assert_same_moments([resumed["moments"]], [straight["moments"]])
+    for name, weight in resumed["weights"].items():
+        assert torch.equal(weight, straight["weights"][name]), name
+        kind = torch.float32 if "expert_bias" in name else torch.bfloat16
+        assert weight.dtype == kind, name
+    for pieces in straight["moments"].values():
+        assert all(values.dtype == torch.float32 for _, values in pieces)
+    assert straight["losses"] == pytest.approx(serial[1]["losses"], rel=0.02)
+
+
+def test_each_rank_gets_its_random_states_back(warm_ranks, tmp_path):
+    (first, again), (second, second_again) = warm_ranks(
+        2, f"{CASES}:random_numbers", folder=tmp_path
+    )
+    assert first == again and second == second_again
+    assert first[0] != second[0]
+
+
 def test_gradients_are_clipped_by_their_global_norm(warm_ranks):
     """Adam's first moments shrink by limit / norm, on both ranks, experts included."""
     free = warm_ranks(2, f"{CASES}:clipping", limit=0.0)

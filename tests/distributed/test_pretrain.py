@@ -195,6 +195,11 @@ def mistakes(config, straight, warm_ranks, tmp_path_factory):
     return warm_ranks(1, f"{CASES}:run_many", cases=cases)[0]
 
 
+def test_a_configuration_that_does_not_fit_leaves_the_run_as_it_is(mistakes, straight):
+    assert mistakes["changed"][0] == 2
+    assert "lr: 0.5" not in (straight[0] / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
