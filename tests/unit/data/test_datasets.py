@@ -53,7 +53,8 @@ def test_batches_have_what_the_model_takes(tokenizer: Tokenizer, counting: Path)
     train, valid, test = build_datasets(_config(tokenizer, counting), tokenizer, (30, 0, 0))
     assert valid is None and test is None and len(train) >= 30
     batch = _all(train, micro_batch_size=3)[0]
-    assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}, "no s x s mask"
+    assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}
+    assert "attention_mask" not in train[0], "an s x s mask is made for each sequence"
     for key, dtype in (
         ("tokens", torch.int64),
         ("labels", torch.int64),

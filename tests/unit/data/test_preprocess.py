@@ -180,6 +180,7 @@ def test_killed_between_the_renames_continues(
     monkeypatch.setattr(module, "_publish", killed)
     with pytest.raises(SystemExit):
         preprocess([jsonl], prefix, tokenizer.model_path, _options())
+    assert not list(parts_folder(prefix).glob(".joined*"))
     monkeypatch.undo()
     preprocess([jsonl], prefix, tokenizer.model_path, _options())
     assert _bytes(prefix) == _bytes(tmp_path / "ref" / "out")

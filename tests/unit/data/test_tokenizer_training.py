@@ -66,6 +66,13 @@ def test_marks_of_sentencepiece_in_the_text_are_not_learned(tmp_path: Path):
     assert len(tokenizer.encode("rareword")) < 4
 
 
+def test_chunks_of_long_characters_are_not_left_out(tmp_path: Path):
+    """sentencepiece silently skips what it finds too long, in bytes."""
+    text = _text(tmp_path, "\u6f22\u5b57\u304b\u306a" * 5000)
+    tokenizer = _train([text], tmp_path / "t.model", 267)
+    assert len(tokenizer.encode("\u6f22\u5b57\u304b\u306a")) < 4
+
+
 @pytest.mark.parametrize(
     ("size", "message"),
     [
