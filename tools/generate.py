@@ -29,7 +29,9 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(args.model, padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(
+        args.model, padding_side="left", trust_remote_code=True
+    )
     model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype="auto")
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {}

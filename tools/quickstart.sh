@@ -43,6 +43,7 @@ bash tools/setup_env.sh
 work_started=$SECONDS
 python=.venv/bin/python
 export MLFLOW_DISABLE_TELEMETRY=true HF_HUB_OFFLINE=1 PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1
+export OMP_NUM_THREADS=1 # models this small lose time to more threads
 mkdir -p "$out/corpus" "$out/tokenizer" "$out/data"
 out=$(cd "$out" && pwd)
 
@@ -59,7 +60,7 @@ $python tools/preprocess_data.py "$out/corpus/corpus.jsonl" \
 
 for model in vanilla loop2 plt2; do
     step "pretrain $model on $processes processes, expert parallel"
-    OMP_NUM_THREADS=1 $python -m torch.distributed.run --standalone --nproc-per-node "$processes" \
+    $python -m torch.distributed.run --standalone --nproc-per-node "$processes" \
         tools/pretrain.py --config "configs/quickstart_$model.yaml" \
         "data.tokenizer=$out/tokenizer/tokenizer.model" "data.train=[{path: $out/data/corpus}]" \
         "parallel.expert_parallel_size=$processes" "train.output_dir=$out/runs/$model" \
@@ -84,7 +85,7 @@ $python tools/generate.py --model "$out/hf/plt2" --output "$out/generated.json" 
     --prompt "def read_lines(path):" --prompt "class Error(Exception):" --prompt "import os"
 
 step "decode benchmark of the three models"
-OMP_NUM_THREADS=1 $python tools/benchmark_decode.py --output "$out/decode.json" \
+$python tools/benchmark_decode.py --output "$out/decode.json" \
     --model "quickstart-vanilla=$out/hf/vanilla" --model "quickstart-loop2=$out/hf/loop2" \
     --model "quickstart-plt2=$out/hf/plt2" ${decode[@]+"${decode[@]}"}
 

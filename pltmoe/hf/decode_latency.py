@@ -74,7 +74,7 @@ def device_name() -> str:
     """Name what the models ran on, with the threads used when it is a CPU."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU ({platform.machine()}, {torch.get_num_threads()} threads of {os.cpu_count()})"
+    return f"CPU ({platform.machine()}, {torch.get_num_threads()} of {os.cpu_count()} cores used)"
 
 
 def write_decode(results: Mapping[str, Any], command: str, path: Path) -> None:
