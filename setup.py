@@ -26,6 +26,7 @@ REQUIRES = [
     "tqdm>=4.66",
     "psutil>=6",  # memory of the process, and MLflow's system metrics
     "nvidia-ml-py>=12.560",  # MLflow's GPU metrics; pure Python, idle without a GPU
+    "backports.zstd>=1; python_version < '3.14'",  # reads .zst corpora; in the library from 3.14
 ]
 
 EXTRAS = {

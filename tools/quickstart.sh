@@ -56,7 +56,7 @@ $python tools/train_tokenizer.py "$out/corpus/corpus.jsonl" \
 
 step "Megatron dataset"
 $python tools/preprocess_data.py "$out/corpus/corpus.jsonl" \
-    --tokenizer "$out/tokenizer/tokenizer.model" --output "$out/data/corpus"
+    --tokenizer "$out/tokenizer/tokenizer.model" --output "$out/data/corpus" --overwrite
 
 for model in vanilla loop2 plt2; do
     step "pretrain $model on $processes processes, expert parallel"
