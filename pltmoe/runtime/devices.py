@@ -83,11 +83,6 @@ def peak_memory_gib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
 
 
-def has_transformer_engine() -> bool:
-    """Whether Transformer Engine is installed and there is a GPU for it."""
-    return torch.cuda.is_available() and _installed("transformer_engine.pytorch")
-
-
 def optimizer_backend() -> Backend:
     """Say whose Adam Megatron's optimizer uses: TE's, Apex's or PyTorch's, in this order."""
     if _installed("transformer_engine.pytorch"):

@@ -15,7 +15,7 @@ from pltmoe.errors import EngineError
 from pltmoe.hf.mapping import megatron_to_hf
 from pltmoe.model.initialize import global_name
 from pltmoe.model.reference import router_loss
-from tests.distributed.tiny import batches, build_engine, drop_engine, tiny_config
+from tests.distributed.tiny import MOE, batches, build_engine, drop_engine, tiny_config
 from tests.single_process import reference_of
 
 
@@ -127,6 +127,22 @@ def random_numbers(folder: Path) -> tuple[list[float], list[float]]:
         engine.restore(store.load_state(saved, engine.placeholders("model", "random")), 0)
     drop_engine()
     return draws[0], draws[1]
+
+
+def weights_without_bias(folder: Path) -> dict[str, Any]:
+    """Save a model that has no expert bias, and start one that has from its weights."""
+    config = tiny_config(MOE | {"moe_expert_bias_update_rate": 0.0})
+    engine = build_engine(config)
+    engine.train_step(batches(engine.capabilities.layout), 1, watch=False)
+    engine.train_step(batches(engine.capabilities.layout), 2, watch=False)
+    saved = store.save_checkpoint(folder, engine.state(), Manifest(config=config, step=2))
+    before = weights(engine)
+    drop_engine()
+    engine = build_engine(tiny_config(train__seed=5))
+    engine.restore(store.load_state(saved, engine.placeholders("model", expert_bias=False)), 0)
+    report = {"before": before, "loaded": weights(engine), "moments": moments(engine)}
+    drop_engine()
+    return report
 
 
 def clipping(limit: float) -> dict[str, Any]:

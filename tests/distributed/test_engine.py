@@ -111,6 +111,18 @@ def test_each_rank_gets_its_random_states_back(warm_ranks, tmp_path):
     assert first[0] != second[0]
 
 
+def test_weights_alone_without_expert_biases(warm_ranks, tmp_path):
+    """As converted models have none: they start at zero, and master weights are the new ones."""
+    report = warm_ranks(1, f"{CASES}:weights_without_bias", folder=tmp_path)[0]
+    for name, weight in report["loaded"].items():
+        if "expert_bias" in name:
+            assert not weight.any()
+            continue
+        assert torch.equal(weight, report["before"][name]), name
+        (start, master), *_ = report["moments"][(name, "param")]
+        assert torch.equal(master, weight.flatten()[start : start + master.numel()]), name
+
+
 def test_gradients_are_clipped_by_their_global_norm(warm_ranks):
     """Adam's first moments shrink by limit / norm, on both ranks, experts included."""
     free = warm_ranks(2, f"{CASES}:clipping", limit=0.0)
