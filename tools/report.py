@@ -11,7 +11,7 @@ from pathlib import Path
 from pltmoe.errors import PLTMoEError
 from pltmoe.reports.runs import Run, read_mlflow_run, read_run
 from pltmoe.reports.summary import Extras, read_decode, read_generated, write_report
-from pltmoe.tracking.mlflow import attach
+from pltmoe.tracking.mlflow import attach, how_to_look
 from pltmoe.tracking.sync import sync
 
 
@@ -48,6 +48,8 @@ def main() -> int:
         )
         report = write_report(runs, args.output, args.title, extras)
         print(f"report: {report}")
+        if where := next(filter(None, map(how_to_look, args.runs)), None):
+            print(f"MLflow: {where}")
         if args.attach:
             _attach(args.runs, args.output)
     except PLTMoEError as error:

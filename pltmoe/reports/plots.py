@@ -85,16 +85,19 @@ def plot_losses(runs: Sequence[Run], path: Path, title: str) -> list[list[Any]]:
     """
     rows = _loss_rows(runs)
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(11, 5.0), layout="constrained")
-        axes = figure.subplots(1, 2, sharey=True)
-        for axis, quantity, unit in zip(axes, ("tokens", "flops"), ("tokens", "FLOP"), strict=True):
-            _loss_panel(axis, runs, quantity, unit)
-        axes[0].set_ylabel("loss (nats per token)")
-        axes[0].set_title("at equal data")
-        axes[1].set_title("at equal work")
-        _clip_start(axes[0], runs)
-        _end_in_detail(axes[0], runs)
-        _legend(axes[1], runs)
+        figure = Figure(figsize=(13.5, 4.8), layout="constrained")
+        whole, end, work = figure.subplots(1, 3)
+        work.sharey(whole)
+        _loss_panel(whole, runs, "tokens")
+        _loss_panel(end, runs, "tokens")
+        _loss_panel(work, runs, "flops")
+        whole.set_title("at equal data")
+        whole.set_ylabel("loss (nats per token)")
+        end.set_title("the end of it, enlarged")
+        work.set_title("at equal work")
+        _clip_start(whole, runs)
+        _only_the_end(end, runs)
+        _legend(figure, runs)
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         _save(figure, path)
     write_csv(path.with_suffix(".csv"), rows)
@@ -177,7 +180,7 @@ def _heat_rows(runs: Sequence[Run]) -> list[list[Any]]:
     return rows
 
 
-def _loss_panel(axis: Axes, runs: Sequence[Run], quantity: str, unit: str) -> None:
+def _loss_panel(axis: Axes, runs: Sequence[Run], quantity: str) -> None:
     largest = max(getattr(p, quantity) for run in runs for p in run.series("train/loss"))
     divisor, prefix = scale_of(largest)
     for index, run in enumerate(runs):
@@ -191,7 +194,7 @@ def _loss_panel(axis: Axes, runs: Sequence[Run], quantity: str, unit: str) -> No
         axis.plot(x, y, color=style["color"], linestyle=style["linestyle"], linewidth=1.6)
         x = np.array([getattr(p, quantity) for p in valid]) / divisor
         axis.plot(x, [p.value for p in valid], **style | {"linestyle": "none"})
-    label = f"training compute ({prefix}{unit})"
+    label = f"training compute ({prefix}FLOP)"
     axis.set_xlabel(label if quantity == "flops" else _token_label(prefix))
     axis.set_xlim(left=0)
     axis.margins(x=0.03)
@@ -211,36 +214,28 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _legend(axis: Axes, runs: Sequence[Run]) -> None:
+def _legend(figure: Figure, runs: Sequence[Run]) -> None:
     handles = [Line2D([], [], **_style(i), label=run.name) for i, run in enumerate(runs)]
     title = "line: training, marker: validation"
-    legend = axis.legend(handles=handles, title=title, loc="upper right", handlelength=3.2)
-    legend.set_frame_on(True)
-    legend.get_frame().set(facecolor="white", edgecolor="none", alpha=0.85)
+    figure.legend(
+        handles=handles, title=title, loc="outside lower center", ncols=4, handlelength=3.4
+    )
 
 
-def _end_in_detail(axis: Axes, runs: Sequence[Run]) -> None:
-    """Show the last part of the training once more, larger: runs differ little at the end."""
+def _only_the_end(axis: Axes, runs: Sequence[Run]) -> None:
+    """Show the last part of the training larger: runs differ little there."""
     divisor, _ = scale_of(max(p.tokens for run in runs for p in run.series("train/loss")))
     end = max(run.tokens for run in runs)
-    inset = axis.inset_axes((0.44, 0.46, 0.54, 0.48))
-    _loss_panel(inset, runs, "tokens", "")
     late = [
         p.value
         for run in runs
         for p in run.series("train/loss") + run.series("valid/loss")
         if p.tokens >= (1 - _DETAIL_SHARE) * end and np.isfinite(p.value)
     ]
-    if not late or min(late) == max(late):
-        inset.remove()
-        return
-    room = 0.08 * (max(late) - min(late))
-    inset.set_xlim((1 - _DETAIL_SHARE) * end / divisor, 1.015 * end / divisor)
-    inset.set_ylim(min(late) - room, max(late) + room)
-    inset.set_xlabel("")
-    inset.tick_params(labelsize=8)
-    inset.set_title("the end, enlarged", fontsize=9, fontweight="normal")
-    inset.spines[:].set(visible=True, color="#aaaaaa")
+    axis.set_xlim((1 - _DETAIL_SHARE) * end / divisor, (1 + 0.04 * _DETAIL_SHARE) * end / divisor)
+    if late and min(late) < max(late):
+        room = 0.08 * (max(late) - min(late))
+        axis.set_ylim(min(late) - room, max(late) + room)
 
 
 def _token_label(prefix: str) -> str:
@@ -343,11 +338,12 @@ def _name_places(axis: Axes, places: list[tuple[int, int]]) -> None:
     for loop in loops:
         rows = [row for row, place in enumerate(places) if place[0] == loop]
         middle = (rows[0] + rows[-1] + 1) / 2
-        axis.text(
-            -0.085,
-            middle,
+        axis.annotate(
             f"loop {loop}, layer",
-            transform=axis.get_yaxis_transform(),
+            (0, middle),
+            xycoords=axis.get_yaxis_transform(),
+            xytext=(-24, 0),  # beside tick labels of two digits
+            textcoords="offset points",
             rotation=90,
             ha="center",
             va="center",

@@ -87,7 +87,7 @@ def read_generated(path: Path) -> list[dict[str, str]]:
     if not isinstance(samples, list) or not all(
         isinstance(s, dict) and {"prompt", "text"} <= s.keys() for s in samples
     ):
-        raise DataError(f'{path}: expected [{{"prompt": ..., "text": ...}}, ...]')
+        raise DataError(f'{path}: not a list of samples, [{{"prompt": ..., "text": ...}}, ...]')
     return samples
 
 
@@ -130,7 +130,9 @@ def _what_was_run(runs: Sequence[Run]) -> str:
         facts = [run.tag(name) or "unknown" for name in ("device", "layout", "precision", "commit")]
         facts[3] = f"`{facts[3][:12]}`"
         tokens = numbers.count(run.tokens)
-        rows.append([run.name, _model(run), steps, tokens, *facts, run.status or "unknown"])
+        ended = "unknown" if run.status is None else run.status
+        ended = "no end recorded" if ended == "RUNNING" else ended  # running, or killed since
+        rows.append([run.name, _model(run), steps, tokens, *facts, ended])
     return "## What was run\n\n" + _markdown(rows, left=9)
 
 
@@ -185,8 +187,10 @@ def _decode_rows(runs: Sequence[Run], extras: Extras) -> list[list[str]]:
         entry = extras.decode.get(run.name)
         cells.append(f"{entry['ms_per_token']:.2f}" if entry else "not measured")
         size = entry.get("cache_bytes_per_sequence") if entry else None
-        slots = f" at {entry['context']:,}" if entry and "context" in entry else ""
-        caches.append(numbers.size_in_bytes(size) + slots if size else "not measured")
+        at = [f"{entry['context']:,} tokens"] if entry and "context" in entry else []
+        at += [entry["dtype"]] if entry and "dtype" in entry else []
+        note = f" ({', '.join(at)})" if at else ""
+        caches.append(numbers.size_in_bytes(size) + note if size else "not measured")
     return [caches, cells] if any(c != "not measured" for c in caches[1:]) else [cells]
 
 

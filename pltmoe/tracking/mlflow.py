@@ -176,15 +176,18 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def experiment_page(run_dir: Path, server: str) -> str | None:
-    """Return where ``server`` (an address of ``mlflow ui``) shows the experiment of a run.
-
-    None when the run was never sent to MLflow.
-    """
+def how_to_look(run_dir: Path) -> str | None:
+    """Say where to look at the experiment of a run; None when it was never sent to MLflow."""
     journal = Journal(run_dir)
     start = journal.last_start()
     state = journal.state(start["uri"]) if start else {}
-    return run_link(server, state["experiment_id"]) if state else None
+    if not start or not state:
+        return None
+    uri = start["uri"]
+    if uri.startswith("http"):
+        return run_link(uri, state["experiment_id"])
+    serve = f"MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {uri}"
+    return f"{serve}   then {run_link('http://127.0.0.1:5000', state['experiment_id'])}"
 
 
 def attach(run_dir: Path, paths: list[Path], folder: str = "") -> bool:

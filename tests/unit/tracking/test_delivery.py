@@ -18,7 +18,7 @@ from pltmoe.reports.runs import read_mlflow_run, read_run
 from pltmoe.tracking import build_tracker
 from pltmoe.tracking.journal import Journal
 from pltmoe.tracking.jsonl import NOT_METRICS, read_lines
-from pltmoe.tracking.mlflow import attach, experiment_page
+from pltmoe.tracking.mlflow import attach, how_to_look
 from pltmoe.tracking.sync import sync
 from tests.unit.tracking.conftest import ROOT, Server
 from tests.unit.tracking.runs import metrics_of, run_config
@@ -104,11 +104,8 @@ def test_a_whole_run(server, tmp_path):
     assert (again.name, again.config, again.status) == (here.name, here.config, "FINISHED")
     with pytest.raises(DataError, match="cannot be read"):
         read_mlflow_run(server.uri, "0" * 32)
-    page = experiment_page(run_dir, "http://host")
-    assert (
-        page
-        == f"http://host/#/experiments/{experiment.experiment_id}?workflowType=machine_learning"
-    )
+    page = f"{server.uri}/#/experiments/{experiment.experiment_id}?workflowType=machine_learning"
+    assert how_to_look(run_dir) == page
 
 
 def status_of(run_dir: Path, server: Server) -> str:
@@ -232,7 +229,7 @@ def test_no_server_at_all_then_sync_later_and_again(server, tmp_path, caplog):
 def test_a_run_never_tracked_is_sent_from_its_config(server, tmp_path):
     command = [sys.executable, "-m", "tests.unit.tracking.job", str(tmp_path), "--last", "12"]
     subprocess.run(command, cwd=ROOT, check=True)
-    with pytest.raises(ConfigError, match="--uri URI"):
+    with pytest.raises(ConfigError, match="was not tracked in MLflow.*--uri URI"):
         sync(tmp_path)
     tool = [sys.executable, "tools/sync_mlflow.py", str(tmp_path), "--uri", server.uri]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -295,3 +292,25 @@ def test_sync_names_what_is_wrong(tmp_path):
         sync(tmp_path)
     with pytest.raises(DataError, match=r"127\.0\.0\.1:9 does not take the run"):
         sync(tmp_path, "http://127.0.0.1:9")
+
+
+def test_a_feed_goes_on_where_it_was_and_starts_over_when_the_file_was_replaced(tmp_path):
+    """A resume replaces metrics.jsonl; a position in the old file means nothing in the new one."""
+    from pltmoe.tracking.delivery import _Feed
+
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 1}\n{"step": 3, "a"')
+    feed = _Feed(path)
+    assert [line["step"] for line in feed.read(10)] == [1, 2]
+    assert [line["step"] for line in feed.read(1)] == [1]  # not acknowledged: again
+    feed.acknowledge()
+    assert [line["step"] for line in feed.read(10)] == [2]
+    feed.acknowledge()
+    assert feed.read(10) == []
+    with path.open("a") as file:
+        file.write(": 1}\n")
+    assert [line["step"] for line in feed.read(10)] == [3]
+    new = tmp_path / "new"
+    new.write_text("".join(f'{{"step": {step}, "a": 1}}\n' for step in (1, 2, 30, 40, 50)))
+    new.replace(path)
+    assert [line["step"] for line in feed.read(10)] == [1, 2, 30, 40, 50]

@@ -5,7 +5,7 @@ import pytest
 from pltmoe.config import config_to_dict
 from pltmoe.errors import ConfigError
 from pltmoe.tracking.journal import Journal, end_of_last_start, without_password
-from pltmoe.tracking.mlflow import MLflowTracker, flatten
+from pltmoe.tracking.mlflow import MLflowTracker, flatten, how_to_look
 from pltmoe.tracking.store import artifact_location, run_link, usable_uri
 from tests.unit.tracking.runs import run_config
 
@@ -85,3 +85,14 @@ def test_the_end_of_an_earlier_attempt_does_not_end_the_next():
 def test_links_open_the_training_view():
     link = run_link("http://host:1/", "2", "abc")
     assert link == "http://host:1/#/experiments/2/runs/abc?workflowType=machine_learning"
+
+
+def test_how_to_look_at_a_local_store(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    assert how_to_look(tmp_path) is None
+    MLflowTracker(run_config(tmp_path, uri), tmp_path).record_start({}, {}, None)
+    assert how_to_look(tmp_path) is None  # not sent yet
+    Journal(tmp_path).save_state(uri, {"run_id": "abc", "experiment_id": "3"})
+    command, page = how_to_look(tmp_path).split("   then ")
+    assert command == f"MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {uri}"
+    assert page == "http://127.0.0.1:5000/#/experiments/3?workflowType=machine_learning"
