@@ -92,12 +92,12 @@ $python tools/benchmark_decode.py --output "$out/decode.json" \
 step "report"
 $python tools/report.py "$out/runs/vanilla" "$out/runs/loop2" "$out/runs/plt2" \
     --output "$out/report" --decode "$out/decode.json" --generated "$out/generated.json" \
-    --title "Quickstart: vanilla, loop-2 and PLT-2 on equal tokens"
+    --title "Quickstart: vanilla, loop-2 and PLT-2 on equal tokens" --attach | tee "$out/report.log"
 
 step "done: set-up $((work_started - started)) s, work $((SECONDS - work_started)) s"
 cat <<EOF
 report           $out/report/
 runs             $out/runs/{vanilla,loop2,plt2}/   metrics.jsonl, config.yaml, checkpoints/
 PLT-2 for users  $out/hf/plt2/                     from_pretrained(..., trust_remote_code=True)
-MLflow           .venv/bin/mlflow ui --backend-store-uri sqlite:///$out/mlflow.db
+MLflow           $(sed -n 's/^MLflow: //p' "$out/report.log" | sed 's| mlflow ui | .venv/bin/mlflow ui |')
 EOF
