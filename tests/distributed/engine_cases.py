@@ -130,15 +130,16 @@ def random_numbers(folder: Path) -> tuple[list[float], list[float]]:
 
 
 def weights_without_bias(folder: Path) -> dict[str, Any]:
-    """Save a model that has no expert bias, and start one that has from its weights."""
-    config = tiny_config(MOE | {"moe_expert_bias_update_rate": 0.0})
+    """Save a bf16 model that has no expert bias, and start one that has from its weights."""
+    bf16 = {"train__precision": "bf16"}
+    config = tiny_config(MOE | {"moe_expert_bias_update_rate": 0.0}, **bf16)
     engine = build_engine(config)
     engine.train_step(batches(engine.capabilities.layout), 1, watch=False)
     engine.train_step(batches(engine.capabilities.layout), 2, watch=False)
     saved = store.save_checkpoint(folder, engine.state(), Manifest(config=config, step=2))
     before = weights(engine)
     drop_engine()
-    engine = build_engine(tiny_config(train__seed=5))
+    engine = build_engine(tiny_config(train__seed=5, **bf16))
     engine.restore(store.load_state(saved, engine.placeholders("model", expert_bias=False)), 0)
     report = {"before": before, "loaded": weights(engine), "moments": moments(engine)}
     drop_engine()
