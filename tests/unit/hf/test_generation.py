@@ -5,7 +5,7 @@ import torch
 from transformers import DynamicCache
 
 from pltmoe.hf import modeling_plt_moe
-from pltmoe.hf.modeling_plt_moe import PLTMoECache
+from pltmoe.hf.modeling_plt_moe import PLTMoECache, PLTMoEModel
 from tests.unit.hf.models import MODELS, pair, small_model
 
 NEW_TOKENS = 7
@@ -100,6 +100,27 @@ def test_padding_tokens_change_nothing(name):
         assert torch.isfinite(model(padding, attention_mask=mask).logits).all()
     difference = model(ids, attention_mask=mask).logits - model(other, attention_mask=mask).logits
     assert difference[mask.bool()].abs().max() < 1e-12
+
+
+@torch.no_grad()
+def test_positions_of_ones_own_do_not_carry_the_shift_out_of_padding():
+    """The first real token is known from the mask, whatever its position.
+
+    Without a gate (which reads the rotated query) only distances matter, up to the rounding of
+    float32 angles; without a router that rounding cannot choose other experts.
+    """
+    _, model = pair(small_model("dense_vanilla", num_loops=2, cross_loop_shift=True))
+    ids, mask = left_padded([tokens(1, 9), tokens(1, 4)])
+    expected = model(ids, attention_mask=mask).logits
+    positions = torch.arange(5, 14)[None]
+    found = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert (found - expected)[mask.bool()].abs().max() < 1e-5
+
+
+def test_positions_come_from_the_mask():
+    valid = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
+    positions = PLTMoEModel._positions(None, valid, 3, torch.zeros(2, 2, 1))
+    assert positions.tolist() == [[1, 2], [3, 4]]
 
 
 @torch.no_grad()
