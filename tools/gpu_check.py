@@ -54,7 +54,7 @@ PARTS = (
         (
             "{python} tools/build_corpus.py --output $WORK/text.jsonl --max-bytes 8000000",
             "{python} tools/train_tokenizer.py $WORK/text.jsonl --output $WORK/tokenizer.model "
-            "--vocab-size 4096",
+            "--vocab-size 2048",
             "{python} tools/preprocess_data.py $WORK/text.jsonl --tokenizer $WORK/tokenizer.model "
             "--output $WORK/corpus",
             *(_pretrain(model) for model in MODELS),

@@ -4,7 +4,7 @@
 #   corpus -> tokenizer -> dataset -> pretrain vanilla, loop-2 and PLT-2 on equal tokens
 #   -> Hugging Face -> generate -> decode benchmark -> report
 #
-#   bash tools/quickstart.sh            about 1.2M tokens each, 2 processes
+#   bash tools/quickstart.sh            about 0.6M tokens each, 2 processes
 #   bash tools/quickstart.sh --smoke    the same with a few steps, for continuous integration
 #   bash tools/quickstart.sh --output DIR [--processes N]
 #
@@ -52,7 +52,7 @@ $python tools/build_corpus.py --output "$out/corpus/corpus.jsonl" --max-bytes $c
 
 step "tokenizer"
 $python tools/train_tokenizer.py "$out/corpus/corpus.jsonl" \
-    --output "$out/tokenizer/tokenizer.model" --vocab-size 4096
+    --output "$out/tokenizer/tokenizer.model" --vocab-size 2048
 
 step "Megatron dataset"
 $python tools/preprocess_data.py "$out/corpus/corpus.jsonl" \

@@ -36,7 +36,7 @@ def build_corpus(
     """Write the standard library's sources as JSONL to ``output``; return the manifest.
 
     ``max_bytes`` ends the corpus before the first file that would exceed it (bytes of source text).
-    The manifest ``NAME.manifest.json`` beside it counts and hashes; with it, a second call that
+    The manifest ``NAME.jsonl.manifest.json`` beside it counts and hashes; with it, a second call that
     finds everything as recorded writes nothing.
 
     Raises:
@@ -69,8 +69,8 @@ def build_corpus(
 
 
 def manifest_path(output: Path) -> Path:
-    """Where the record of a corpus is kept: ``corpus.manifest.json`` for ``corpus.jsonl``."""
-    return output.with_name(output.stem + ".manifest.json")
+    """``corpus.jsonl.manifest.json``: a dataset made beside it has ``corpus.manifest.json``."""
+    return output.with_name(output.name + ".manifest.json")
 
 
 def _reusable(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:

@@ -24,7 +24,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
 from pltmoe.config.run import DataConfig, DataSource, RunConfig
-from pltmoe.data.indexed import idx_path
+from pltmoe.data.indexed import idx_path, read_pair
 from pltmoe.data.manifest import read_manifest
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.data.verify import verify_dataset, verify_split, verify_vocabulary
@@ -142,8 +142,11 @@ def _verify(config: RunConfig, tokenizer: Tokenizer, num_samples: Samples, root:
                 f"{wanted} sequences for '{name}' are wanted, but nothing says where they come "
                 f"from: give data.split a share for it{' or set data.valid' * (name == 'valid')}"
             )
+    paths = {source.path: None for sources in per_split for source in sources}
+    for path in paths:  # before the cache folder is made, which may be beside a mistyped path
+        read_pair(path)
     _check_writable(root)
-    for path in {source.path: None for sources in per_split for source in sources}:
+    for path in paths:
         pair = verify_dataset(path, tokenizer, root)
         if data.split:
             verify_split(pair, data.split, num_samples, data.sequence_length)

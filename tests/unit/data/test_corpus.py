@@ -60,7 +60,7 @@ def test_second_run_reuses_unless_changed(library: Path, tmp_path: Path):
     output.write_text("damaged")
     assert build_corpus(output, library=library, progress=False) == first
     assert len(_read(output)) == 4
-    assert manifest_path(output) == tmp_path / "c.manifest.json"
+    assert manifest_path(output) == tmp_path / "c.jsonl.manifest.json"
 
 
 def test_too_small(library: Path, tmp_path: Path):

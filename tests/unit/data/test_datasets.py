@@ -367,6 +367,7 @@ def test_scan_is_done_once_for_a_file_as_it_is(
 def test_missing_file(tokenizer: Tokenizer, counting: Path, missing: Any):
     missing(counting).unlink()
     _refused(_config(tokenizer, counting), tokenizer, r"counting\.(bin|idx): no such file")
+    assert not (counting.parent / "index_cache").exists(), "nothing is made beside a mistyped path"
 
 
 def test_part_of_the_split_without_documents(tokenizer: Tokenizer, tmp_path: Path):

@@ -308,7 +308,7 @@ def test_damaged_manifest(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path):
     with pytest.raises(DataError, match=r"out\.manifest\.json: damaged manifest"):
         read_manifest(prefix)
     manifest_path(prefix).write_bytes(b"\xff")
-    with pytest.raises(DataError, match="damaged manifest"):
+    with pytest.raises(DataError, match="damaged manifest; preprocess the dataset again"):
         read_manifest(prefix)
 
 

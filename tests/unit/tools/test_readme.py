@@ -22,7 +22,7 @@ RUN_BY_CI = {
 }
 SMALLER = {
     "tools/build_corpus.py": {"2000000": "300000"},
-    "tools/train_tokenizer.py": {"4096": "1024"},
+    "tools/train_tokenizer.py": {"2048": "1024"},
     "tools/pretrain.py": {},
 }
 APPENDED = {
