@@ -36,7 +36,7 @@ def build_corpus(
     """Write the standard library's sources as JSONL to ``output``; return the manifest.
 
     ``max_bytes`` ends the corpus before the first file that would exceed it (bytes of source text).
-    The manifest ``NAME.jsonl.manifest.json`` beside it counts and hashes; with it, a second call that
+    Beside it, ``NAME.jsonl.manifest.json`` counts and hashes; with it, a second call that
     finds everything as recorded writes nothing.
 
     Raises:
