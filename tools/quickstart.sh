@@ -4,7 +4,7 @@
 #   corpus -> tokenizer -> dataset -> pretrain vanilla, loop-2 and PLT-2 on equal tokens
 #   -> Hugging Face -> generate -> decode benchmark -> report
 #
-#   bash tools/quickstart.sh            about 0.6M tokens each, 2 processes
+#   bash tools/quickstart.sh            about 0.4M tokens each, 2 processes
 #   bash tools/quickstart.sh --smoke    the same with a few steps, for continuous integration
 #   bash tools/quickstart.sh --output DIR [--processes N]
 #
