@@ -66,6 +66,31 @@ def test_whole_files(both):
         check(both, path.read_text())
 
 
+def test_text_that_spells_special_pieces(tmp_path):
+    """Learned pieces add up to the name of a byte or special piece: still ordinary text."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["/s> a/s> </ s>"] * 300),
+        model_writer=model,
+        model_type="bpe",
+        byte_fallback=True,
+        vocab_size=280,
+        hard_vocab_limit=False,
+        normalization_rule_name="identity",
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        split_by_unicode_script=False,
+        split_by_number=False,
+        minloglevel=2,
+    )
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    ours, fast = Tokenizer(path), build_fast_tokenizer(path, 64)
+    assert {"/s>", "<"} <= set(fast.get_vocab()), "the parts are pieces"
+    for text in ("</s>", "<0x41>", "a</s></s>"):
+        check((ours, fast), text)
+
+
 def test_special_pieces(both):
     ours, fast = both
     assert (fast.eos_token_id, fast.pad_token_id) == (ours.eod, ours.pad)
