@@ -33,7 +33,9 @@ def run_config(m: ModelConfig) -> RunConfig:
 def write_checkpoint(
     run: Path, m: ModelConfig, tokenizer: Path, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """Write ``run/checkpoints/step_00000007`` and return it."""
+    """Write ``run/checkpoints/step_00000007`` and return it; ``run/logits.pt`` is what the
+    Megatron model itself computed.
+    """
     config = run_config(m)
     distributed.start(distributed.Processes(rank=0, world_size=1, local_rank=0))
     groups = create_groups(layout_for(config, 1))
@@ -48,6 +50,9 @@ def write_checkpoint(
         manifest = Manifest(config=config, step=7, tokens=7 * 32)
         folder = run / "checkpoints"
         folder.mkdir(parents=True)
+        tokens = torch.randint(0, m.vocab_size, (2, 24))
+        with torch.no_grad():
+            torch.save({"tokens": tokens, "logits": model.eval()(tokens)}, run / "logits.pt")
         return save_checkpoint(folder, model_state(model, groups), manifest, tokenizer)
     finally:
         destroy_groups()

@@ -93,6 +93,19 @@ def test_logits_were_verified_in_float64(plt_export):
     assert verify_folder(plt_export.checkpoint, plt_export.folder) == plt_export.checked
 
 
+def check_against_megatron(run, folder):
+    """The table of names is on both sides of ``verify_export``; Megatron itself knows no table."""
+    kept = torch.load(run / "logits.pt")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+    with torch.no_grad():
+        found = model(kept["tokens"]).logits
+    assert (found - kept["logits"]).abs().max() < 1e-4  # float32, logits up to 5
+
+
+def test_the_export_computes_what_the_megatron_model_computes(plt_run, plt_export):
+    check_against_megatron(plt_run, plt_export.folder)
+
+
 def test_shards_are_small_and_indexed(plt_export):
     shards = sorted(plt_export.folder.glob("model-*.safetensors"))
     assert len(shards) > 2
@@ -184,6 +197,7 @@ def test_a_vanilla_model_is_a_stock_model(name, changes, architecture, tmp_path,
     assert "plt" not in (export.folder / "config.json").read_text()
     model = AutoModelForCausalLM.from_pretrained(export.folder)
     assert type(model).__name__ == architecture
+    check_against_megatron(tmp_path / "run", export.folder)
     text = "def test_odd(x):\n\treturn  'é\u2581😀'"
     assert AutoTokenizer.from_pretrained(export.folder)(text)["input_ids"] == Tokenizer(
         tokenizer_model
