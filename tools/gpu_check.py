@@ -152,12 +152,12 @@ def _run(command: str, work: Path, limit_s: float) -> tuple[int, str]:
         stderr=subprocess.STDOUT,
         text=True,
     )
-    assert process.stdout is not None
     lines = []
-    for line in process.stdout:
-        print(line, end="", flush=True)
-        lines.append(line)
-    return process.wait(), "".join(lines)
+    with process:
+        for line in process.stdout or ():
+            print(line, end="", flush=True)
+            lines.append(line)
+    return process.returncode, "".join(lines)
 
 
 def _summary(name: str, work: Path, output: str) -> str:

@@ -1,4 +1,4 @@
-"""README's commands, run as a user would type them; only sizes are appended or replaced."""
+"""README's commands, run as a user would type them; only smaller sizes are appended."""
 
 import os
 import re
@@ -20,16 +20,11 @@ RUN_BY_CI = {
     "bash tools/quickstart.sh": "bash tools/quickstart.sh --smoke",
     "bash tools/test.sh": "bash tools/test.sh",
 }
-SMALLER = {
-    "tools/build_corpus.py": {"2000000": "300000"},
-    "tools/train_tokenizer.py": {"2048": "1024"},
-    "tools/pretrain.py": {},
-}
 APPENDED = {
-    "tools/pretrain.py": "model.vocab_size=1024 data.sequence_length=64 train.steps=2 "
+    "tools/pretrain.py": "data.sequence_length=64 train.steps=2 "
     "train.global_batch_size=4 train.micro_batch_size=1 train.eval_interval=2 train.eval_steps=1 "
     "optimizer.warmup_steps=1 model.num_layers=2 model.num_experts=4",
-    "tools/convert_from_hf.py": "model.vocab_size=1024 model.num_layers=2 model.num_experts=4",
+    "tools/convert_from_hf.py": "model.num_layers=2 model.num_experts=4",
     "tools/generate.py": "--max-new-tokens 4",
     "tools/benchmark_decode.py": "--prompt-tokens 16 --new-tokens 2 --rounds 1",
 }
@@ -71,9 +66,6 @@ def test_the_commands_of_one_model_from_text_to_hugging_face(workplace: Path) ->
         if command in RUN_BY_CI:
             continue
         tool = tool_of(command)
-        for old, new in SMALLER.get(tool, {}).items():
-            assert old in command, f"{tool}: README changed, adapt this test"
-            command = command.replace(old, new)
         done = subprocess.run(
             ["bash", "-c", f"{command} {APPENDED.get(tool, '')}"],
             cwd=workplace,
