@@ -377,7 +377,7 @@ def test_a_folder_that_does_not_fit_the_run(plt_export, tmp_path):
     ("damage", "message"),
     [
         (lambda f: (f / "config.json").unlink(), "config.json: cannot be read"),
-        (lambda f: (f / "model.safetensors.index.json").unlink(), "neither model.safetensors.ind"),
+        (lambda f: (f / "model.safetensors.index.json").unlink(), "nor model.safetensors"),
         (
             lambda f: (f / "model.safetensors.index.json").write_text("{}"),
             "not a safetensors index",

@@ -68,7 +68,7 @@ def test_a_configuration_that_transformers_wrote():
     ("changes", "message"),
     [
         ({"model_type": "llama"}, "model_type is 'llama'"),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu'"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; only 'silu' can be converted"),
         ({"norm_topk_prob": False}, "norm_topk_prob is False"),
         ({"mlp_only_layers": [0]}, r"mlp_only_layers is \[0\]"),
         ({"attention_bias": True}, "attention_bias is True"),
