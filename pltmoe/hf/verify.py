@@ -100,7 +100,7 @@ def _tokens(folder: Path, m: ModelConfig) -> Tensor:
     """Return ids of real text (this project's reference model), or all ids in turn."""
     ids = list(range(m.vocab_size))
     if (folder / "tokenizer.json").exists():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
         text = inspect.getsource(reference)
         ids = tokenizer(text, truncation=False, verbose=False)["input_ids"]
     ids = (ids * NUM_SEQUENCES * NUM_SLOTS)[: NUM_SEQUENCES * NUM_SLOTS]

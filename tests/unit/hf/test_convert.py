@@ -144,7 +144,7 @@ sys.meta_path.insert(0, Blocked())
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 folder = sys.argv[1]
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 model, report = AutoModelForCausalLM.from_pretrained(
     folder, trust_remote_code=True, output_loading_info=True
 )
@@ -164,6 +164,7 @@ def test_it_works_where_pltmoe_cannot_be_imported(plt_export, tmp_path):
     """Only torch and transformers are there; generate with and without cache; saved again."""
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, str(plt_export.folder), str(tmp_path / "again")],
+        stdin=subprocess.DEVNULL,
         cwd=tmp_path,
         env={"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -199,9 +200,9 @@ def test_a_vanilla_model_is_a_stock_model(name, changes, architecture, tmp_path,
     assert type(model).__name__ == architecture
     check_against_megatron(tmp_path / "run", export.folder)
     text = "def test_odd(x):\n\treturn  'é\u2581😀'"
-    assert AutoTokenizer.from_pretrained(export.folder)(text)["input_ids"] == Tokenizer(
-        tokenizer_model
-    ).encode(text)
+    assert AutoTokenizer.from_pretrained(export.folder, trust_remote_code=True)(text)[
+        "input_ids"
+    ] == Tokenizer(tokenizer_model).encode(text)
     check_round_trip(checkpoint, export.folder, tmp_path / "back", m)
 
 

@@ -29,7 +29,7 @@ def both(tokenizer_model, tmp_path_factory):
     """Return sentencepiece's tokenizer and the fast one as a user loads it."""
     folder = tmp_path_factory.mktemp("export")
     write_tokenizer(tokenizer_model, folder, max_length=64)
-    return Tokenizer(tokenizer_model), AutoTokenizer.from_pretrained(folder)
+    return Tokenizer(tokenizer_model), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 
 
 def check(both, text):
