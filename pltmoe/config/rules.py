@@ -86,6 +86,63 @@ def experts_divide(c: RunConfig) -> Iterator[str]:
         )
 
 
+def splits_are_even(c: RunConfig) -> Iterator[str]:
+    """Whatever is cut over ranks is cut evenly."""
+    p, m, d = c.parallel, c.model, c.data
+    for size, path, value in (
+        ("tensor_parallel_size", "model.num_attention_heads", m.num_attention_heads),
+        ("tensor_parallel_size", "model.num_kv_heads", m.num_kv_heads),
+        ("tensor_parallel_size", "model.vocab_size", m.vocab_size),
+        ("tensor_parallel_size", "model.ffn_hidden_size", m.ffn_hidden_size or 0),
+        ("expert_tensor_parallel_size", "model.moe_ffn_hidden_size", m.moe_ffn_hidden_size or 0),
+    ):
+        if value % (ranks := getattr(p, size)):
+            yield f"{path} ({value}) must be a multiple of parallel.{size} ({ranks})"
+    chunks = p.pipeline_parallel_size * p.model_chunks_per_stage
+    if m.num_layers % chunks:
+        yield (
+            f"model.num_layers ({m.num_layers}) must be a multiple of "
+            f"parallel.pipeline_parallel_size ({p.pipeline_parallel_size}) x "
+            f"parallel.model_chunks_per_stage ({p.model_chunks_per_stage}) = {chunks}"
+        )
+    cp = p.context_parallel_size
+    tp = p.tensor_parallel_size if p.sequence_parallel else 1
+    cuts = (2 * cp if cp > 1 else 1) * tp
+    if d.sequence_length % cuts:
+        yield (
+            f"data.sequence_length ({d.sequence_length}) must be a multiple of {cuts}: "
+            f"2 chunks x parallel.context_parallel_size ({cp}) when it is over 1, x "
+            f"parallel.tensor_parallel_size ({p.tensor_parallel_size}) with sequence_parallel"
+        )
+
+
+def parallel_parts_fit(c: RunConfig) -> Iterator[str]:
+    """Kinds of parallelism that need, or exclude, something else."""
+    p, m = c.parallel, c.model
+    if p.expert_tensor_parallel_size > 1 and not m.is_moe:
+        yield (
+            f"parallel.expert_tensor_parallel_size ({p.expert_tensor_parallel_size}) needs "
+            "model.num_experts (None)"
+        )
+    if p.tensor_parallel_size > 1 and m.is_moe and not p.sequence_parallel:
+        yield (
+            f"parallel.sequence_parallel (false) with parallel.tensor_parallel_size "
+            f"({p.tensor_parallel_size}) and model.num_experts ({m.num_experts}): Megatron trains "
+            "experts under tensor parallelism only with sequence parallelism; set it to true"
+        )
+    if p.model_chunks_per_stage > 1 and p.pipeline_parallel_size == 1:
+        yield (
+            f"parallel.model_chunks_per_stage ({p.model_chunks_per_stage}) needs "
+            "parallel.pipeline_parallel_size (1) of at least 2"
+        )
+    if p.overlap_grad_reduce and p.pipeline_parallel_size > 1:
+        yield (
+            "parallel.overlap_grad_reduce (true) with parallel.pipeline_parallel_size "
+            f"({p.pipeline_parallel_size}): a stage finishes its gradients with the backward pass "
+            "of loop 1, which comes last, so nothing would overlap; set it to false"
+        )
+
+
 def batch_divides(c: RunConfig) -> Iterator[str]:
     """A global batch is made of whole micro batches."""
     gbs, mbs = c.train.global_batch_size, c.train.micro_batch_size
@@ -134,6 +191,8 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[str]], ...] = (
 )
 RUN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     experts_divide,
+    splits_are_even,
+    parallel_parts_fit,
     batch_divides,
     schedule_fits,
     validation_has_data,

@@ -11,8 +11,27 @@ from pltmoe.config.model import ModelConfig, Schedule, Section
 class ParallelConfig(Section):
     """Where the model runs. What is left of the world size is data parallel."""
 
+    tensor_parallel_size: PositiveInt = 1
+    """Ranks that share the heads, the dense feed-forward layers and the vocabulary."""
+    sequence_parallel: bool = True
+    """Also cut norms and the residual stream, by slots, over the tensor-parallel ranks."""
+    pipeline_parallel_size: PositiveInt = 1
+    """Stages: ranks that share the layers. Each loop is a trip through all stages."""
+    model_chunks_per_stage: PositiveInt = 1
+    """Separate runs of layers that a stage holds (Megatron's virtual pipeline stages, without the
+    loops): more chunks, smaller bubble, more messages."""
+    context_parallel_size: PositiveInt = 1
+    """Ranks that share a sequence; each holds two chunks of it, mirrored, for even work."""
     expert_parallel_size: PositiveInt = 1
     """Ranks that share the experts of a layer."""
+    expert_tensor_parallel_size: PositiveInt = 1
+    """Ranks that share each single expert."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again instead of keeping: nothing, attention (scores, window, gate)
+    or whole layers."""
+    overlap_grad_reduce: bool = False
+    """Reduce gradients while backward still runs. Not with stages: there loop 1's backward, which
+    completes a shared weight's gradient, is the last thing that a stage does."""
 
 
 class DataSource(Section):

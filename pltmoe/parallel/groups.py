@@ -13,8 +13,14 @@ def create_groups(layout: Layout) -> ProcessGroupCollection:
     from there.
     """
     if not parallel_state.model_parallel_is_initialized():
+        staged = layout.pipeline_parallel_size > 1 and layout.loop_chunks > 1
         parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tensor_parallel_size,
+            pipeline_model_parallel_size=layout.pipeline_parallel_size,
+            virtual_pipeline_model_parallel_size=layout.loop_chunks if staged else None,
+            context_parallel_size=layout.context_parallel_size,
             expert_model_parallel_size=layout.expert_parallel_size,
+            expert_tensor_parallel_size=layout.expert_tensor_parallel_size,
             create_gloo_process_groups=False,
         )
     return ProcessGroupCollection.use_mpu_process_groups()

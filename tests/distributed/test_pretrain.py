@@ -71,7 +71,7 @@ def test_log_and_metrics_of_a_run(straight):
     assert not any("WARNING" in line for line in log.splitlines())
     for row in ("versions", "commit", "device", "layout", "parameters", "FLOPs per token"):
         assert re.search(rf"^  {row} +\S", log, re.M), row
-    assert "the CPU stands in for CUDA" in log and "EP1 x DP1" in log
+    assert "the CPU stands in for CUDA" in log and "DP1 (1 process" in log
     assert re.search(r"^  optimizer +(torch|TE|Apex) \(", log, re.M)
     line = r"step 12/12  loss \d\.\d{4}  lr \S+  grad \S+  [\d,]+ tokens/s  \S+ TFLOP/s.*  ETA 0:00"
     assert re.search(line, log)
@@ -137,13 +137,13 @@ def test_sigterm_to_one_rank_stops_both_and_the_run_moves_on(config, run, tmp_pa
     os.kill(ranks[1].pid, signal.SIGTERM)
     codes, outputs = finish(ranks)
     assert codes == [143, 143], outputs
-    assert "EP2 x DP1" in log and re.search(r"stopped at step \d+: a signal asked", outputs[0])
+    assert "EP2 x DP2" in log and re.search(r"stopped at step \d+: a signal asked", outputs[0])
     step = read_manifest(store.latest_checkpoint(tmp_path / "run")).step
     assert step >= 3 and lines_of(tmp_path / "run")[-1]["step"] == step
     assert mlflow_runs(database) == [("tiny", "KILLED")]
 
     code, log = run(tmp_path / "run", *common, f"train.steps={step + 2}")
-    assert code == 0 and f"(step {step})" in log and "EP1 x DP1" in log
+    assert code == 0 and f"(step {step})" in log and "DP1 (1 process" in log
     assert mlflow_runs(database) == [("tiny", "FINISHED")]
     losses = [line["train/loss"] for line in lines_of(tmp_path / "run")]
     assert len(losses) == step + 2 and abs(losses[-1] - losses[step - 1]) < 0.5

@@ -12,11 +12,11 @@ def test_sizes_follow_from_world_size_and_expert_parallelism():
         parallel__expert_parallel_size=2, train__global_batch_size=48, train__micro_batch_size=3
     )
     layout = layout_for(config, 4)
-    assert str(layout) == "EP2 x DP2"
+    assert str(layout) == "EP2 x DP4"
     assert layout.data_parallel_size == 4
     assert layout.expert_data_parallel_size == 2
     assert layout.micro_batches == 4
-    assert str(layout_for(config, 2)) == "EP2 x DP1"
+    assert str(layout_for(config, 2)) == "EP2 x DP2"
 
 
 def test_processes_that_make_no_whole_expert_groups():
@@ -33,5 +33,5 @@ def test_global_batch_that_is_not_whole_on_every_rank():
         layout_for(tiny_config(), 3)
     assert str(error.value) == (
         "train.global_batch_size (8) must be a multiple of train.micro_batch_size (2) x "
-        "data-parallel size (3 processes) = 6"
+        "data-parallel size (3, of 3 processes) = 6"
     )
