@@ -4,13 +4,12 @@ python tools/benchmark_decode.py --model vanilla=DIR --model plt2=DIR --output d
 """
 
 import argparse
-import logging
 import shlex
 import sys
 from pathlib import Path
 
-from pltmoe.errors import PLTMoEError
 from pltmoe.hf.decode_latency import DecodeSetup, measure_decode, write_decode
+from pltmoe.runtime.command_line import run_tool
 
 
 def main() -> None:
@@ -44,8 +43,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main()
-    except PLTMoEError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

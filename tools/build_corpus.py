@@ -1,12 +1,10 @@
 """Write a corpus of real text that every machine has: Python's standard library, as JSONL."""
 
 import argparse
-import logging
-import sys
 from pathlib import Path
 
 from pltmoe.data.corpus import build_corpus
-from pltmoe.errors import PLTMoEError
+from pltmoe.runtime.command_line import run_tool
 
 
 def main() -> None:
@@ -27,8 +25,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main()
-    except PLTMoEError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

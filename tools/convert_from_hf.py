@@ -1,14 +1,12 @@
 """Convert a Hugging Face folder to a checkpoint that a run can start from."""
 
 import argparse
-import logging
-import sys
 from pathlib import Path
 
 import torch
 
 from pltmoe.config import load_config
-from pltmoe.errors import PLTMoEError
+from pltmoe.runtime.command_line import run_tool
 from pltmoe.runtime.cpu import stand_in_for_cuda
 
 
@@ -39,8 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main()
-    except PLTMoEError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

@@ -1,14 +1,12 @@
 """Convert a checkpoint to a Hugging Face folder, and check that both compute the same logits."""
 
 import argparse
-import logging
-import sys
 from pathlib import Path
 
 import torch
 
-from pltmoe.errors import PLTMoEError
 from pltmoe.hf.convert import ExportOptions, export_checkpoint, verify_folder
+from pltmoe.runtime.command_line import run_tool
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 
@@ -67,8 +65,4 @@ def _bytes(text: str) -> int:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main()
-    except PLTMoEError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

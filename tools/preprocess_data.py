@@ -4,13 +4,11 @@ A run that was interrupted continues when the same command is given again.
 """
 
 import argparse
-import logging
 import os
-import sys
 from pathlib import Path
 
 from pltmoe.data.preprocess import PreprocessOptions, preprocess
-from pltmoe.errors import PLTMoEError
+from pltmoe.runtime.command_line import run_tool
 
 
 def main() -> None:
@@ -39,8 +37,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main()
-    except PLTMoEError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)

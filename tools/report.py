@@ -4,19 +4,17 @@ python tools/report.py RUN_DIR... --output DIR [--decode decode.json] [--generat
 """
 
 import argparse
-import logging
-import sys
 from pathlib import Path
 
-from pltmoe.errors import PLTMoEError
 from pltmoe.reports.runs import Run, read_mlflow_run, read_run
 from pltmoe.reports.summary import Extras, read_decode, read_generated, write_report
+from pltmoe.runtime.command_line import run_tool
 from pltmoe.tracking.mlflow import attach, how_to_look
 from pltmoe.tracking.sync import sync
 
 
-def main() -> int:
-    """Parse the command line and write the report; 1 with one line when that is not possible."""
+def main() -> None:
+    """Parse the command line and write the report."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -39,23 +37,18 @@ def main() -> int:
     args = parser.parse_args()
     if not args.runs and not args.mlflow_run:
         parser.error("give at least one RUN_DIR or --mlflow-run")
-    try:
-        runs: list[Run] = [read_run(path) for path in args.runs]
-        runs += [read_mlflow_run(uri, run_id) for uri, run_id in args.mlflow_run]
-        extras = Extras(
-            read_decode(args.decode) if args.decode else {},
-            read_generated(args.generated) if args.generated else [],
-        )
-        report = write_report(runs, args.output, args.title, extras)
-        print(f"report: {report}")
-        if where := next(filter(None, map(how_to_look, args.runs)), None):
-            print(f"MLflow: {where}")
-        if args.attach:
-            _attach(args.runs, args.output)
-    except PLTMoEError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    runs: list[Run] = [read_run(path) for path in args.runs]
+    runs += [read_mlflow_run(uri, run_id) for uri, run_id in args.mlflow_run]
+    extras = Extras(
+        read_decode(args.decode) if args.decode else {},
+        read_generated(args.generated) if args.generated else [],
+    )
+    report = write_report(runs, args.output, args.title, extras)
+    print(f"report: {report}")
+    if where := next(filter(None, map(how_to_look, args.runs)), None):
+        print(f"MLflow: {where}")
+    if args.attach:
+        _attach(args.runs, args.output)
 
 
 def _attach(run_dirs: list[Path], folder: Path) -> None:
@@ -66,5 +59,4 @@ def _attach(run_dirs: list[Path], folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    sys.exit(main())
+    run_tool(main)

@@ -1,12 +1,10 @@
 """Train a lossless sentencepiece tokenizer on text files, JSONL files or folders of them."""
 
 import argparse
-import logging
-import sys
 from pathlib import Path
 
 from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
-from pltmoe.errors import PLTMoEError
+from pltmoe.runtime.command_line import run_tool
 
 
 def main() -> None:
@@ -38,8 +36,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        main()
-    except PLTMoEError as error:
-        sys.exit(f"error: {error}")
+    run_tool(main)
