@@ -39,3 +39,14 @@ def warm_ranks() -> Iterator[Callable[..., list[Any]]]:
     yield call
     for ranks in kept.values():
         ranks.close()
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Megatron's process groups for a single process (over NCCL where there is a GPU).
+
+    Once per module: other modules end the processes of a run, and its groups with them.
+    """
+    from tests.single_process import create_single_process_groups  # needs torch; xdist's head not
+
+    return create_single_process_groups(tmp_path_factory.mktemp("store"))

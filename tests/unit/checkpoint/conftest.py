@@ -1,4 +1,4 @@
-"""A process group of one, and checkpoint folders without tensors."""
+"""Checkpoint folders without tensors."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,13 +8,6 @@ import pytest
 
 from pltmoe.checkpoint.manifest import Manifest, write_manifest
 from tests.distributed.tiny import tiny_config
-from tests.single_process import create_single_process_groups
-
-
-@pytest.fixture(scope="session")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Megatron's process groups for a single process."""
-    return create_single_process_groups(tmp_path_factory.mktemp("store"))
 
 
 @pytest.fixture

@@ -7,13 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.single_process import build_model, create_single_process_groups
-
-
-@pytest.fixture(scope="session")
-def groups(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Megatron's process groups for a single process."""
-    return create_single_process_groups(tmp_path_factory.mktemp("store"))
+from tests.single_process import build_model
 
 
 @pytest.fixture

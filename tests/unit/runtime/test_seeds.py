@@ -7,13 +7,8 @@ import pytest
 import torch
 
 from pltmoe.runtime import seeds
-from tests.single_process import create_single_process_groups
 
-
-@pytest.fixture(scope="module", autouse=True)
-def groups(tmp_path_factory):
-    """Megatron's tracker asks for its groups."""
-    return create_single_process_groups(tmp_path_factory.mktemp("store"))
+pytestmark = pytest.mark.usefixtures("groups")  # Megatron's tracker asks for them
 
 
 def draw() -> tuple[float, ...]:
