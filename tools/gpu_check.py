@@ -17,6 +17,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -167,22 +168,22 @@ def _summary(name: str, work: Path, output: str) -> str:
         return closing[-1] if closing else "no closing line"
     if name == "train":
         return _train_table(work)
-    rows = ["| model | ms per token | cache KiB per sequence | batch | context | dtype |"]
-    rows.append("|---|---|---|---|---|---|")
+    return _decode_table(work)
+
+
+def _decode_table(work: Path) -> str:
+    header = ("model", "ms per token", "cache KiB per sequence", "batch", "context", "dtype")
+    rows = []
     for model, r in json.loads((work / "decode.json").read_text()).items():
         kib = r["cache_bytes_per_sequence"] / 1024
-        rows.append(
-            f"| {model} | {r['ms_per_token']:.2f} | {kib:.0f} | {r['batch']} | {r['context']} | "
-            f"{r['dtype']} |"
-        )
-    return "\n".join(rows)
+        ms = f"{r['ms_per_token']:.2f}"
+        rows.append((model, ms, f"{kib:.0f}", r["batch"], r["context"], r["dtype"]))
+    return _table(header, rows)
 
 
 def _train_table(work: Path) -> str:
-    rows = [
-        "| model | loss | validation loss | tokens/s per GPU | peak GiB |",
-        "|---|---|---|---|---|",
-    ]
+    header = ("model", "loss", "validation loss", "tokens/s per GPU", "peak GiB")
+    rows = []
     for model in MODELS:
         last: dict[str, float] = {}
         speed = []
@@ -191,11 +192,14 @@ def _train_table(work: Path) -> str:
             last |= record
             speed.append(record.get("perf/tokens_per_second_per_gpu", 0.0))
         middle = sorted(s for s in speed if s)[len([s for s in speed if s]) // 2]
-        rows.append(
-            f"| {model} | {last['train/loss']:.3f} | {last['valid/loss']:.3f} | {middle:,.0f} | "
-            f"{last['memory/peak_gib']:.2f} |"
-        )
-    return "\n".join(rows)
+        losses = f"{last['train/loss']:.3f}", f"{last['valid/loss']:.3f}"
+        rows.append((model, *losses, f"{middle:,.0f}", f"{last['memory/peak_gib']:.2f}"))
+    return _table(header, rows)
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def _page(work: Path) -> str:

@@ -65,3 +65,23 @@ def test_a_failure_ends_the_part_and_is_shown(gpu_check: ModuleType, tmp_path: P
     assert result["passed"] is False and "no kernel" in result["summary"]
     page = gpu_check._page(tmp_path)
     assert "FAILED" in page and "exit code 3" in page
+
+
+def test_tables_of_what_was_measured(gpu_check: ModuleType, tmp_path: Path) -> None:
+    decoded = {"ms_per_token": 1.2345, "cache_bytes_per_sequence": 4096, "batch": 4}
+    decoded |= {"context": 224, "dtype": "bfloat16"}
+    (tmp_path / "decode.json").write_text(json.dumps({"plt2": decoded}))
+    assert gpu_check._summary("decode", tmp_path, "") == (
+        "| model | ms per token | cache KiB per sequence | batch | context | dtype |\n"
+        "| --- | --- | --- | --- | --- | --- |\n"
+        "| plt2 | 1.23 | 4 | 4 | 224 | bfloat16 |"
+    )
+    for model in gpu_check.MODELS:
+        (tmp_path / "runs" / model).mkdir(parents=True)
+        records = [{"perf/tokens_per_second_per_gpu": speed} for speed in (9, 1000, 2000)]
+        records.append({"train/loss": 2, "valid/loss": 3, "memory/peak_gib": 1.5})
+        lines = [json.dumps(record) for record in records]
+        (tmp_path / "runs" / model / "metrics.jsonl").write_text("\n".join(lines))
+    rows = gpu_check._summary("train", tmp_path, "").splitlines()
+    assert rows[0] == "| model | loss | validation loss | tokens/s per GPU | peak GiB |"
+    assert rows[2:] == [f"| {m} | 2.000 | 3.000 | 1,000 | 1.50 |" for m in gpu_check.MODELS]
