@@ -3,25 +3,23 @@
 One step on each rank:
 
     zero gradient buffers
-    for each micro batch: forward, backward        router losses join in backward, see below
+    forward and backward of all micro batches      parallel/pipeline.py
     finalize_model_grads: sum over ranks, divide by the tokens of the global batch,
                           update the expert biases from the counts of all loops
     norm -> finite? -> clip -> AdamW -> learning rate of the next step
 
 The loss is a sum over tokens until it is divided once by the number of loss tokens of the global
 batch, so it is the same mean for every layout. Router losses are means over the tokens of a micro
-batch; Megatron weights each by its tokens, so a micro batch counts as much as it has slots.
+batch, weighted by its loss tokens (model/router.py).
 """
 
 import math
 from collections.abc import Iterator
-from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -36,11 +34,10 @@ from pltmoe.engines.megatron_optimizer import (
     wrap_in_ddp,
 )
 from pltmoe.errors import EngineError
-from pltmoe.model.initialize import initialize
+from pltmoe.model.initialize import global_name, initialize
 from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
-from pltmoe.model.megatron_config import transformer_config
-from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.layout import Layout
+from pltmoe.parallel.pipeline import Pipeline, build_stage
 from pltmoe.runtime import devices
 from pltmoe.runtime.devices import Backend
 from pltmoe.runtime.seeds import restore_random_state
@@ -54,20 +51,13 @@ class MegatronEngine:
         self.config, self._layout, self._groups = config, layout, groups
         self._device = devices.device()
         dtype = devices.parameter_dtype(config.train.precision)
-        transformer = transformer_config(
-            config.model,
-            expert_parallel_size=layout.expert_parallel_size,
-            params_dtype=dtype,
-        )
-        self.model = PLTModel(config.model, transformer, groups)
+        self.model = build_stage(config, layout, groups, dtype, self._device)
         initialize(self.model, config.train.seed)
-        self._ddp = wrap_in_ddp(self.model, groups)
+        self._ddp = wrap_in_ddp(self.model, groups, config.parallel.overlap_grad_reduce)
         self._optimizer = build_optimizer(config, self._ddp, dtype, groups)
         self._schedule = build_schedule(config, self._optimizer)
-        self._loss_share = torch.ones(1, device=self._device)
-        transformer.finalize_model_grads_func = finalize_model_grads
-        transformer.no_sync_func = self._ddp.no_sync
-        transformer.moe_grad_scale_func = lambda: self._loss_share.clone()
+        length = config.data.sequence_length
+        self.pipeline = Pipeline(self.model, self._ddp, layout, groups, length, self._device)
         self.capabilities = Capabilities(
             layout, devices.precision_name(config.train.precision), _backends()
         )
@@ -92,10 +82,8 @@ class MegatronEngine:
 
     def eval_step(self, batches: Iterator[Batch]) -> tuple[float, int]:
         """Return summed loss and loss tokens of one global batch; see the protocol."""
-        self._ddp.eval()
         with torch.no_grad():
             local = self._forward_backward(batches, forward_only=True)
-        self._ddp.train()
         loss_sum, tokens = self._sum_over_ranks(local)
         return loss_sum, int(tokens)
 
@@ -141,51 +129,25 @@ class MegatronEngine:
 
     def _forward_backward(self, batches: Iterator[Batch], forward_only: bool) -> Tensor:
         """Run this rank's micro batches; returns [summed loss, loss tokens] in float64."""
-        per_micro_batch = get_forward_backward_func()(
-            forward_step_func=self._forward_step,
-            data_iterator=batches,
-            model=self._ddp,
-            num_microbatches=self._layout.micro_batches,
-            seq_length=self.config.data.sequence_length,
-            micro_batch_size=self._layout.micro_batch_size,
-            forward_only=forward_only,
-            pg_collection=self._groups,
-        )
-        return torch.stack(per_micro_batch).sum(0)
-
-    def _forward_step(self, batches: Iterator[Batch], model: Any) -> tuple[Tensor, Any]:
-        batch = {
-            name: tensor.to(self._device, non_blocking=True)
-            for name, tensor in next(batches).items()
-        }
-        losses_bs = model(batch["tokens"], batch["position_ids"], batch["labels"])
-        return losses_bs, partial(self._sum_loss, batch["loss_mask"])
-
-    def _sum_loss(self, mask_bs: Tensor, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the summed loss, its tokens, and both for the log.
-
-        Megatron multiplies router losses by the slots of the micro batch but divides them by the
-        loss tokens; the share of slots that have a loss makes up for masked ones.
-        """
-        total, tokens = (losses_bs.float() * mask_bs).sum(), mask_bs.sum()
-        self._loss_share = (tokens / mask_bs.numel()).detach().float().view(1)
-        # Masked slots too: NaN * 0 is NaN, and a broken model must not hide behind the mask.
-        report = torch.stack([total.detach().double(), tokens.double()])
-        return total, tokens.int(), report
+        step = [dict(batch) for batch in islice(batches, self._layout.micro_batches)]
+        return self.pipeline.run(step, forward_only)
 
     def _sum_over_ranks(self, local: Tensor) -> tuple[float, float]:
+        """Every rank learns the sums, also those that hold no head."""
         total = local.clone()
-        dist.all_reduce(total, group=self._groups.dp_cp)
+        dist.all_reduce(total)
         loss_sum, tokens = total.tolist()
         return loss_sum, tokens
 
     def _model_metrics(self) -> dict[str, float]:
         """Sum the layers' statistics over all ranks, in one message, and name them."""
-        stats = collect_loop_stats(self.model.layers)
+        stats = collect_loop_stats(
+            self.model.layers, self.model.layers.numbers, self.config.model.num_layers
+        )
         if not stats:
             return {}
         packed = torch.cat([tensor.flatten() for tensor in stats.values()])
-        dist.all_reduce(packed, group=self._groups.dp_cp)
+        dist.all_reduce(packed)
         sizes = [tensor.numel() for tensor in stats.values()]
         pieces = packed.split(sizes)
         summed = {n: p.view_as(t) for (n, t), p in zip(stats.items(), pieces, strict=True)}
@@ -194,7 +156,7 @@ class MegatronEngine:
     def _not_finite_gradient(self, step: int) -> str:
         """Name the first broken gradients; each rank knows its own shard of the sums."""
         names = [
-            name
+            global_name(self.model, name)
             for name, parameter in self.model.named_parameters()
             if not torch.isfinite(parameter.main_grad).all()
         ]

@@ -18,17 +18,26 @@ from torch import nn
 
 from pltmoe.config import RunConfig
 
+_BUCKET_PARAMETERS = 40_000_000
+"""Megatron's default size of a gradient bucket, in parameters."""
 _DECAY_STYLES = {"cosine": "cosine", "wsd": "WSD", "linear": "linear", "constant": "constant"}
 
 
-def wrap_in_ddp(model: nn.Module, groups: ProcessGroupCollection) -> DistributedDataParallel:
-    """Give ``model`` fp32 gradient buffers that are reduced once per optimizer step."""
+def wrap_in_ddp(
+    model: nn.Module, groups: ProcessGroupCollection, overlap: bool = False
+) -> DistributedDataParallel:
+    """Give ``model`` fp32 gradient buffers that are reduced once per optimizer step.
+
+    With ``overlap``, in buckets, each as soon as the last micro batch's backward has filled it.
+    """
     ddp_config = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=True, overlap_grad_reduce=False
+        # A float64 model is there to be compared to the last digit.
+        grad_reduce_in_fp32=model.config.params_dtype != torch.float64,
+        use_distributed_optimizer=True, overlap_grad_reduce=overlap
     )
     layout = DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        None,  # one bucket: nothing overlaps with backward
+        _BUCKET_PARAMETERS if overlap else None,  # None: one bucket
         groups.dp_cp.size(),
         ddp_config,
         expert_data_parallel_world_size=groups.expt_dp.size(),

@@ -1,61 +1,100 @@
-"""The layer stack that every loop runs through: one set of weights, K and V handed explicitly.
+"""The layer stack that every loop runs through: one set of weights, loop 1's results handed on.
 
-Loop 1's keys and values leave a layer as outputs and enter later loops as inputs, never through
-hidden state, so that recomputation and pipeline stages can see them.
+What loop 1 lends to later loops leaves a layer as an output and enters later loops as an input,
+never through hidden state, so that recomputation and pipeline stages can see it.
 """
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from pltmoe.config.model import ModelConfig
-from pltmoe.model.gated_attention import KeyValue
+from pltmoe.model.gated_attention import KeyValue, Pass
 from pltmoe.model.loop_stats import LoopStats
+from pltmoe.model.recompute import recompute_contexts
+
+
+class Lent(NamedTuple):
+    """What one layer of loop 1 lends to the same layer of later loops."""
+
+    key_value: KeyValue | None
+    """K and V, each [s, b, g, k]; None where later loops use only their own."""
+    experts: Tensor | None
+    """Loop 1's routing map [t, e]; None in a dense model."""
 
 
 class PLTLayer(TransformerLayer):
     """Megatron's pre-norm transformer layer, told which loop it runs in."""
 
     def __init__(self, *args: Any, plt: ModelConfig, **kwargs: Any):
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, add_layer_offset=False, **kwargs)
+        self.plt = plt
         self.stats = LoopStats(plt, torch.cuda.current_device())
 
     def forward(  # type: ignore[override]
-        self, hidden_sbd: Tensor, rope: Tensor, loop: int, first_kv: KeyValue | None
-    ) -> tuple[Tensor, KeyValue]:
-        """Return the layer's output [s, b, d] and this loop's own (K, V)."""
-        y, kv = self.self_attention(
-            self.input_layernorm(hidden_sbd), rope, loop, first_kv, self.stats
+        self, hidden_sbd: Tensor, at: Pass, lent: Lent | None
+    ) -> tuple[Tensor, Lent]:
+        """Return the layer's output [s, b, d] and what this loop could lend."""
+        y, own_kv = self.self_attention(
+            self.input_layernorm(hidden_sbd), at, lent.key_value if lent else None, self.stats
         )
         add = self.self_attn_bda(self.training, self.config.bias_dropout_fusion)
         hidden_sbd = add((y, None), hidden_sbd, self.hidden_dropout)
-        if self.is_moe_layer:
-            self.mlp.router.enter_loop(loop, self.stats)
-        return self._forward_mlp(hidden_sbd), kv
+        kept = own_kv if self.plt.share_first_loop_kv else None
+        if not self.is_moe_layer:
+            return self._forward_mlp(hidden_sbd), Lent(kept, None)
+        router = self.mlp.router
+        router.enter(at, lent.experts if lent else None, self.stats)
+        hidden_sbd = self._forward_mlp(hidden_sbd)
+        return hidden_sbd, Lent(kept, router.chosen)
 
 
 class LoopedStack(torch.nn.ModuleList):
-    """The layers of the model, run once per loop."""
+    """The layers of a model, or of one pipeline stage, run once per loop."""
+
+    def __init__(self, layers: Iterable[PLTLayer] = (), numbers: Sequence[int] = ()):
+        """``numbers`` counts the layers over the whole model, from 0."""
+        super().__init__(layers)
+        self.numbers = list(numbers)
 
     def run(
-        self, hidden_sbd: Tensor, rope: Tensor, loop: int, first_kv: list[KeyValue] | None
-    ) -> tuple[Tensor, list[KeyValue]]:
-        """Run all layers in one loop; returns the output and each layer's own (K, V)."""
-        own: list[KeyValue] = []
-        for index, layer in enumerate(self):
-            lent = first_kv[index] if first_kv is not None else None
-            hidden_sbd, kv = layer(hidden_sbd, rope, loop, lent)
-            own.append(kv)
+        self,
+        hidden_sbd: Tensor,
+        at: Pass,
+        lent: Sequence[Lent] | None,
+        part: range | None = None,
+    ) -> tuple[Tensor, list[Lent]]:
+        """Run the layers (``part``: local numbers) in one loop.
+
+        Returns:
+            The output, and what each layer lends if this is loop 1.
+        """
+        own: list[Lent] = []
+        for index, local in enumerate(part if part is not None else range(len(self))):
+            arguments = (hidden_sbd, at, lent[index] if lent is not None else None)
+            hidden_sbd, lends = self._run_layer(self[local], *arguments)
+            own.append(lends)
         return hidden_sbd, own
+
+    @staticmethod
+    def _run_layer(layer: Any, *arguments: Any) -> tuple[Tensor, Lent]:
+        if layer.training and layer.config.recompute_granularity == "full":
+            return checkpoint(layer, *arguments, use_reentrant=False, context_fn=recompute_contexts)
+        return layer(*arguments)
 
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict[str, Any]:
         """One checkpoint key per layer, numbered over the whole model (from 0)."""
         state: dict[str, Any] = {}
-        for local, layer in enumerate(self):
-            layer_state = layer.sharded_state_dict(f"{prefix}{local}.", sharded_offsets, metadata)
+        for local, (number, layer) in enumerate(zip(self.numbers, self, strict=True)):
+            here = f"{prefix}{local}."
+            layer_state = layer.sharded_state_dict(here, sharded_offsets, metadata)
+            replace_prefix_for_sharding(layer_state, here, f"{prefix}{number}.")
             state.update(layer_state)
         return state

@@ -18,11 +18,15 @@ def shift(h: Tensor, starts_document: Tensor, slot_dim: int) -> Tensor:
             treated as a beginning.
         slot_dim: 0 or 1.
     """
+    return shift_slots(h, slot_dim).masked_fill(starts_document.unsqueeze(-1), 0.0)
+
+
+def shift_slots(h: Tensor, slot_dim: int) -> Tensor:
+    """Move every vector one slot to the right, whatever the documents; slot 0 gets zeros."""
     first = h.narrow(slot_dim, 0, 1)
-    moved = torch.cat(
+    return torch.cat(
         [torch.zeros_like(first), h.narrow(slot_dim, 0, h.size(slot_dim) - 1)], slot_dim
     )
-    return moved.masked_fill(starts_document.unsqueeze(-1), 0.0)
 
 
 def next_loop_input(
@@ -39,6 +43,15 @@ def next_loop_input(
     normalises between loops.
     """
     moved = shift(previous, starts_document, slot_dim)
+    return add_to_embedding(embedding, moved, emb_scale, hidden_scale)
+
+
+def add_to_embedding(
+    embedding: Tensor, moved: Tensor, emb_scale: float, hidden_scale: float
+) -> Tensor:
+    """Return emb_scale * E + hidden_scale * shift(H_{l-1}); a plain sum where both scales are 1."""
+    if emb_scale == hidden_scale == 1.0:
+        return embedding + moved
     return emb_scale * embedding + hidden_scale * moved
 
 

@@ -7,8 +7,9 @@
 | norms                                  | 1                                        |
 | gate weight and bias                   | 0, so g = 0.5                            |
 
-A parameter depends on its name only, not on the rank that holds it or on what was built before it,
-so every expert-parallel layout starts from the same model. (CPU and GPU generators differ.)
+A parameter depends on its name only, not on the rank that holds it or on what was built before it:
+a rank draws the whole tensor and keeps its slice, so every layout starts from the same model. (CPU
+and GPU generators differ.)
 """
 
 import hashlib
@@ -34,18 +35,55 @@ def initialize(model: PLTModel, seed: int) -> None:
         else:
             scale = math.sqrt(2 * model.plt.num_layers) if name.endswith(_OUTPUT_PROJECTIONS) else 1
             generator = _generator(global_name(model, name), seed, parameter.device)
-            fresh = torch.empty_like(parameter, dtype=torch.float32)
-            parameter.copy_(fresh.normal_(0.0, std / scale, generator=generator))
+            parts = tensor_ranks(model, name)
+            shape = whole_shape(parameter, parts[1])
+            whole = torch.empty(shape, dtype=torch.float32, device=parameter.device)
+            whole.normal_(0.0, std / scale, generator=generator)
+            parameter.copy_(local_slice(whole, name, parameter, *parts))
 
 
 def global_name(model: PLTModel, name: str) -> str:
-    """Replace the local number of an expert by its number in the whole model."""
-    found = re.match(r"layers\.(\d+)\.mlp\.experts\.local_experts\.(\d+)\.", name)
-    if not found:
+    """Number layers and experts over the whole model; a tied head is the embedding."""
+    if name == "output_layer.weight" and model.plt.tied_embeddings:
+        return "embedding.word_embeddings.weight"
+    if not (found := re.match(r"layers\.(\d+)\.", name)):
         return name
-    layer, local = int(found[1]), int(found[2])
-    expert = model.layers[layer].mlp.local_expert_indices[local]
-    return name.replace(f"local_experts.{local}.", f"local_experts.{expert}.")
+    local = int(found[1])
+    rest = name[found.end() :]
+    if expert := re.match(r"mlp\.experts\.local_experts\.(\d+)\.", rest):
+        number = model.layers[local].mlp.local_expert_indices[int(expert[1])]
+        rest = f"mlp.experts.local_experts.{number}.{rest[expert.end() :]}"
+    return f"layers.{model.layers.numbers[local]}.{rest}"
+
+
+def tensor_ranks(model: PLTModel, name: str) -> tuple[int, int]:
+    """Return (rank, size) of the tensor-parallel group that cuts a parameter."""
+    groups = model.pg_collection
+    group = groups.expt_tp if ".experts." in name else groups.tp
+    return group.rank(), group.size()
+
+
+def whole_shape(parameter: torch.Tensor, size: int) -> list[int]:
+    """Return the shape of a parameter over all ``size`` tensor-parallel ranks."""
+    shape = list(parameter.shape)
+    if getattr(parameter, "tensor_model_parallel", False):
+        shape[parameter.partition_dim] *= size  # type: ignore[attr-defined]
+    return shape
+
+
+def local_slice(
+    whole: torch.Tensor, name: str, parameter: torch.Tensor, rank: int, size: int
+) -> torch.Tensor:
+    """Cut one rank's part out of a whole tensor, as Megatron's parallel layers hold it.
+
+    A gated feed-forward layer holds its part of the gate above its part of the up projection.
+    """
+    if size == 1 or not getattr(parameter, "tensor_model_parallel", False):
+        return whole
+    dim = parameter.partition_dim  # type: ignore[attr-defined]
+    if name.endswith("linear_fc1.weight"):
+        return torch.cat([half.chunk(size, dim)[rank] for half in whole.chunk(2, dim)], dim)
+    return whole.chunk(size, dim)[rank]
 
 
 def _generator(name: str, seed: int, device: torch.device) -> torch.Generator:

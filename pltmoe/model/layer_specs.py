@@ -21,6 +21,7 @@ from pltmoe.model.block import PLTLayer
 from pltmoe.model.gated_attention import GatedAttentionSubmodules, GatedSelfAttention
 from pltmoe.model.router import LoopRouter
 from pltmoe.model.sdpa import SDPACoreAttention
+from pltmoe.model.slots import Slots
 
 
 class RMSNorm(torch.nn.Module):
@@ -41,15 +42,16 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
-def layer_spec(model: ModelConfig) -> ModuleSpec:
+def layer_spec(model: ModelConfig, slots: Slots) -> ModuleSpec:
     """Describe one layer built from PyTorch and Megatron-core parts (no Transformer Engine)."""
+    local = partial(SDPACoreAttention, window_keys=model.local_window, slots=slots)
     attention = ModuleSpec(
         module=GatedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, "plt": model},
         submodules=GatedAttentionSubmodules(
             linear_qkv=ColumnParallelLinear,
-            core_attention=SDPACoreAttention,
-            local_attention=partial(SDPACoreAttention, window_keys=model.local_window),
+            core_attention=partial(SDPACoreAttention, slots=slots),
+            local_attention=local,
             linear_proj=RowParallelLinear,
             q_layernorm=RMSNorm if model.qk_norm else None,
             k_layernorm=RMSNorm if model.qk_norm else None,

@@ -4,6 +4,8 @@ Every quantity is a sum over tokens or router calls, so it may be added up over 
 data-parallel ranks before ``loop_metrics`` turns it into the numbers a person reads.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -37,17 +39,29 @@ class LoopStats(nn.Module):
 
     @torch.no_grad()
     def add_routing(
-        self, loop: int, logits: Tensor, scores: Tensor, routing_map: Tensor, first_map: Tensor
+        self,
+        loop: int,
+        aux_loss: Tensor,
+        z_loss: Tensor,
+        routing_map: Tensor,
+        first_map: Tensor,
+        ranks: int,
     ) -> None:
-        """Record one router call: logits and scores [t, e], chosen experts and loop 1's as maps."""
-        tokens, experts = scores.shape
-        counts = routing_map.sum(0).float()
-        share = counts / counts.sum()
-        index = loop - 1
-        self.expert_counts[index] += counts
-        self.aux_loss[index] += experts * (share * scores.float().mean(0)).sum()
-        self.z_loss[index] += logits.float().logsumexp(-1).square().mean()
-        self.router_calls[index] += 1
+        """Record one router call.
+
+        Args:
+            loop: counts from 1.
+            aux_loss: this rank's share of the balancing loss, without its coefficient.
+            z_loss: this rank's share of the z-loss.
+            routing_map: chosen experts [t, e] of this rank's tokens.
+            first_map: loop 1's.
+            ranks: how many ranks share the call (each sees its own slots).
+        """
+        index, tokens = loop - 1, routing_map.size(0)
+        self.expert_counts[index] += routing_map.sum(0).float()
+        self.aux_loss[index] += aux_loss
+        self.z_loss[index] += z_loss
+        self.router_calls[index] += 1 / ranks
         both = (routing_map & first_map).sum() / routing_map.sum()
         self.overlap[index] += both * tokens
         self.routed_tokens[index] += tokens
@@ -59,10 +73,21 @@ class LoopStats(nn.Module):
         self.gate_count[loop - 1] += gate.numel()
 
 
-def collect_loop_stats(layers: nn.ModuleList) -> dict[str, Tensor]:
-    """Stack the accumulators of all layers: name -> [layers, loops, ...] (copies)."""
+def collect_loop_stats(
+    layers: nn.ModuleList, numbers: Sequence[int] | None = None, num_layers: int | None = None
+) -> dict[str, Tensor]:
+    """Stack the accumulators: name -> [num_layers, loops, ...] (copies).
+
+    ``numbers`` says which of ``num_layers`` layers these are (from 0), all by default; the others
+    stay zero, so that the sum over all ranks is the whole model.
+    """
     per_layer = [dict(layer.stats.named_buffers()) for layer in layers]
-    return {name: torch.stack([stats[name] for stats in per_layer]) for name in per_layer[0]}
+    found = {}
+    for name, example in per_layer[0].items():
+        found[name] = example.new_zeros(num_layers or len(layers), *example.shape)
+        for number, stats in zip(numbers or range(len(layers)), per_layer, strict=True):
+            found[name][number] = stats[name]
+    return found
 
 
 def reset_loop_stats(layers: nn.ModuleList) -> None:

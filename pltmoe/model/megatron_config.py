@@ -7,16 +7,21 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pltmoe.config.model import ModelConfig
+from pltmoe.config.run import ParallelConfig
 
 
 def transformer_config(
-    model: ModelConfig, *, expert_parallel_size: int = 1, params_dtype: torch.dtype = torch.float32
+    model: ModelConfig,
+    *,
+    params_dtype: torch.dtype = torch.float32,
+    parallel: ParallelConfig | None = None,
 ) -> TransformerConfig:
-    """Describe one Qwen3-style layer of ``model`` to Megatron-core.
+    """Describe one Qwen3-style layer of ``model``, and where it runs, to Megatron-core.
 
     Loss gradients are divided by the number of tokens of the global batch
     (``calculate_per_token_loss``), so the loss is the same mean on every layout.
     """
+    p = parallel or ParallelConfig()
     config = TransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -41,13 +46,21 @@ def transformer_config(
         bf16=params_dtype == torch.bfloat16,
         gradient_accumulation_fusion=False,
         calculate_per_token_loss=True,
-        expert_model_parallel_size=expert_parallel_size,
+        tensor_model_parallel_size=p.tensor_parallel_size,
+        sequence_parallel=p.sequence_parallel and p.tensor_parallel_size > 1,
+        pipeline_model_parallel_size=p.pipeline_parallel_size,
+        context_parallel_size=p.context_parallel_size,
+        expert_model_parallel_size=p.expert_parallel_size,
+        expert_tensor_parallel_size=p.expert_tensor_parallel_size,
         **_moe_fields(model, params_dtype),
     )
     # Megatron accepts an expert bias only with sigmoid scores, because its own top-k ignores the
     # bias under softmax. Our router (router.py) adds it, and finalize_model_grads updates it.
     config.moe_router_enable_expert_bias = model.moe_expert_bias_update_rate > 0
     config.moe_router_bias_update_rate = model.moe_expert_bias_update_rate
+    # Our own layers recompute (block.py, gated_attention.py), and none of Megatron's modules.
+    config.recompute_granularity = None if p.recompute == "none" else p.recompute
+    config.recompute_modules = []
     return config
 
 

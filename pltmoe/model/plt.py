@@ -3,10 +3,17 @@
 Equal to model/reference.py, loss and gradients (tests/unit/model/test_parity.py). Composed from
 layer specs on LanguageModule, because Megatron's GPTModel is deprecated and knows no loops.
 
+One process may hold the whole model, and then ``forward`` runs all loops. Or it holds one pipeline
+stage, whose parts ``parallel/loop_chunks.py`` calls: the same steps, cut where loops and stages
+meet.
+
+    embed -> [layers of loop 1] -> finish_loop -> next_loop -> [layers of loop 2] -> ... -> head
+    first                          last           first                                     last
+
 Letters: s slots, b sequences, d hidden, v vocabulary.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from megatron.core.enums import ModelType
@@ -20,38 +27,81 @@ from torch import Tensor
 
 from pltmoe.config.model import ModelConfig
 from pltmoe.model.block import LoopedStack
-from pltmoe.model.cross_loop import next_loop_input
+from pltmoe.model.cross_loop import add_to_embedding
+from pltmoe.model.gated_attention import Pass
 from pltmoe.model.layer_specs import RMSNorm, layer_spec
+from pltmoe.model.slots import AllSlots, Slots, starts_document
+
+
+class StageParts(NamedTuple):
+    """What one pipeline stage holds of the model."""
+
+    chunks: tuple[range, ...]
+    """Layers (from 0) of each model chunk, in the order they run."""
+    is_first: bool = True
+    """Holds the embedding."""
+    is_last: bool = True
+    """Holds the final norm and the head."""
 
 
 class PLTModel(LanguageModule):
-    """A language model whose layer stack runs ``plt.num_loops`` times per token."""
+    """A language model, or one stage of it, whose layers run ``plt.num_loops`` times per token."""
 
-    def __init__(self, plt: ModelConfig, config: TransformerConfig, pg_collection: Any):
-        """Build with uninitialised weights; ``model/initialize.py`` or a checkpoint fills them."""
+    def __init__(
+        self,
+        plt: ModelConfig,
+        config: TransformerConfig,
+        pg_collection: Any,
+        stage: StageParts | None = None,
+        slots: Slots | None = None,
+    ):
+        """Build with uninitialised weights; ``model/initialize.py`` or a checkpoint fills them.
+
+        Args:
+            plt: what is computed.
+            config: the same for Megatron (model/megatron_config.py).
+            pg_collection: Megatron's process groups, handed through.
+            stage: the part to build; the whole model by default.
+            slots: how sequences are cut between ranks; not at all by default.
+        """
         super().__init__(config=config, pg_collection=pg_collection)
         self.plt = plt
+        self.stage = stage or StageParts((range(plt.num_layers),))
+        self.slots = slots or AllSlots()
         self.model_type = ModelType.encoder_or_decoder
-        self.pre_process = self.post_process = True
+        self.pre_process, self.post_process = self.stage.is_first, self.stage.is_last
         self.share_embeddings_and_output_weights = plt.tied_embeddings
-        self.embedding = LanguageModelEmbedding(
-            config=config,
-            vocab_size=plt.vocab_size,
-            max_sequence_length=0,  # only used by learned positions
-            position_embedding_type="rope",
-            tp_group=pg_collection.tp,
-        )
+        if self.stage.is_first:
+            self.embedding = LanguageModelEmbedding(
+                config=config,
+                vocab_size=plt.vocab_size,
+                max_sequence_length=0,  # only used by learned positions
+                position_embedding_type="rope",
+                tp_group=pg_collection.tp,
+            )
         self.rotary_pos_emb = RotaryEmbedding(
             kv_channels=plt.head_dim,
             rotary_percent=1.0,
             rotary_base=plt.rope_theta,
             cp_group=pg_collection.cp,
         )
-        spec = layer_spec(plt)
+        spec = layer_spec(plt, self.slots)
+        numbers = [number for chunk in self.stage.chunks for number in chunk]
         self.layers = LoopedStack(
-            build_module(spec, config=config, layer_number=number, pg_collection=pg_collection)
-            for number in range(1, plt.num_layers + 1)
+            (
+                build_module(
+                    spec, config=config, layer_number=number + 1, pg_collection=pg_collection
+                )
+                for number in numbers
+            ),
+            numbers,
         )
+        if self.stage.is_last:
+            self._build_head(pg_collection)
+        self.setup_embeddings_and_output_layer()
+
+    def _build_head(self, pg_collection: Any) -> None:
+        plt, config = self.plt, self.config
         self.final_norm = RMSNorm(config=config, hidden_size=plt.hidden_size, eps=plt.norm_eps)
         self.output_layer = ColumnParallelLinear(
             plt.hidden_size,
@@ -61,10 +111,9 @@ class PLTModel(LanguageModule):
             bias=False,
             skip_bias_add=False,
             gather_output=False,
-            skip_weight_param_allocation=plt.tied_embeddings,
+            skip_weight_param_allocation=plt.tied_embeddings and self.stage.is_first,
             tp_group=pg_collection.tp,
         )
-        self.setup_embeddings_and_output_layer()
 
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Accept the (absent) input from a previous stage; Megatron's schedules call it."""
@@ -74,39 +123,61 @@ class PLTModel(LanguageModule):
         tokens_bs: Tensor,
         position_ids_bs: Tensor | None = None,
         labels_bs: Tensor | None = None,
+        loss_tokens: Tensor | None = None,
     ) -> Tensor:
         """Run all loops.
 
         Args:
-            tokens_bs: token ids.
+            tokens_bs: token ids of this rank's slots.
             position_ids_bs: slots with position 0 begin a document: the cross-loop shift gives
                 zero there. RoPE always uses the slot index.
             labels_bs: next tokens, already shifted.
+            loss_tokens: how many tokens of the (whole) sequences have a loss; all by default.
 
         Returns:
             With labels, the cross entropy of each token [b, s] in float32 (Megatron's
-            ``vocab_parallel_cross_entropy``); without, logits [b, s, v].
+            ``vocab_parallel_cross_entropy``); without, logits [b, s, v] of this rank's vocabulary.
         """
-        hidden = self._run_loops(tokens_bs, position_ids_bs)
+        if position_ids_bs is None:
+            slots = torch.arange(tokens_bs.size(1), device=tokens_bs.device)
+            position_ids_bs = slots.expand_as(tokens_bs)
+        embedding = self.embed(tokens_bs, position_ids_bs)
+        hidden, first = self.layers.run(embedding, self.pass_of(1, tokens_bs, loss_tokens), None)
+        for loop in range(2, self.plt.num_loops + 1):
+            hidden = self.next_loop(embedding, self.finish_loop(hidden), position_ids_bs)
+            hidden, _ = self.layers.run(hidden, self.pass_of(loop, tokens_bs, loss_tokens), first)
+        return self.head(hidden, labels_bs)
+
+    def pass_of(self, loop: int, tokens_bs: Tensor, loss_tokens: Tensor | None) -> Pass:
+        """Return what the layers need to know in one loop."""
+        total = self.slots.total or tokens_bs.size(1)
+        if loss_tokens is None:
+            count = total * tokens_bs.size(0)
+            loss_tokens = torch.tensor(float(count), device=tokens_bs.device)
+        # packed_seq: the angles of all slots; Slots picks those of this rank.
+        rope = self.slots.rope(self.rotary_pos_emb(total, packed_seq=True))
+        return Pass(loop, rope, loss_tokens)
+
+    def embed(self, tokens_bs: Tensor, position_ids_bs: Tensor) -> Tensor:
+        """Return E [s, b, d]."""
+        return self.embedding(tokens_bs, position_ids_bs)
+
+    def finish_loop(self, hidden_sbd: Tensor) -> Tensor:
+        """Normalise the output of a loop that is not the last, if the model does that."""
+        return self.final_norm(hidden_sbd) if self.plt.normalize_per_loop else hidden_sbd
+
+    def next_loop(self, embedding_sbd: Tensor, previous_sbd: Tensor, position_bs: Tensor) -> Tensor:
+        """Return the input of a later loop from E and the (finished) output of the one before."""
+        if not self.plt.cross_loop_shift:
+            return previous_sbd
+        begins = self.slots.residual(starts_document(position_bs))
+        moved = self.slots.shift(previous_sbd).masked_fill(begins.unsqueeze(-1), 0.0)
+        return add_to_embedding(embedding_sbd, moved, self.plt.emb_scale, self.plt.hidden_scale)
+
+    def head(self, hidden_sbd: Tensor, labels_bs: Tensor | None) -> Tensor:
+        """Return token losses [b, s], or logits [b, s, v] without labels."""
         weight = self.shared_embedding_or_output_weight() if self.plt.tied_embeddings else None
-        logits_sbv, _ = self.output_layer(self.final_norm(hidden), weight=weight)
+        logits_sbv, _ = self.output_layer(self.final_norm(hidden_sbd), weight=weight)
         if labels_bs is None:
             return logits_sbv.transpose(0, 1).contiguous()
         return self.compute_language_model_loss(labels_bs, logits_sbv)
-
-    def _run_loops(self, tokens_bs: Tensor, position_ids_bs: Tensor | None) -> Tensor:
-        plt, s = self.plt, tokens_bs.size(1)
-        if position_ids_bs is None:
-            position_ids_bs = torch.arange(s, device=tokens_bs.device).expand_as(tokens_bs)
-        embedding = self.embedding(tokens_bs, position_ids_bs)
-        rope = self.rotary_pos_emb(s)
-        starts_document = (position_ids_bs == 0).transpose(0, 1)
-        hidden, first_kv = self.layers.run(embedding, rope, 1, None)
-        for loop in range(2, plt.num_loops + 1):
-            if plt.cross_loop_shift:
-                previous = self.final_norm(hidden) if plt.normalize_per_loop else hidden
-                hidden = next_loop_input(
-                    embedding, previous, starts_document, 0, plt.emb_scale, plt.hidden_scale
-                )
-            hidden, _ = self.layers.run(hidden, rope, loop, first_kv)
-        return hidden

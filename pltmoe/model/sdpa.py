@@ -10,13 +10,25 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.bias import causal_lower_right
+
+from pltmoe.model.slots import AllSlots, Slots
 
 
 def causal_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor) -> Tensor:
-    """Attend to all slots up to the query's own; returns [b, h, s, k]."""
+    """Attend to all slots up to the query's own; returns [b, h, s, k].
+
+    There may be more keys than queries: the last key belongs to the last query.
+    """
     grouped = q_bhsk.size(1) != k_bgsk.size(1)
+    queries, keys = q_bhsk.size(2), k_bgsk.size(2)
+    if queries == keys:
+        return F.scaled_dot_product_attention(
+            q_bhsk, k_bgsk, v_bgsk, is_causal=True, enable_gqa=grouped
+        )
+    mask = causal_lower_right(queries, keys)
     return F.scaled_dot_product_attention(
-        q_bhsk, k_bgsk, v_bgsk, is_causal=True, enable_gqa=grouped
+        q_bhsk, k_bgsk, v_bgsk, attn_mask=mask, enable_gqa=grouped
     )
 
 
@@ -29,6 +41,9 @@ def window_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor, window_keys
         keys    [ block i-1 | block i ]      a band of width window_keys ends at the query
         queries             [ block i ]
     """
+    if past := k_bgsk.size(2) - q_bhsk.size(2):  # keys before the first query
+        padded = F.pad(q_bhsk, (0, 0, past, 0))
+        return window_attention(padded, k_bgsk, v_bgsk, window_keys)[:, :, past:]
     b, h, s, k = q_bhsk.shape
     if window_keys >= s:
         return causal_attention(q_bhsk, k_bgsk, v_bgsk)
@@ -65,15 +80,31 @@ def _band(blocks: int, size: int, window_keys: int, device: torch.device) -> Ten
 class SDPACoreAttention(nn.Module):
     """Megatron's core-attention slot filled with SDPA: the whole past, or a sliding window."""
 
-    def __init__(self, *, window_keys: int | None = None, **megatron_arguments: Any):
+    def __init__(
+        self, *, window_keys: int | None = None, slots: Slots | None = None, **megatron: Any
+    ):
         """``window_keys`` counts the current token; None attends to the whole past."""
         super().__init__()
-        self.window_keys = window_keys
+        self.window_keys, self._slots = window_keys, slots or AllSlots()
 
     def forward(
         self, query_sbhk: Tensor, key_sbgk: Tensor, value_sbgk: Tensor, *_: Any, **__: Any
     ) -> Tensor:
-        """Return [s, b, h * k]."""
+        """Return [s, b, h * k].
+
+        Where the sequence is cut, each segment attends to its own keys and those before it.
+        """
+        if self._slots.segments is None:
+            return self._attend(query_sbhk, key_sbgk, value_sbgk)
+        reach = None if self.window_keys is None else self.window_keys - 1
+        kv_s = torch.stack([key_sbgk, value_sbgk], -1)  # they travel together
+        pasts = self._slots.with_past(kv_s, reach)
+        queries = query_sbhk.split([stop - start for start, stop in self._slots.segments])
+        return torch.cat(
+            [self._attend(q, *kv.unbind(-1)) for q, kv in zip(queries, pasts, strict=True)]
+        )
+
+    def _attend(self, query_sbhk: Tensor, key_sbgk: Tensor, value_sbgk: Tensor) -> Tensor:
         q, k, v = (x.permute(1, 2, 0, 3) for x in (query_sbhk, key_sbgk, value_sbgk))
         if self.window_keys is None:
             out = causal_attention(q, k, v)

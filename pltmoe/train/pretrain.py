@@ -67,7 +67,7 @@ def pretrain(config: RunConfig) -> int:
         with StopRequest() as stop:
             seeds.seed_everything(config.train.seed, config.train.deterministic)
             start = _find_start(config)
-            data = Data(config, layout, processes.rank, start)
+            data = Data(config, layout, layout.coordinates(processes.rank).data, start)
             engine = MegatronEngine(config, layout, groups)
             source = _load(config, engine, layout, start)
             log_startup(config, engine.capabilities, source)
@@ -79,13 +79,15 @@ def pretrain(config: RunConfig) -> int:
 class Data:
     """The sequences of a run; iterators over this rank's share."""
 
-    def __init__(self, config: RunConfig, layout: Layout, rank: int, start: Start):
+    def __init__(self, config: RunConfig, layout: Layout, data_rank: int, start: Start):
         """Build or reuse the index of the training and validation sequences.
+
+        Ranks that share sequences (stages, tensor and context parallel) have one ``data_rank``.
 
         A resumed run asks for the order that was drawn at its beginning: another number of
         sequences would be another order.
         """
-        self._config, self._layout, self._rank = config, layout, rank
+        self._config, self._layout, self._rank = config, layout, data_rank
         train = config.train
         planned = start.manifest.train_samples if start.manifest else 0
         self.train_samples = max(planned, train.steps * train.global_batch_size)

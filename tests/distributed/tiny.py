@@ -81,19 +81,25 @@ def drop_engine() -> None:
 
 
 def batches(layout: Layout, skip_steps: int = 0, masked: bool = True) -> Iterator[dict[str, Any]]:
-    """Yield this rank's micro batches, in the order of data/datasets.py."""
+    """Yield this rank's micro batches, in the order of data/datasets.py.
+
+    The second sequence of a micro batch holds two documents, cut anywhere.
+    """
     generator = torch.Generator().manual_seed(5)
-    rank = torch.distributed.get_rank()
-    micro, world = layout.micro_batch_size, layout.world_size
+    rank = layout.coordinates(torch.distributed.get_rank()).data
+    micro, world = layout.micro_batch_size, layout.data_parallel_size
     per_step = layout.global_batch_size // micro
     for index in range(10**6):
         tokens = torch.randint(0, 64, (micro, 17), generator=generator)
         mask = (torch.rand(micro, 16, generator=generator) < 0.7).float()
+        positions = torch.arange(16).repeat(micro, 1)
+        cut = int(torch.randint(1, 16, (), generator=generator))
+        positions[-1, cut:] -= cut
         if index < skip_steps * per_step or index % world != rank:
             continue
         yield {
             "tokens": tokens[:, :-1].contiguous(),
             "labels": tokens[:, 1:].contiguous(),
-            "position_ids": torch.arange(16).expand(micro, 16).contiguous(),
+            "position_ids": positions,
             "loss_mask": mask if masked else torch.ones(micro, 16),
         }
