@@ -1,0 +1,1 @@
+"""How fast a training step is, as ratios between things measured side by side in one run."""

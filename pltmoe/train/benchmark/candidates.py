@@ -1,0 +1,96 @@
+"""What is compared: our engine in two configurations, and Megatron-core's own model."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from pltmoe.config import RunConfig, config_from_dict, config_to_dict
+from pltmoe.config.counts import flops_per_token
+from pltmoe.engines.base import Batch
+from pltmoe.engines.megatron import MegatronEngine
+from pltmoe.model.sdpa import SDPACoreAttention
+from pltmoe.parallel.layout import Layout, layout_for
+from pltmoe.train.benchmark.megatron_gpt import MegatronGPT
+from pltmoe.train.benchmark.timing import Candidate
+
+_ONE_LOOP = {
+    "num_loops": 1,
+    "cross_loop_shift": False,
+    "share_first_loop_kv": False,
+    "gated_swa": False,
+    "gate_use_hidden_states": False,
+    "normalize_per_loop": False,
+    "emb_scale": 1.0,
+    "hidden_scale": 1.0,
+}
+
+
+def as_vanilla(config: RunConfig) -> RunConfig:
+    """Return the same run with one loop."""
+    tree = config_to_dict(config)
+    return config_from_dict({**tree, "model": {**tree["model"], **_ONE_LOOP}})
+
+
+def random_batches(config: RunConfig, layout: Layout, number: int) -> Iterator[Batch]:
+    """Yield the micro batches of step ``number``: random tokens, the same for every candidate."""
+    generator = torch.Generator().manual_seed(number)
+    micro, length = layout.micro_batch_size, config.data.sequence_length
+    for _ in range(layout.micro_batches):
+        tokens = torch.randint(
+            config.model.vocab_size, (micro, length + 1), generator=generator, dtype=torch.int64
+        )
+        yield {
+            "tokens": tokens[:, :-1].contiguous(),
+            "labels": tokens[:, 1:].contiguous(),
+            "position_ids": torch.arange(length).expand(micro, length).contiguous(),
+            "loss_mask": torch.ones(micro, length),
+        }
+
+
+def loops(config: RunConfig, groups: ProcessGroupCollection) -> list[Candidate]:
+    """Return the model of ``config`` and the vanilla model of the same layers."""
+    return [
+        _engine("looped", config, groups)[0],
+        _engine("vanilla", as_vanilla(config), groups)[0],
+    ]
+
+
+def megatron(config: RunConfig, groups: ProcessGroupCollection) -> list[Candidate]:
+    """Return our vanilla model and Megatron-core's GPT, as it is and with our attention.
+
+    All have the same weights.
+    """
+    vanilla = as_vanilla(config)
+    layout = layout_for(vanilla, dist.get_world_size())
+    ours, engine = _engine("vanilla", vanilla, groups)
+    found = [ours]
+    for name, attention in (("Megatron-core", None), ("Megatron-core, SDPA", SDPACoreAttention)):
+        theirs = MegatronGPT(vanilla, layout, groups, attention)
+        theirs.copy_weights(engine.model)
+        found.append(_candidate(name, vanilla, layout, theirs.train_step))
+    return found
+
+
+def _engine(
+    name: str, config: RunConfig, groups: ProcessGroupCollection
+) -> tuple[Candidate, MegatronEngine]:
+    layout = layout_for(config, dist.get_world_size())
+    engine = MegatronEngine(config, layout, groups)
+
+    def step(batches: Iterator[Batch]) -> float:
+        return engine.train_step(batches, 1, watch=False).loss
+
+    return _candidate(name, config, layout, step), engine
+
+
+def _candidate(name: str, config: RunConfig, layout: Layout, step: Callable[..., Any]) -> Candidate:
+    tokens = config.train.global_batch_size * config.data.sequence_length
+    flops = tokens * flops_per_token(config.model, config.data.sequence_length)
+
+    def numbered(number: int) -> float:
+        return float(step(random_batches(config, layout, number)))
+
+    return Candidate(name, numbered, tokens, flops)

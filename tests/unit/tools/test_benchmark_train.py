@@ -1,0 +1,92 @@
+"""The command from end to end with a model of no size: what it writes, not how fast it is."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.launch import REPOSITORY
+
+TINY = [
+    "model.vocab_size=64",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_attention_heads=4",
+    "model.head_dim=8",
+    "model.num_experts=4",
+    "model.moe_ffn_hidden_size=16",
+    "data.sequence_length=128",  # longer than the window
+    "train.micro_batch_size=2",
+    "train.global_batch_size=4",
+    "optimizer.lr=0.01",
+    "optimizer.warmup_steps=0",
+]
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/benchmark_train.py", *arguments],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    folder = tmp_path_factory.mktemp("benchmark")
+    done = run("--rounds", "4", "--warm-up", "1", "--output", str(folder), "--profile", *TINY)
+    assert done.returncode == 0, done.stderr
+    return folder, done.stdout
+
+
+def test_loops(measured: tuple[Path, str]) -> None:
+    folder, said = measured
+    found = json.loads((folder / "loops.json").read_text())
+    names = [row["name"] for row in found["rows"]]
+    assert names == ["looped", "vanilla"]
+    assert found["goal"] == {"at_most": 2.15, "at_least": 0.0}
+    assert found["goal_is_met"] == (found["ratio"]["median"] <= 2.15)
+    looped, vanilla = found["rows"]
+    assert looped["tokens_per_second"] == pytest.approx(4 * 128e3 / looped["milliseconds"])
+    per_token = [row["tflops"] / row["tokens_per_second"] for row in (looped, vanilla)]
+    assert 1.5 < per_token[0] / per_token[1] < 2.5, "two loops and a window, one head"
+    assert (folder / "loops.md").read_text() in said
+    assert "looped, one step\n" in said and "aten::mm" in said
+
+
+def test_megatron_computes_the_same(measured: tuple[Path, str]) -> None:
+    folder, _ = measured
+    found = json.loads((folder / "megatron.json").read_text())
+    assert [r["name"] for r in found["rows"]] == [
+        "vanilla",
+        "Megatron-core",
+        "Megatron-core, SDPA",
+    ]
+    said = next(note for note in found["notes"] if note.startswith("largest difference of their"))
+    assert float(said.split()[-1]) < 1e-4, "after updates, too: the first step comes before"
+    assert found["goal"]["at_most"] == 1.03
+
+
+def test_says_where_and_how(measured: tuple[Path, str]) -> None:
+    folder, _ = measured
+    page = (folder / "megatron.md").read_text()
+    for what in (
+        "- command: `python tools/benchmark_train.py --rounds 4",
+        "- device: ",
+        "torch ",
+        "- commit: ",
+        "2 layers of width 32",
+        "2 micro batch(es) of 2 x 128 tokens",
+    ):
+        assert what in page, what
+
+
+def test_unknown_comparison() -> None:
+    done = run("--compare", "loops,deepspeed")
+    assert done.returncode == 2
+    assert "unknown comparison deepspeed; there are loops, megatron" in done.stderr
