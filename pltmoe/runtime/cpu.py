@@ -6,7 +6,8 @@ the quickstart thus run the very code that a cluster runs, over gloo instead of 
 
 Redirected: streams and events (no-ops, a CPU is synchronous), ``device="cuda"`` in tensor factories
 and ``.to``, ``.cuda()``, ``Tensor.type()`` (Megatron compares it with ``torch.cuda.FloatTensor``),
-the CUDA random state, and tensor-valued split sizes of ``all_to_all_single`` (gloo wants lists).
+the CUDA random state, and what gloo lacks: tensor-valued split sizes of ``all_to_all_single``, and
+``all_gather`` and ``reduce_scatter`` of uneven pieces (experts under expert tensor parallelism).
 """
 
 import contextlib
@@ -137,6 +138,31 @@ def _redirect_collectives() -> None:
         )
 
     dist.all_to_all_single = with_list_sizes
+    all_gather, reduce_scatter = dist.all_gather, dist.reduce_scatter
+
+    @functools.wraps(all_gather)
+    def uneven_all_gather(pieces: Any, mine: Any, group: Any = None, async_op: bool = False) -> Any:
+        if async_op or len({piece.shape for piece in pieces}) == 1:
+            return all_gather(pieces, mine, group=group, async_op=async_op)
+        pieces[dist.get_rank(group)].copy_(mine)
+        for source, piece in enumerate(pieces):
+            whole = piece.contiguous()
+            dist.broadcast(whole, group=group, group_src=source)
+            piece.copy_(whole)
+        return None
+
+    @functools.wraps(reduce_scatter)
+    def uneven_reduce_scatter(mine: Any, pieces: Any, *args: Any, group: Any = None) -> Any:
+        if len({piece.shape for piece in pieces}) == 1:
+            return reduce_scatter(mine, pieces, *args, group=group)
+        for target, piece in enumerate(pieces):
+            whole = piece.clone()
+            dist.all_reduce(whole, *args, group=group)
+            if target == dist.get_rank(group):
+                mine.copy_(whole)
+        return None
+
+    dist.all_gather, dist.reduce_scatter = uneven_all_gather, uneven_reduce_scatter
 
 
 def _redirect_random_state() -> None:

@@ -1,43 +1,53 @@
 """Every layout computes what one process computes: the loss and every gradient, in float64."""
 
-from typing import Any
-
 import pytest
 
-from tests.distributed.tiny import MOE
+from tests.distributed.layouts import MODELS, TESTED, changes_for
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
 CASES = "tests.distributed.parallel_cases"
-TOLERANCE = 1e-11
-"""Relative to a parameter's largest gradient: float64 sums in another order."""
+TOLERANCE = 1e-12
+"""Relative to a parameter's largest gradient: float64 sums in another order leave about 1e-14."""
 
 
-def case(name: str) -> dict[str, Any]:
-    """Read PP2xTP2-style names: sizes, chunks (V), recompute (full, selective), overlap."""
-    fields = {"PP": "pipeline", "TP": "tensor", "CP": "context", "EP": "expert",
-              "ETP": "expert_tensor"}  # fmt: skip
-    parallel: dict[str, Any] = {}
-    for part in name.split("x"):
-        kind, size = part.rstrip("0123456789"), part.lstrip("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
-        if kind == "V":
-            parallel["parallel__model_chunks_per_stage"] = int(size)
-        elif kind in fields:
-            parallel[f"parallel__{fields[kind]}_parallel_size"] = int(size)
-        elif kind in ("full", "selective"):
-            parallel["parallel__recompute"] = kind
-        elif kind == "overlap":
-            parallel["parallel__overlap_grad_reduce"] = True
-    return parallel
+@pytest.fixture(scope="module")
+def serial(warm_ranks, tmp_path_factory):
+    """Loss, and a file of gradients, of one process; each global batch is computed once."""
+    folder, known = tmp_path_factory.mktemp("serial"), {}
+
+    def compute(model: str, sequences: int):
+        if (model, sequences) not in known:
+            path = folder / f"{len(known)}.pt"
+            loss = warm_ranks(
+                1,
+                f"{CASES}:save_gradients",
+                path=path,
+                model=MODELS[model],
+                train__global_batch_size=sequences,
+                train__micro_batch_size=2,
+            )[0]
+            known[model, sequences] = loss, path
+        return known[model, sequences]
+
+    return compute
 
 
-@pytest.mark.parametrize("name", ["PP2", "TP2", "CP2", "EP2"])
-def test_one(name, warm_ranks, tmp_path):
-    model = MOE | {"num_layers": 4}
-    changes = {"train__global_batch_size": 8, "train__micro_batch_size": 2}
-    loss = warm_ranks(1, f"{CASES}:save_gradients", path=tmp_path / "g", model=model, **changes)[0]
-    for report in warm_ranks(
-        2, f"{CASES}:compare_gradients", path=tmp_path / "g", model=model, **changes, **case(name)
-    ):
-        assert report["loss"] == pytest.approx(loss, rel=1e-12)
+@pytest.mark.parametrize(
+    ("processes", "layout", "model", "micro_batches"),
+    sorted(TESTED, key=lambda case: case[0]),
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_layout_equals_one_process(serial, warm_ranks, processes, layout, model, micro_batches):
+    changes = changes_for(processes, layout, micro_batches)
+    loss, path = serial(model, changes["train__global_batch_size"])
+    reports = warm_ranks(
+        processes, f"{CASES}:compare_gradients", path=path, model=MODELS[model], **changes
+    )
+    seen = set()
+    for report in reports:
+        assert report["loss"] == pytest.approx(loss, rel=1e-13)
         worst = max(report["errors"], key=report["errors"].get)
-        assert report["errors"][worst] < TOLERANCE, (worst, report["errors"])
+        assert report["errors"][worst] < TOLERANCE, (worst, report["errors"][worst])
+        seen |= report["errors"].keys()
+    assert len(seen) > 40  # all parameters of the model, over all ranks
+    assert "embedding.word_embeddings.weight" in seen and "final_norm.weight" in seen

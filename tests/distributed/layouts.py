@@ -1,0 +1,150 @@
+"""The layouts that are proven equal to one process; docs/parallelism.md shows the same table.
+
+A layout is named ``PP2 x TP2``: sizes of pipeline (PP), tensor (TP), context (CP), expert (EP) and
+expert tensor parallelism (ETP), model chunks per stage (V), and options; what is left of the
+processes is data parallel. ``no SP``: sequences stay whole under tensor parallelism.
+"""
+
+from typing import Any
+
+from tests.distributed.tiny import DENSE, MOE
+
+_VANILLA = {
+    "num_loops": 1,
+    "cross_loop_shift": False,
+    "share_first_loop_kv": False,
+    "gated_swa": False,
+}
+_PLT3 = {
+    "num_loops": 3,
+    "normalize_per_loop": True,
+    "emb_scale": 0.7,
+    "hidden_scale": 0.3,
+    "window_keys": 7,
+}
+_CHANGES: dict[str, dict[str, Any]] = {
+    "vanilla": _VANILLA,
+    "loop-2": _VANILLA | {"num_loops": 2},
+    "CLP": _VANILLA | {"num_loops": 2, "cross_loop_shift": True},
+    "PLT-2": {},
+    "PLT-2 tied": {"tied_embeddings": True},
+    "PLT-2 hidden gate": {"gate_use_hidden_states": True},
+    "PLT-3": _PLT3,
+}
+MODELS = {name: MOE | changes | {"num_layers": 4} for name, changes in _CHANGES.items()} | {
+    f"dense {name}": DENSE | changes | {"num_layers": 4} for name, changes in _CHANGES.items()
+}
+"""Four layers, four experts; 16 slots, a window of 4 or 7 keys, router losses and biases on."""
+
+TESTED: tuple[tuple[int, str, str, int], ...] = (
+    # processes, layout, model, micro batches per rank and step
+    (2, "DP2", "PLT-2", 1),
+    (2, "overlap", "PLT-3", 2),
+    (2, "full", "PLT-3", 2),
+    (2, "selective", "PLT-2 hidden gate", 2),
+    (2, "PP2", "vanilla", 1),
+    (2, "PP2", "vanilla", 8),
+    (2, "PP2", "loop-2", 2),
+    (2, "PP2", "CLP", 2),
+    (2, "PP2", "PLT-2", 2),
+    (2, "PP2", "PLT-2", 3),
+    (2, "PP2", "PLT-2", 8),
+    (2, "PP2", "PLT-2 tied", 2),
+    (2, "PP2", "PLT-3", 8),
+    (2, "PP2", "dense PLT-3", 5),
+    (2, "PP2 x V2", "vanilla", 2),
+    (2, "PP2 x V2", "PLT-2 tied", 2),
+    (2, "PP2 x V2", "PLT-3", 3),
+    (2, "PP2 x full", "PLT-2", 2),
+    (2, "PP2 x selective", "PLT-3", 2),
+    (2, "TP2", "vanilla", 8),
+    (2, "TP2", "PLT-2 tied", 2),
+    (2, "TP2", "PLT-2 hidden gate", 1),
+    (2, "TP2", "PLT-3", 1),
+    (2, "TP2", "dense PLT-2", 2),
+    (2, "TP2 x no SP", "dense PLT-2 hidden gate", 2),
+    (2, "TP2 x full", "PLT-2", 2),
+    (2, "TP2 x selective", "PLT-2 hidden gate", 1),
+    (2, "CP2", "vanilla", 2),
+    (2, "CP2", "loop-2", 1),
+    (2, "CP2", "PLT-2", 8),
+    (2, "CP2", "PLT-3", 1),
+    (2, "CP2", "dense PLT-2 hidden gate", 2),
+    (2, "CP2 x full", "PLT-3", 2),
+    (2, "EP2", "vanilla", 1),
+    (2, "EP2", "PLT-2", 2),
+    (2, "EP2", "PLT-3", 8),
+    (2, "EP2 x full", "PLT-2", 2),
+    (2, "EP2 x overlap", "PLT-2", 2),
+    (2, "ETP2", "PLT-2", 2),
+    (2, "TP2 x EP2", "PLT-2", 2),
+    (2, "TP2 x ETP2", "PLT-3", 2),
+    (2, "CP2 x EP2", "PLT-2", 1),
+    (4, "PP4", "vanilla", 1),
+    (4, "PP4", "PLT-2", 4),
+    (4, "PP4", "PLT-3", 8),
+    (4, "PP2 x EP2", "vanilla", 2),
+    (4, "PP2 x EP2", "PLT-2", 2),
+    (4, "PP2 x EP2 x full", "PLT-3", 8),
+    (4, "PP2 x TP2", "PLT-2", 2),
+    (4, "PP2 x TP2", "PLT-3", 8),
+    (4, "PP2 x TP2 x V2", "PLT-2 tied", 8),
+    (4, "PP2 x TP2 x selective", "PLT-2 hidden gate", 2),
+    (4, "PP2 x TP2 x no SP", "dense PLT-2 hidden gate", 2),
+    (4, "PP2 x TP2 x ETP2", "PLT-2", 2),
+    (4, "PP2 x CP2", "PLT-3", 2),
+    (4, "PP2 x CP2 x V2", "PLT-2", 4),
+    (4, "PP2", "PLT-2 tied", 2),
+    (4, "CP2 x EP2", "PLT-2", 2),
+    (4, "CP2 x EP2", "PLT-3", 1),
+    (4, "TP2 x CP2", "PLT-3", 2),
+    (4, "TP2 x CP2 x no SP", "dense PLT-3", 1),
+    (4, "TP2 x EP2", "PLT-2", 1),
+    (4, "TP2 x overlap", "PLT-2", 2),
+    (4, "EP4", "PLT-2", 1),
+    (4, "CP4", "PLT-2", 1),
+    (4, "EP2 x ETP2", "PLT-2", 2),
+    (4, "TP2 x EP2 x ETP2", "PLT-2", 1),
+    (4, "TP2 x CP2 x EP2 x ETP2", "PLT-2", 1),
+)
+
+_SIZES = {
+    "PP": "pipeline_parallel_size",
+    "TP": "tensor_parallel_size",
+    "CP": "context_parallel_size",
+    "EP": "expert_parallel_size",
+    "ETP": "expert_tensor_parallel_size",
+    "V": "model_chunks_per_stage",
+}
+_OPTIONS: dict[str, tuple[str, Any]] = {
+    "full": ("recompute", "full"),
+    "selective": ("recompute", "selective"),
+    "overlap": ("overlap_grad_reduce", True),
+    "no SP": ("sequence_parallel", False),
+}
+
+
+def parallel_section(layout: str) -> dict[str, Any]:
+    """Return the fields of ``parallel`` that a name stands for."""
+    section: dict[str, Any] = {}
+    for part in layout.split(" x "):
+        kind = part.rstrip("0123456789")
+        if part in _OPTIONS:
+            section.update([_OPTIONS[part]])
+        elif kind != "DP":
+            section[_SIZES[kind]] = int(part[len(kind) :])
+    return section
+
+
+def changes_for(processes: int, layout: str, micro_batches: int) -> dict[str, Any]:
+    """Return the dotted changes of ``tiny_config`` for a layout; two sequences a micro batch."""
+    section = parallel_section(layout)
+    model_ranks = 1
+    for axis in ("PP", "TP", "CP"):
+        model_ranks *= section.get(_SIZES[axis], 1)
+    copies = processes // model_ranks
+    return {
+        **{f"parallel__{field}": value for field, value in section.items()},
+        "train__global_batch_size": 2 * micro_batches * copies,
+        "train__micro_batch_size": 2,
+    }
