@@ -32,6 +32,8 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _LOG_TAIL_BYTES = 6000
+_CALLS_OF_A_PROCESS = 25
+"""Then new ones: what Megatron keeps of old process groups has threads, about 60 a call."""
 _GRACE_S = 3.0
 """How long other ranks may still report after the first failure: the second is often the cause."""
 
@@ -85,6 +87,8 @@ class Ranks:
         Raises:
             RankError: see ``run_distributed``. The processes are gone afterwards.
         """
+        if self._calls % _CALLS_OF_A_PROCESS == 0:
+            self.close()
         self._folder.mkdir(exist_ok=True)
         if not self._processes:
             self._start()

@@ -81,7 +81,7 @@ class Pipeline:
             sequence_length: slots of a whole sequence.
             device: where batches are moved to.
         """
-        self._stage, self._ddp, self._layout, self._groups = stage, ddp, layout, groups
+        self._stage, self._ddp, self.layout, self._groups = stage, ddp, layout, groups
         self._sequence_length, self._device = sequence_length, device
         self.lending = Lending()
         self.events: list[Event] = []
@@ -94,7 +94,7 @@ class Pipeline:
             self._build_chunks()
 
     def _build_chunks(self) -> None:
-        layout, config = self._layout, self._stage.config
+        layout, config = self.layout, self._stage.config
         self._chunks = [
             LoopChunk(self._stage, loop, chunk, self.lending, self.events.append)
             for loop in range(1, layout.num_loops + 1)
@@ -120,8 +120,8 @@ class Pipeline:
         self.events.clear()
         for chunk in self._chunks:
             chunk.begin_step()
-        virtual = self._layout.loop_chunks if self._layout.loop_chunks > 1 else None
-        stages = self._layout.pipeline_parallel_size
+        virtual = self.layout.loop_chunks if self.layout.loop_chunks > 1 else None
+        stages = self.layout.pipeline_parallel_size
         schedule = get_forward_backward_func(pp_size=stages, vp_size=virtual)
         iterators = [iter(batches) for _ in self._chunks or [self._ddp]]
         several = len(iterators) > 1
@@ -134,7 +134,7 @@ class Pipeline:
                 model=models if several else models[0],
                 num_microbatches=len(batches),
                 seq_length=self._sequence_length,
-                micro_batch_size=self._layout.micro_batch_size,
+                micro_batch_size=self.layout.micro_batch_size,
                 forward_only=forward_only,
                 p2p_communicator=P2PCommunicator(self._groups.pp, self._stage.config),
                 pg_collection=self._groups,

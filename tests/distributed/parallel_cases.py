@@ -17,6 +17,7 @@ from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import layout_for
 from pltmoe.parallel.pipeline import Pipeline, build_stage
+from pltmoe.parallel.schedule import build_schedule, most_lent
 from pltmoe.runtime import distributed, seeds
 from tests.distributed.tiny import batches, tiny_config
 
@@ -95,6 +96,25 @@ def compare_gradients(path: Path, model: dict[str, Any], **changes: Any) -> dict
         wanted = local_slice(whole, name, parameter, *tensor_ranks(stage, name))
         difference = (parameter.main_grad - wanted).abs().max()
         errors[global_name(stage, name)] = (difference / whole.abs().max()).item()
-    events = [(e.kind, e.loop, e.chunk, e.micro_batch) for e in pipeline.events]
     destroy_groups()
-    return {"loss": loss, "errors": errors, "events": events, "lent": pipeline.lending.most}
+    return {"loss": loss, "errors": errors, **_against_schedule(pipeline)}
+
+
+def _against_schedule(pipeline: Pipeline) -> dict[str, Any]:
+    """What the rank did, and what ``parallel/schedule.py`` says its stage does."""
+    layout = pipeline.layout
+    if layout.pipeline_parallel_size == 1:
+        return {"did": [], "planned": [], "lent": pipeline.lending.most, "may_lend": 0}
+    table = build_schedule(
+        layout.pipeline_parallel_size,
+        layout.num_loops,
+        layout.model_chunks_per_stage,
+        layout.micro_batches,
+    )
+    planned = table[layout.coordinates(dist.get_rank()).stage]
+    return {
+        "did": [(e.kind, e.loop, e.chunk, e.micro_batch) for e in pipeline.events],
+        "planned": [(op.kind, op.loop, op.chunk, op.micro_batch) for op in planned],
+        "lent": pipeline.lending.most,
+        "may_lend": most_lent(planned, layout.num_loops),
+    }

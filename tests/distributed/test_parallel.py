@@ -49,5 +49,7 @@ def test_layout_equals_one_process(serial, warm_ranks, processes, layout, model,
         worst = max(report["errors"], key=report["errors"].get)
         assert report["errors"][worst] < TOLERANCE, (worst, report["errors"][worst])
         seen |= report["errors"].keys()
+        assert report["did"] == report["planned"]
+        assert report["lent"] == report["may_lend"]
     assert len(seen) > 40  # all parameters of the model, over all ranks
     assert "embedding.word_embeddings.weight" in seen and "final_norm.weight" in seen

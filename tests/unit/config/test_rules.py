@@ -87,6 +87,43 @@ BROKEN = {
             "model.num_experts (None) must be a multiple of parallel.expert_parallel_size (2)",
         ),
     ],
+    "splits_are_even": [
+        (
+            run_tree(parallel__tensor_parallel_size=3),
+            "model.num_attention_heads (4) must be a multiple of parallel.tensor_parallel_size (3)",
+        ),
+        (
+            run_tree(parallel__expert_tensor_parallel_size=5),
+            "must be a multiple of parallel.expert_tensor_parallel_size (5)",
+        ),
+        (
+            run_tree(parallel__pipeline_parallel_size=2, parallel__model_chunks_per_stage=5),
+            "must be a multiple of parallel.pipeline_parallel_size (2) x "
+            "parallel.model_chunks_per_stage (5) = 10",
+        ),
+        (
+            run_tree(parallel__context_parallel_size=7),
+            "must be a multiple of 14: 2 chunks x parallel.context_parallel_size (7)",
+        ),
+    ],
+    "parallel_parts_fit": [
+        (
+            model(DENSE) | {"parallel": {"expert_tensor_parallel_size": 2}},
+            "parallel.expert_tensor_parallel_size (2) needs model.num_experts (None)",
+        ),
+        (
+            run_tree(parallel__tensor_parallel_size=2, parallel__sequence_parallel=False),
+            "Megatron trains experts under tensor parallelism only with sequence parallelism",
+        ),
+        (
+            run_tree(parallel__model_chunks_per_stage=2),
+            "parallel.model_chunks_per_stage (2) needs parallel.pipeline_parallel_size (1)",
+        ),
+        (
+            run_tree(parallel__pipeline_parallel_size=2, parallel__overlap_grad_reduce=True),
+            "which comes last, so nothing would overlap",
+        ),
+    ],
     "batch_divides": [
         (
             run_tree(train__micro_batch_size=3),
