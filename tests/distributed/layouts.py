@@ -148,3 +148,17 @@ def changes_for(processes: int, layout: str, micro_batches: int) -> dict[str, An
         "train__global_batch_size": 2 * micro_batches * copies,
         "train__micro_batch_size": 2,
     }
+
+
+def table() -> str:
+    """Return the Markdown table of docs/parallelism.md (``python -m tests.distributed.layouts``)."""
+    rows: dict[tuple[int, str], list[str]] = {}
+    for processes, layout, model, micro_batches in TESTED:
+        rows.setdefault((processes, layout), []).append(f"{model} ({micro_batches})")
+    lines = ["| processes | layout | model (micro batches) |", "|---|---|---|"]
+    lines += [f"| {n} | {layout} | {', '.join(models)} |" for (n, layout), models in rows.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table())
