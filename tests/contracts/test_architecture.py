@@ -15,12 +15,13 @@ MAY_IMPORT = {
     "config": {"errors"},
     "model": {"config", "errors"},
     "parallel": {"config", "errors", "model"},
+    "plan": {"config", "errors", "parallel"},
     "engines": {"config", "errors", "model", "parallel", "runtime"},
     "data": {"config", "errors"},
     "runtime": {"config", "errors"},
     "checkpoint": {"config", "errors", "runtime"},
     "tracking": {"config", "errors"},
-    "reports": {"config", "errors", "tracking"},  # reads what tracking has written
+    "reports": {"config", "errors", "parallel", "tracking"},  # reads what tracking has written
     "hf": {"config", "errors", "model"},
     "inference": {"config", "errors", "model"},
     "train": {"config", "errors", "model", "parallel", "engines", "data", "runtime", "checkpoint",

@@ -1,0 +1,71 @@
+"""Parameters of one rank, and the bytes of parameters, gradients and optimizer state."""
+
+from dataclasses import dataclass
+
+from pltmoe.config import ModelConfig
+from pltmoe.parallel.layout import Layout
+
+
+@dataclass(frozen=True)
+class StageWeights:
+    """Parameters that a rank of one stage holds."""
+
+    shared: int
+    """Everything but experts; copies on data- and context-parallel ranks share their optimizer."""
+    experts: int
+    """Experts; copies on expert-data-parallel ranks."""
+    largest: int
+    """The largest single parameter: the size of a weight gradient before it is added."""
+
+
+@dataclass(frozen=True)
+class WeightBytes:
+    """Bytes of one rank that live as long as the run."""
+
+    parameters: int
+    gradients: int
+    """fp32, whatever the precision."""
+    optimizer: float
+    """Two fp32 moments, and an fp32 master copy where weights are bf16; this rank's shard."""
+    shard: float
+    """Parameters that this rank updates."""
+
+
+def stage_weights(m: ModelConfig, layout: Layout, stage: int) -> StageWeights:
+    """Count the parameters on a rank of ``stage``."""
+    tp, last = layout.tensor_parallel_size, layout.pipeline_parallel_size - 1
+    layers = m.num_layers // layout.pipeline_parallel_size
+    matrices = _layer_matrices(m, layout)
+    table = m.vocab_size // tp * m.hidden_size
+    tables = (stage == 0) + (stage == last and not (m.tied_embeddings and last == 0))
+    shared = layers * (sum(matrices) + _layer_vectors(m, tp)) + tables * table
+    shared += m.hidden_size if stage == last else 0  # final norm
+    expert = 3 * m.hidden_size * (m.moe_ffn_hidden_size or 0) // layout.expert_tensor_parallel_size
+    experts = layers * (m.num_experts or 0) // layout.expert_parallel_size * expert
+    return StageWeights(shared, experts, max(*matrices, tables and table, expert * 2 // 3))
+
+
+def weight_bytes(weights: StageWeights, layout: Layout, element: int) -> WeightBytes:
+    """Return what lives as long as the run; ``element`` is bytes per weight (2: bf16, 4: fp32)."""
+    count = weights.shared + weights.experts
+    copies = layout.data_parallel_size * layout.context_parallel_size
+    shard = weights.shared / copies + weights.experts / layout.expert_data_parallel_size
+    return WeightBytes(element * count, 4 * count, shard * (12 if element == 2 else 8), shard)
+
+
+def _layer_matrices(m: ModelConfig, layout: Layout) -> tuple[int, ...]:
+    """Projections, dense feed-forward and router of a layer."""
+    tp, d = layout.tensor_parallel_size, m.hidden_size
+    qkv = d * m.head_dim * (m.num_attention_heads + 2 * m.num_kv_heads) // tp
+    out = d * m.head_dim * m.num_attention_heads // tp
+    ffn = (m.ffn_hidden_size or 0) * d // tp
+    return qkv, out, 2 * ffn, ffn, (m.num_experts or 0) * d  # every rank has the whole router
+
+
+def _layer_vectors(m: ModelConfig, tp: int) -> int:
+    """Norms, and the gate with its bias."""
+    norms = 2 * m.hidden_size + (2 * m.head_dim if m.qk_norm else 0)
+    if not m.gated_swa:
+        return norms
+    width = m.hidden_size if m.gate_use_hidden_states else m.head_dim
+    return norms + m.num_attention_heads // tp * (width + 1)
