@@ -5,22 +5,28 @@
 
 loops      a looped model's step / the vanilla step of the same layers
 megatron   our vanilla step / Megatron-core's own GPT with experts
+pipeline   forward and backward on two stages / what the schedule table predicts; starts its own
+           processes
 
 Without --config, a small mixture of experts that a CPU trains in a second or less per step.
 Overrides (section.key=value) change its sizes. docs/benchmarks.md shows what was measured.
 """
 
 import argparse
+import os
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
-from pltmoe.config import load_config
+from pltmoe.config import RunConfig, load_config
+from pltmoe.errors import ConfigError
 from pltmoe.runtime.command_line import run_tool
 from pltmoe.runtime.cpu import stand_in_for_cuda
 from pltmoe.runtime.logs import configure_logging
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+NAMES = ("loops", "megatron", "pipeline")
 SMALL = (
     "model.vocab_size=1024",
     "model.num_layers=4",
@@ -38,14 +44,31 @@ SMALL = (
     "optimizer.min_lr=0.0001",
 )
 """What makes the quickstart's PLT-2 wide enough for its matrix products to dominate."""
+SMALL_PIPELINE = (
+    "parallel.pipeline_parallel_size=2",
+    "train.micro_batch_size=2",
+    "train.global_batch_size=16",
+)
 
 
-def main() -> None:
+def main() -> int:
     """Parse the command line, measure, print tables and write them."""
+    args = _arguments()
+    code = 0
+    for name in args.compare.split(","):
+        config = _config(args, name)
+        if name == "pipeline" and "WORLD_SIZE" not in os.environ:
+            code = _start_processes(config.parallel.pipeline_parallel_size, name) or code
+        else:
+            _compare(name, config, args)
+    return code
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compare", default="loops,megatron", help="of loops,megatron")
+    parser.add_argument("--compare", default=",".join(NAMES), help=f"of {','.join(NAMES)}")
     parser.add_argument("--config", type=Path, help="YAML file of a looped run (default: small)")
     parser.add_argument("--rounds", type=int, default=20, help="steps of each that count")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each before them")
@@ -53,28 +76,57 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="show where a step's time goes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
-    small = args.config is None
-    config = load_config(
-        REPOSITORY / "configs/quickstart_plt2.yaml" if small else args.config,
-        [*(SMALL if small else ()), *args.overrides],
-    )
-    configure_logging(rank=0)
+    if unknown := sorted(set(args.compare.split(",")) - set(NAMES)):
+        parser.error(f"unknown comparison {unknown[0]}; there are {', '.join(NAMES)}")
+    return args
+
+
+def _config(args: argparse.Namespace, name: str) -> RunConfig:
+    path, small = args.config, ()
+    if path is None:
+        path = REPOSITORY / "configs/quickstart_plt2.yaml"
+        small = (*SMALL, *SMALL_PIPELINE) if name == "pipeline" else SMALL
+    config = load_config(path, [*small, *args.overrides])
+    p = config.parallel
+    cuts = p.tensor_parallel_size * p.context_parallel_size
+    if name == "pipeline" and (p.pipeline_parallel_size < 2 or cuts > 1):
+        raise ConfigError(
+            "--compare pipeline takes whole sequences through several stages: set "
+            f"parallel.pipeline_parallel_size (is {p.pipeline_parallel_size}) to 2 or more, and "
+            f"parallel.tensor_parallel_size (is {p.tensor_parallel_size}) and "
+            f"parallel.context_parallel_size (is {p.context_parallel_size}) to 1"
+        )
+    return config
+
+
+def _start_processes(count: int, name: str) -> int:
+    """Run this command again for one comparison, on ``count`` processes."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
+    command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--compare", name]
+    sys.stdout.flush()
+    paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}).returncode
+
+
+def _compare(name: str, config: RunConfig, args: argparse.Namespace) -> None:
+    from pltmoe.runtime import distributed
+
+    processes = distributed.processes_from_environment()
+    configure_logging(processes.rank)
     stand_in_for_cuda()
     # Megatron may be imported only after the CPU stands in for CUDA.
-    from pltmoe.runtime import distributed
-    from pltmoe.train.benchmark.compare import COMPARISONS, Options, compare
+    from pltmoe.train.benchmark.compare import Options, compare
     from pltmoe.train.benchmark.report import markdown, write
 
-    wanted = args.compare.split(",")
-    if unknown := sorted(set(wanted) - set(COMPARISONS)):
-        parser.error(f"unknown comparison {unknown[0]}; there are {', '.join(COMPARISONS)}")
-    options = Options(args.rounds, args.warm_up, args.profile)
-    distributed.start(distributed.processes_from_environment())
+    distributed.start(processes)
     try:
-        for name in wanted:
-            report, profiles = compare(name, config, options, shlex.join(["python", *sys.argv]))
+        options = Options(args.rounds, args.warm_up, args.profile)
+        report, profiles = compare(
+            name, config, options, shlex.join(["python", "tools/benchmark_train.py", *sys.argv[1:]])
+        )
+        if distributed.is_main():
             print(markdown(report), profiles, sep="\n")
-            print("wrote", *write(report, args.output))
+            print("wrote", *write(report, args.output), flush=True)
     finally:
         distributed.stop()
 

@@ -50,6 +50,13 @@ def random_batches(config: RunConfig, layout: Layout, number: int) -> Iterator[B
         }
 
 
+def work_of(config: RunConfig) -> tuple[int, float]:
+    """Return tokens and FLOPs of a step over all ranks."""
+    length = config.data.sequence_length
+    tokens = config.train.global_batch_size * length
+    return tokens, tokens * flops_per_token(config.model, length)
+
+
 def loops(config: RunConfig, groups: ProcessGroupCollection) -> list[Candidate]:
     """Return the model of ``config`` and the vanilla model of the same layers."""
     return [
@@ -87,10 +94,7 @@ def _engine(
 
 
 def _candidate(name: str, config: RunConfig, layout: Layout, step: Callable[..., Any]) -> Candidate:
-    tokens = config.train.global_batch_size * config.data.sequence_length
-    flops = tokens * flops_per_token(config.model, config.data.sequence_length)
-
     def numbered(number: int) -> float:
         return float(step(random_batches(config, layout, number)))
 
-    return Candidate(name, numbered, tokens, flops)
+    return Candidate(name, *work_of(config), numbered)

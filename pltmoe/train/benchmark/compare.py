@@ -1,6 +1,6 @@
 """The comparisons: what is measured against what, and which ratio is wanted."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,50 @@ from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime import devices, seeds
 from pltmoe.runtime.versions import commit, versions
 from pltmoe.train.benchmark import candidates
+from pltmoe.train.benchmark.pipeline import FORWARD_BACKWARD, PREDICTED, measure_pipeline
 from pltmoe.train.benchmark.report import Goal, Report, row
-from pltmoe.train.benchmark.timing import Candidate, Times, measure, profile, ratio
+from pltmoe.train.benchmark.timing import Candidate, Times, Work, measure, profile, ratio
+
+
+@dataclass(frozen=True)
+class Options:
+    """How long to measure."""
+
+    rounds: int = 20
+    warm_up: int = 3
+    profile: bool = False
+    """Also show which operations take the time."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured, in the order of the table."""
+
+    works: Sequence[Work]
+    times: Mapping[str, Times]
+    profiles: Sequence[str] = ()
+
+
+def in_turn(
+    build: Callable[[RunConfig, ProcessGroupCollection], list[Candidate]],
+) -> Callable[[RunConfig, ProcessGroupCollection, Options], Measured]:
+    """Measure the candidates that ``build`` makes, step by step in turn."""
+
+    def measured(config: RunConfig, groups: ProcessGroupCollection, options: Options) -> Measured:
+        built = build(config, groups)
+        times = measure(built, options.rounds, options.warm_up)
+        number = options.warm_up + options.rounds + 1
+        profiles = [profile(c, number) for c in built] if options.profile else []
+        return Measured(built, times, profiles)
+
+    return measured
+
+
+def stages(config: RunConfig, groups: ProcessGroupCollection, options: Options) -> Measured:
+    """Measure a pipelined step, and what the table predicts for it."""
+    layout = layout_for(config, dist.get_world_size())
+    times = measure_pipeline(config, layout, groups, options.rounds, options.warm_up)
+    return Measured([Work(name, *candidates.work_of(config)) for name in times], times)
 
 
 @dataclass(frozen=True)
@@ -25,7 +67,7 @@ class Comparison:
     goal: Goal
     slow: str
     fast: str
-    build: Callable[[RunConfig, ProcessGroupCollection], list[Candidate]]
+    measure: Callable[[RunConfig, ProcessGroupCollection, Options], Measured]
     notes: tuple[str, ...]
     same_losses: bool = False
     """Whether both compute the same function from the same weights, so losses must agree."""
@@ -37,7 +79,7 @@ COMPARISONS = {
         Goal(at_most=2.15),
         "looped",
         "vanilla",
-        candidates.loops,
+        in_turn(candidates.loops),
         (
             "embedding, head and optimizer run once in both, so the FLOPs of two loops are less "
             "than double; what loops add is in their layers, the shift and the gated window",
@@ -48,7 +90,7 @@ COMPARISONS = {
         Goal(at_most=1.03),
         "vanilla",
         "Megatron-core",
-        candidates.megatron,
+        in_turn(candidates.megatron),
         (
             "the same in both: weights, batches, rms_norm of PyTorch, "
             "one GEMM pair per expert (SequentialMLP), Megatron-core's dispatcher, data-parallel "
@@ -61,17 +103,19 @@ COMPARISONS = {
         ),
         same_losses=True,
     ),
+    "pipeline": Comparison(
+        "a step's forward and backward on the stages / what the schedule table predicts",
+        Goal(at_most=1.15, at_least=0.85),
+        FORWARD_BACKWARD,
+        PREDICTED,
+        stages,
+        (
+            "predicted from the time of each loop chunk's forward and backward pass on its stage, "
+            "measured without messages on all stages at the same time, and the order of work in "
+            "the table; a prediction before every step",
+        ),
+    ),
 }
-
-
-@dataclass(frozen=True)
-class Options:
-    """How long to measure."""
-
-    rounds: int = 20
-    warm_up: int = 3
-    profile: bool = False
-    """Also show which operations take the time."""
 
 
 def compare(name: str, config: RunConfig, options: Options, command: str) -> tuple[Report, str]:
@@ -85,34 +129,36 @@ def compare(name: str, config: RunConfig, options: Options, command: str) -> tup
     groups = create_groups(layout)
     try:
         seeds.seed_everything(config.train.seed)
-        built = what.build(config, groups)
-        times = measure(built, options.rounds, options.warm_up)
-        profiles = [_profile(c, options) for c in built] if options.profile else []
+        found = what.measure(config, groups, options)
     finally:
         destroy_groups()
     report = Report(
         name,
         what.title,
         what.goal,
-        ratio(times, what.slow, what.fast),
-        [row(c, times[c.name]) for c in built],
+        ratio(found.times, what.slow, what.fast),
+        [row(work, found.times[work.name]) for work in found.works],
         setup(config, layout, options),
         where(command),
-        _notes(what, built, times),
+        _notes(what, found),
     )
-    return report, "\n".join(profiles)
+    return report, "\n".join(found.profiles)
 
 
-def _notes(what: Comparison, built: list[Candidate], times: Mapping[str, Times]) -> list[str]:
+def _notes(what: Comparison, found: Measured) -> list[str]:
     """Return what a reader must know to judge the ratio, the measured things first."""
-    by_name = {c.name: c for c in built}
-    flops = by_name[what.slow].flops / by_name[what.fast].flops
-    notes = [f"{what.slow} must do {flops:.3f} times the FLOPs of {what.fast}"]
-    for c in built[2:]:
-        notes.append(f"{what.slow} / {c.name}: {ratio(times, what.slow, c.name).median:.3f}")
+    flops = {work.name: work.flops for work in found.works}
+    notes = []
+    if flops[what.slow] != flops[what.fast]:
+        more = flops[what.slow] / flops[what.fast]
+        notes.append(f"{what.slow} must do {more:.3f} times the FLOPs of {what.fast}")
+    for work in found.works[2:]:
+        beside = ratio(found.times, what.slow, work.name).median
+        notes.append(f"{what.slow} / {work.name}: {beside:.3f}")
     if what.same_losses:
-        pairs = zip(times[what.slow].losses, times[what.fast].losses, strict=True)
-        notes.append(f"largest difference of their losses: {max(abs(a - b) for a, b in pairs):.1e}")
+        slow, fast = (found.times[name].losses for name in (what.slow, what.fast))
+        most = max(abs(a - b) for a, b in zip(slow, fast, strict=True))
+        notes.append(f"largest difference of their losses: {most:.1e}")
     return [*notes, *what.notes]
 
 
@@ -142,8 +188,3 @@ def where(command: str) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         "commit": commit(),
     }
-
-
-def _profile(candidate: Candidate, options: Options) -> str:
-    table = profile(candidate, options.warm_up + options.rounds + 1)
-    return f"{candidate.name}, one step\n{table}"

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pltmoe.train.benchmark.timing import Candidate, Ratio, Times, quartiles
+from pltmoe.train.benchmark.timing import Ratio, Times, Work, quartiles
 
 
 @dataclass(frozen=True)
@@ -59,29 +59,30 @@ class Report:
     notes: list[str]
 
 
-def row(candidate: Candidate, times: Times) -> Row:
-    """Sum up what was measured of one candidate."""
+def row(work: Work, times: Times) -> Row:
+    """Sum up what was measured."""
     seconds = statistics.median(times.seconds)
     lower, _, upper = quartiles(times.seconds)
     return Row(
-        candidate.name,
+        work.name,
         seconds * 1e3,
         lower * 1e3,
         upper * 1e3,
-        candidate.tokens / seconds,
-        candidate.flops / seconds / 1e12,
+        work.tokens / seconds,
+        work.flops / seconds / 1e12,
     )
 
 
 def markdown(report: Report) -> str:
     """Return the report as one section."""
     r, met = report.ratio, report.goal.is_met_by(report.ratio.median)
+    processor = "" if r.of_cpu_time is None else f", of processor time {r.of_cpu_time:.3f}"
     lines = [
         f"## {report.compare}: {report.title}",
         "",
         f"**{r.median:.3f}**, goal {report.goal}: {'met' if met else 'MISSED'}. The middle half of "
         f"the rounds lies between {r.lower_quartile:.3f} and {r.upper_quartile:.3f}; ratio of the "
-        f"fastest rounds {r.of_fastest:.3f}, of processor time {r.of_cpu_time:.3f}.",
+        f"fastest rounds {r.of_fastest:.3f}{processor}.",
         "",
         *_table(report.rows),
         "",

@@ -7,23 +7,28 @@ turn (A B, B A, A B, ...), each round gives one ratio, and the median over the r
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from tqdm import tqdm
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """Something that takes training steps, alone or with the other ranks of a run."""
+class Work:
+    """What a step of something does."""
 
     name: str
+    tokens: int
+    flops: float
+    """FLOPs that the model must compute (config/counts.py)."""
+
+
+@dataclass(frozen=True)
+class Candidate(Work):
+    """Something that takes training steps, alone or with the other ranks of a run."""
+
     step: Callable[[int], float]
     """Takes optimizer step number n (from 1) and returns its loss."""
-    tokens: int
-    """Tokens of a step."""
-    flops: float
-    """FLOPs that the model must compute in a step (config/counts.py)."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,9 @@ class Times:
     """What was measured of one candidate, one number per round."""
 
     seconds: list[float]
-    cpu_seconds: list[float]
+    cpu_seconds: list[float] = field(default_factory=list)
     """Processor time of this process: other work on the machine hardly changes it."""
-    losses: list[float]
+    losses: list[float] = field(default_factory=list)
 
 
 def measure(
@@ -48,14 +53,14 @@ def measure(
         rounds: steps that count.
         warm_up: steps before them.
     """
-    times = {c.name: Times([], [], []) for c in candidates}
+    times = {c.name: Times([]) for c in candidates}
     with tqdm(total=(warm_up + rounds) * len(candidates), unit="step") as bar:
         for number in range(1, warm_up + rounds + 1):
             for candidate in candidates if number % 2 else reversed(candidates):
                 bar.set_description(candidate.name)
-                begin, cpu = _now(), time.process_time()
+                begin, cpu = now(), time.process_time()
                 loss = candidate.step(number)
-                seconds = _now() - begin
+                seconds = now() - begin
                 if number > warm_up:
                     kept = times[candidate.name]
                     kept.seconds.append(seconds)
@@ -75,8 +80,8 @@ class Ratio:
     upper_quartile: float
     of_fastest: float
     """The fastest round of one over the fastest round of the other."""
-    of_cpu_time: float
-    """Median of the rounds' ratios of processor time."""
+    of_cpu_time: float | None
+    """Median of the rounds' ratios of processor time, where that was measured."""
 
 
 def ratio(times: Mapping[str, Times], slow: str, fast: str) -> Ratio:
@@ -90,7 +95,7 @@ def ratio(times: Mapping[str, Times], slow: str, fast: str) -> Ratio:
         lower,
         upper,
         min(a.seconds) / min(b.seconds),
-        statistics.median(cpu),
+        statistics.median(cpu) if cpu else None,
     )
 
 
@@ -99,7 +104,8 @@ def profile(candidate: Candidate, number: int, rows: int = 20) -> str:
     with torch.profiler.profile() as profiler:  # processor, and GPU where there is one
         candidate.step(number)
     by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    return profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=60)
+    table = profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=60)
+    return f"{candidate.name}, one step\n{table}"
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
@@ -110,7 +116,8 @@ def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
     return lower, middle, upper
 
 
-def _now() -> float:
+def now() -> float:
+    """Return seconds on a clock, when all that was asked of the device is done."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.perf_counter()

@@ -39,7 +39,8 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("benchmark")
-    done = run("--rounds", "4", "--warm-up", "1", "--output", str(folder), "--profile", *TINY)
+    compare = ["--compare", "loops,megatron", "--rounds", "4", "--warm-up", "1", "--profile"]
+    done = run(*compare, "--output", str(folder), *TINY)
     assert done.returncode == 0, done.stderr
     return folder, done.stdout
 
@@ -76,7 +77,7 @@ def test_says_where_and_how(measured: tuple[Path, str]) -> None:
     folder, _ = measured
     page = (folder / "megatron.md").read_text()
     for what in (
-        "- command: `python tools/benchmark_train.py --rounds 4",
+        "- command: `python tools/benchmark_train.py --compare loops,megatron",
         "- device: ",
         "torch ",
         "- commit: ",
@@ -89,4 +90,32 @@ def test_says_where_and_how(measured: tuple[Path, str]) -> None:
 def test_unknown_comparison() -> None:
     done = run("--compare", "loops,deepspeed")
     assert done.returncode == 2
-    assert "unknown comparison deepspeed; there are loops, megatron" in done.stderr
+    assert "unknown comparison deepspeed; there are loops, megatron, pipeline" in done.stderr
+
+
+def test_pipeline(tmp_path: Path) -> None:
+    """The command starts two processes by itself, and one of them writes."""
+    done = run("--compare", "pipeline", "--rounds", "2", "--output", str(tmp_path), *TINY)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "pipeline.json").read_text())
+    names = [row["name"] for row in found["rows"]]
+    assert names == [
+        "forward and backward",
+        "predicted",
+        "predicted for one pipeline per loop",
+        "whole step, with the update",
+    ]
+    assert found["goal"] == {"at_most": 1.15, "at_least": 0.85}
+    assert "2 micro batch(es) of 2 x 128 tokens on each rank, PP2 x DP1" in found["setup"]["step"]
+    passes, predicted, naive, step = (row["milliseconds"] for row in found["rows"])
+    assert 0 < predicted < naive and passes < step
+    assert done.stdout.count("## pipeline: ") == 1
+
+
+def test_pipeline_needs_stages() -> None:
+    done = run("--compare", "pipeline", "parallel.pipeline_parallel_size=1")
+    assert done.returncode == 1
+    assert done.stderr.startswith(
+        "error: --compare pipeline takes whole sequences through several stages: set "
+        "parallel.pipeline_parallel_size (is 1) to 2 or more"
+    )

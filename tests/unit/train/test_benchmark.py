@@ -2,6 +2,8 @@
 
 import pytest
 
+from pltmoe.parallel.layout import Layout
+from pltmoe.train.benchmark.pipeline import ChunkSeconds, predict
 from pltmoe.train.benchmark.report import Goal
 from pltmoe.train.benchmark.timing import Candidate, Times, measure, quartiles, ratio
 
@@ -14,7 +16,7 @@ def test_candidates_take_turns() -> None:
             seen.append(f"{name}{number}")
             return float(number)
 
-        return Candidate(name, step, tokens=1, flops=1.0)
+        return Candidate(name, tokens=1, flops=1.0, step=step)
 
     times = measure([candidate("a"), candidate("b")], rounds=2, warm_up=1)
     assert seen == ["a1", "b1", "b2", "a2", "a3", "b3"]
@@ -31,6 +33,7 @@ def test_ratio_is_of_rounds_and_not_of_times() -> None:
     assert (found.lower_quartile, found.upper_quartile) == (2.0, 2.5)
     assert found.of_fastest == 2.0
     assert found.of_cpu_time == 2.0
+    assert ratio({"a": Times([1.0]), "b": Times([2.0])}, "a", "b").of_cpu_time is None
 
 
 def test_quartiles_of_few() -> None:
@@ -51,3 +54,20 @@ def test_goals(
     assert str(goal) == text
     assert all(goal.is_met_by(value) for value in inside)
     assert not any(goal.is_met_by(value) for value in outside)
+
+
+def test_prediction_counts_every_pass_and_one_bubble() -> None:
+    """Two stages, two loops, four micro batches: 8 x (1 + 2) of work, 1 + 2 to fill and drain."""
+    layout = Layout(
+        world_size=2,
+        micro_batch_size=1,
+        global_batch_size=4,
+        pipeline_parallel_size=2,
+        num_loops=2,
+    )
+    even = [[ChunkSeconds(1.0, 2.0)] * 2 for _ in range(2)]
+    assert predict(layout, even) == (27.0, 30.0), "the naive way fills and drains for each loop"
+    head = [even[0], [even[1][0], ChunkSeconds(1.5, 2.5)]]
+    assert predict(layout, head)[0] >= 27.0 + 4 * 1.0, "the last chunk of the last stage is slower"
+    embedding = [[ChunkSeconds(1.5, 2.0), even[0][1]], even[1]]
+    assert 27.0 < predict(layout, embedding)[0] < predict(layout, head)[0]
