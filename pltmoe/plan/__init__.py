@@ -9,3 +9,7 @@ planner.py       all of it together; ``check_fits``
 search.py        layouts that fit, fastest first
 report.py        text, JSON and docs/plan.md
 """
+
+from pltmoe.plan.planner import Plan, check_fits, make_plan
+
+__all__ = ["Plan", "check_fits", "make_plan"]

@@ -1,0 +1,282 @@
+"""One layout of one run on one kind of GPU: what it needs, what it sends, how long a step takes."""
+
+from dataclasses import dataclass
+
+from pltmoe.config import ModelConfig, RunConfig
+from pltmoe.config.counts import count_parameters, flops_per_token
+from pltmoe.errors import ConfigError
+from pltmoe.parallel.layout import Layout, layout_for
+from pltmoe.parallel.schedule import bubble_fraction
+from pltmoe.plan import activations
+from pltmoe.plan.in_flight import peak_bytes
+from pltmoe.plan.machines import DEFAULT, GIB, Assumptions, Gpu, find_gpu
+from pltmoe.plan.messages import Message, step_messages
+from pltmoe.plan.weights import StageWeights, WeightBytes, stage_weights, weight_bytes
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """Bytes of one GPU of a stage at the worst moment of a step."""
+
+    stage: int
+    weights: WeightBytes
+    activations: float
+    """Of all loop chunks that are under way, and gradients that wait for loop 1."""
+    working: float
+    """What one layer's (or the head's) backward pass needs on top for a moment."""
+    loop_chunks_alive: int
+    shared_kv: float
+    """Part of ``activations``: loop 1's K and V of one micro batch that later loops borrow."""
+    lent_gradients: float
+    """Part of ``activations``: their gradients, of one micro batch."""
+    dispatch: float
+    """Part of ``activations``: router and dispatched tokens of one micro batch."""
+    logits: float
+    """Part of ``activations``: final norm, logits and cross entropy of one micro batch."""
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """What adds up to the peak."""
+        w = self.weights
+        return {
+            "parameters": w.parameters,
+            "gradients": w.gradients,
+            "optimizer": w.optimizer,
+            "activations": self.activations,
+            "working memory": self.working,
+        }
+
+    @property
+    def peak(self) -> float:
+        """All parts."""
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs."""
+
+    config: RunConfig
+    layout: Layout
+    gpu: Gpu
+    assumptions: Assumptions
+    stages: tuple[StageMemory, ...]
+    messages: tuple[Message, ...]
+    bubble: float
+    flops_per_step: float
+    compute_seconds: float
+    """Arithmetic of the slowest stage, without waiting."""
+    message_seconds: float
+    """Messages that nothing hides."""
+    optimizer_seconds: float
+
+    @property
+    def fullest(self) -> StageMemory:
+        """The stage that needs most."""
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def usable(self) -> float:
+        """Bytes of a GPU that tensors can have."""
+        return self.assumptions.usable_bytes(self.gpu)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the fullest stage fits."""
+        return self.fullest.peak <= self.usable
+
+    @property
+    def step_seconds(self) -> float:
+        """Expected time of an optimizer step."""
+        busy = (self.compute_seconds + self.message_seconds) / (1 - self.bubble)
+        return busy + self.data_seconds + self.optimizer_seconds
+
+    @property
+    def data_seconds(self) -> float:
+        """Reducing gradients and gathering weights, after the last backward pass."""
+        return sum(
+            m.seconds(self.gpu, self.assumptions) for m in self.messages if _once_per_step(m)
+        )
+
+    @property
+    def mfu(self) -> float:
+        """Model FLOPs (recomputation not counted) over the peak."""
+        return self.flops_per_step / self.layout.world_size / self.step_seconds / self.gpu.peak_bf16
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Over all GPUs."""
+        tokens = self.layout.global_batch_size * self.config.data.sequence_length
+        return tokens / self.step_seconds
+
+
+def make_plan(
+    config: RunConfig, world_size: int, gpu_name: str = "H200", assumptions: Assumptions = DEFAULT
+) -> Plan:
+    """Plan ``config`` on ``world_size`` GPUs.
+
+    Raises:
+        ConfigError: an unknown GPU, or a batch that the layout cannot split.
+        EngineError: the GPUs cannot be split into whole groups.
+    """
+    gpu, layout = find_gpu(gpu_name), layout_for(config, world_size)
+    element = 4 if config.train.precision == "fp32" else 2
+    z = activations.sizes_for(config, layout, element, expert_load=assumptions.expert_load)
+    counts = [stage_weights(config.model, layout, s) for s in _stages_to_look_at(layout)]
+    memory = tuple(
+        _stage_memory(config, layout, z, stage, weights)
+        for stage, weights in zip(_stages_to_look_at(layout), counts, strict=True)
+    )
+    largest = max(counts, key=lambda weights: weights.shared)
+    mean = activations.sizes_for(config, layout, element)  # messages are counted at even load
+    messages = step_messages(mean, layout, largest, config.parallel.recompute, assumptions)
+    exposed = sum(m.seconds(gpu, assumptions) for m in messages if not _once_per_step(m))
+    shard = max(stage.weights.shard for stage in memory)
+    traffic = shard * (4 * 7 + 2 * element)  # read and write moments and master, read gradients
+    tokens = config.train.global_batch_size * config.data.sequence_length
+    return Plan(
+        config=config,
+        layout=layout,
+        gpu=gpu,
+        assumptions=assumptions,
+        stages=memory,
+        messages=tuple(messages),
+        bubble=bubble_fraction(
+            layout.pipeline_parallel_size,
+            layout.num_loops,
+            layout.model_chunks_per_stage,
+            layout.micro_batches,
+        ),
+        flops_per_step=flops_per_token(config.model, config.data.sequence_length) * tokens,
+        compute_seconds=_compute_seconds(config, layout, gpu, assumptions),
+        message_seconds=exposed,
+        optimizer_seconds=traffic / (gpu.memory_bandwidth * assumptions.memory_efficiency),
+    )
+
+
+def check_fits(config: RunConfig, world_size: int, gpu_name: str = "H200") -> None:
+    """Refuse a run whose fullest GPU would run out of memory.
+
+    Raises:
+        ConfigError: it does not fit (says what is biggest and what to try), or an unknown GPU.
+        EngineError: the GPUs cannot be split into whole groups.
+    """
+    plan = make_plan(config, world_size, gpu_name)
+    if plan.fits:
+        return
+    full = plan.fullest
+    parts = sorted(full.parts.items(), key=lambda part: -part[1])
+    biggest = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in parts[:3])
+    raise ConfigError(
+        f"{config.name} does not fit on {world_size} x {plan.gpu.name} ({plan.layout}): stage "
+        f"{full.stage} needs {full.peak / GIB:.1f} GiB per GPU and has {plan.usable / GIB:.1f} GiB "
+        f"usable of {plan.gpu.memory_gib:g}; biggest parts: {biggest}. Try {_advice(plan)}"
+    )
+
+
+def _advice(plan: Plan) -> str:
+    """Name the settings that shrink the biggest part."""
+    parts, p = plan.fullest.parts, plan.config.parallel
+    if parts["activations"] + parts["working memory"] > parts["parameters"] + parts["gradients"]:
+        tries = ["parallel.recompute=full"] if p.recompute != "full" else []
+        tries += ["a smaller train.micro_batch_size"] if plan.layout.micro_batch_size > 1 else []
+        return ", ".join([*tries, "more parallel.context_parallel_size or tensor_parallel_size"])
+    experts = ["parallel.expert_parallel_size"] if plan.config.model.is_moe else []
+    return ", ".join([*experts, "parallel.pipeline_parallel_size", "or more GPUs"])
+
+
+def _stages_to_look_at(layout: Layout) -> list[int]:
+    """All stages: what is under way falls from first to last, and the ends hold the tables."""
+    return list(range(layout.pipeline_parallel_size))
+
+
+def _stage_memory(
+    config: RunConfig, layout: Layout, z: activations.Sizes, stage: int, weights: StageWeights
+) -> StageMemory:
+    m, recompute = config.model, config.parallel.recompute
+    first, last = stage == 0, stage == layout.pipeline_parallel_size - 1
+    chunks = layout.model_chunks_per_stage
+    layers = m.num_layers // (layout.pipeline_parallel_size * chunks)
+    kept = {
+        loop: layers * activations.kept_by_layer(z, loop, recompute)
+        for loop in range(1, m.num_loops + 1)
+    }
+    logits = activations.head_bytes(z)
+
+    def chunk_bytes(loop: int, chunk: int) -> float:
+        leaves = last and chunk == chunks - 1
+        end = logits if loop == m.num_loops else activations.between_loops_bytes(z)
+        return kept[loop] + (end if leaves else 0)
+
+    def lent_gradients(chunk: int) -> float:
+        embedding = z.stream if first and chunk == 0 and m.cross_loop_shift else 0
+        return layers * activations.lent_gradient_bytes(z) + embedding
+
+    alive, count = peak_bytes(layout, stage, chunk_bytes, lent_gradients)
+    left = layers * chunks * activations.left_by_layer(z)
+    whole = [activations.layer_bytes(z, loop) for loop in kept]
+    dispatched = layers * chunks * sum(layer.dispatch for layer in whole)
+    return StageMemory(
+        stage=stage,
+        weights=weight_bytes(weights, layout, z.e),
+        activations=alive + left,
+        working=_working(z, weights, recompute, last),
+        loop_chunks_alive=count,
+        shared_kv=layers * chunks * activations.shared_kv_bytes(z),
+        lent_gradients=sum(lent_gradients(chunk) for chunk in range(chunks)),
+        dispatch=dispatched if recompute != "full" else 0,
+        logits=logits if last else 0,
+    )
+
+
+def _working(z: activations.Sizes, weights: StageWeights, recompute: str, last: bool) -> float:
+    """Estimate what a backward pass needs for a moment.
+
+    A layer's gradients are about as large as its projections and feed-forward outputs, one of the
+    two at a time; what was not kept is computed again first. The head casts its fp32 gradient.
+    """
+    layer = activations.layer_bytes(z, z.m.num_loops)
+    again = {"none": 0.0, "selective": layer.attention, "full": layer.total}[recompute]
+    gradients = max(layer.attention, layer.feed_forward + layer.dispatch) + z.stream
+    head = z.t * z.m.vocab_size / z.tp * z.e if last else 0
+    return max(again + gradients, head) + weights.largest * z.e
+
+
+def _once_per_step(message: Message) -> bool:
+    return message.kind.startswith("DP") or message.kind == "tied table"
+
+
+def _compute_seconds(config: RunConfig, layout: Layout, gpu: Gpu, a: Assumptions) -> float:
+    """Return the arithmetic of the last stage, which also has the head."""
+    m, s = config.model, config.data.sequence_length
+    linear, experts, attention = _layer_flops(m, s)
+    again = config.parallel.recompute
+    linear *= 4 if again == "full" else 3  # backward costs two forward passes
+    experts *= 4 if again == "full" else 3
+    attention *= 3 if again == "none" else 4
+    layer = linear / a.dense_efficiency + attention / a.attention_efficiency
+    layer += experts * a.expert_load / a.expert_efficiency
+    layers = m.num_layers / layout.pipeline_parallel_size
+    head = 3 * 2 * m.vocab_size * m.hidden_size / a.dense_efficiency
+    per_token = layers * layer + head
+    tokens = s * layout.micro_batch_size * layout.micro_batches
+    ranks = layout.tensor_parallel_size * layout.context_parallel_size
+    return per_token * tokens / ranks / gpu.peak_bf16
+
+
+def _layer_flops(m: ModelConfig, s: int) -> tuple[float, float, float]:
+    """Return forward FLOPs per token and layer over all loops: projections, experts, attention."""
+    d, loops = m.hidden_size, m.num_loops
+    qkv = d * m.head_dim * (2 * m.num_attention_heads + 2 * m.num_kv_heads)
+    dense = 3 * d * (m.ffn_hidden_size or 0) + (m.num_experts or 0) * d
+    experts = 3 * d * (m.moe_ffn_hidden_size or 0) * (m.moe_top_k or 0)
+    head = 3 * 2 * m.vocab_size * d
+    rest = flops_per_token(m, s) - head
+    linear = 2 * loops * (qkv + dense)
+    return linear, 2.0 * loops * experts, rest / 3 / m.num_layers - linear - 2 * loops * experts
+
+
+def parameters_of(config: RunConfig) -> tuple[int, int]:
+    """Return parameters in total and active per token."""
+    count = count_parameters(config.model)
+    return count.total, count.active
