@@ -47,8 +47,9 @@ class Assumptions:
     """InfiniBand between nodes, bytes per second and GPU (400 Gb/s)."""
     dense_efficiency: float = 0.55
     """Share of the peak that projections, dense layers and the head reach."""
-    expert_efficiency: float = 0.35
-    """The same for experts: one small matrix product pair after the other."""
+    expert_half_tokens: int = 512
+    """Tokens at which one expert's matrix products reach half of ``dense_efficiency``: experts run
+    one after the other, each a small product."""
     attention_efficiency: float = 0.35
     """The same for attention scores and the window."""
     nvlink_efficiency: float = 0.70
@@ -63,6 +64,10 @@ class Assumptions:
     """CUDA context, NCCL buffers and cuBLAS workspaces."""
     fragmentation: float = 0.05
     """Share of the memory that the caching allocator cannot hand out."""
+
+    def expert_efficiency(self, tokens: float) -> float:
+        """Return the share of the peak that an expert with this many tokens reaches."""
+        return self.dense_efficiency * tokens / (tokens + self.expert_half_tokens)
 
     def usable_bytes(self, gpu: Gpu) -> float:
         """Return the bytes that tensors can have."""

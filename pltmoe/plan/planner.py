@@ -121,7 +121,9 @@ def make_plan(
     """
     gpu, layout = find_gpu(gpu_name), layout_for(config, world_size)
     element = 4 if config.train.precision == "fp32" else 2
-    z = activations.sizes_for(config, layout, element, expert_load=assumptions.expert_load)
+    z = activations.sizes_for(
+        config, layout, element, expert_load=_expert_load(layout, assumptions)
+    )
     counts = [stage_weights(config.model, layout, s) for s in _stages_to_look_at(layout)]
     memory = tuple(
         _stage_memory(config, layout, z, stage, weights)
@@ -255,13 +257,27 @@ def _compute_seconds(config: RunConfig, layout: Layout, gpu: Gpu, a: Assumptions
     experts *= 4 if again == "full" else 3
     attention *= 3 if again == "none" else 4
     layer = linear / a.dense_efficiency + attention / a.attention_efficiency
-    layer += experts * a.expert_load / a.expert_efficiency
+    if config.model.is_moe:
+        efficiency = a.expert_efficiency(_tokens_per_expert(config, layout))
+        layer += experts * _expert_load(layout, a) / efficiency
     layers = m.num_layers / layout.pipeline_parallel_size
     head = 3 * 2 * m.vocab_size * m.hidden_size / a.dense_efficiency
     per_token = layers * layer + head
     tokens = s * layout.micro_batch_size * layout.micro_batches
     ranks = layout.tensor_parallel_size * layout.context_parallel_size
     return per_token * tokens / ranks / gpu.peak_bf16
+
+
+def _expert_load(layout: Layout, a: Assumptions) -> float:
+    """Where every rank has all experts there is no fullest rank."""
+    return a.expert_load if layout.expert_parallel_size > 1 else 1.0
+
+
+def _tokens_per_expert(config: RunConfig, layout: Layout) -> float:
+    """Return the mean number of tokens that an expert sees in one pass."""
+    z = activations.sizes_for(config, layout, 2)
+    experts = (config.model.num_experts or 1) / layout.expert_parallel_size
+    return z.r * (config.model.moe_top_k or 0) * z.etp / experts
 
 
 def _layer_flops(m: ModelConfig, s: int) -> tuple[float, float, float]:

@@ -1,0 +1,103 @@
+"""All layouts of a run on given GPUs that fit, fastest first."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any
+
+from pltmoe.config import RunConfig
+from pltmoe.config.rules import broken_rules
+from pltmoe.errors import PLTMoEError
+from pltmoe.plan.machines import DEFAULT, Assumptions, find_gpu
+from pltmoe.plan.planner import Plan, make_plan
+
+_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_CHUNKS = (1, 2, 3, 4)
+_RECOMPUTE = ("none", "selective", "full")
+_MICRO_BATCHES = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What a search may change; everything else stays as configured."""
+
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
+    model_chunks_per_stage: int
+    context_parallel_size: int
+    expert_parallel_size: int
+    expert_tensor_parallel_size: int
+    recompute: str
+    micro_batch_size: int
+
+    def apply(self, config: RunConfig) -> RunConfig:
+        """Return ``config`` with this layout."""
+        values: dict[str, Any] = dict(self.__dict__)
+        micro = values.pop("micro_batch_size")
+        return config.model_copy(
+            update={
+                "parallel": config.parallel.model_copy(
+                    update=values | {"sequence_parallel": True, "overlap_grad_reduce": False}
+                ),
+                "train": config.train.model_copy(update={"micro_batch_size": micro}),
+            }
+        )
+
+    def overrides(self) -> list[str]:
+        """Return the settings for a command line."""
+        values = dict(self.__dict__)
+        micro = values.pop("micro_batch_size")
+        named = [f"parallel.{name}={value}" for name, value in values.items()]
+        return [*named, f"train.micro_batch_size={micro}"]
+
+
+def candidates(config: RunConfig, world_size: int, a: Assumptions = DEFAULT) -> list[Candidate]:
+    """List layouts whose sizes divide what they cut; tensor parallel stays inside a node."""
+    m, node = config.model, a.gpus_per_node
+    tensor = [n for n in _divisors(m.num_kv_heads, world_size) if n <= node]
+    stages = _divisors(m.num_layers, world_size)
+    context = [n for n in _SIZES if n <= 8 and config.data.sequence_length % (2 * n) == 0]
+    expert = _divisors(m.num_experts or 1, world_size)
+    expert_tensor = [n for n in _divisors(m.moe_ffn_hidden_size or 1, node) if n <= 4]
+    sizes = product(tensor, stages, _CHUNKS, context, expert, expert_tensor)
+    return [
+        Candidate(tp, pp, v, cp, ep, etp, recompute, micro)
+        for tp, pp, v, cp, ep, etp in sizes
+        if world_size % (tp * cp * pp) == 0 and world_size % (ep * etp * pp) == 0
+        if (v == 1 or pp > 1) and m.num_layers % (pp * v) == 0
+        for recompute, micro in product(_RECOMPUTE, _MICRO_BATCHES)
+    ]
+
+
+def search(
+    config: RunConfig,
+    world_size: int,
+    gpu_name: str,
+    among: Sequence[Candidate] | Iterator[Candidate] | None = None,
+) -> list[tuple[Candidate, Plan]]:
+    """Return the layouts that fit, by expected step time.
+
+    Args:
+        config: the run; its own layout is not special.
+        world_size: GPUs.
+        gpu_name: of the planner's table.
+        among: layouts to look at, e.g. behind a progress bar; all ``candidates`` by default.
+    """
+    find_gpu(gpu_name)
+    found = []
+    for candidate in among if among is not None else candidates(config, world_size):
+        changed = candidate.apply(config)
+        if broken_rules(changed):
+            continue
+        try:
+            plan = make_plan(changed, world_size, gpu_name)
+        except PLTMoEError:  # the batch does not divide, or has too few micro batches
+            continue
+        if plan.fits:
+            found.append((candidate, plan))
+    return sorted(found, key=lambda pair: pair[1].step_seconds)
+
+
+def _divisors(number: int, limit: int) -> list[int]:
+    sizes = sorted({*_SIZES, 3, 6, 12, 24})
+    return [size for size in sizes if number % size == 0 and size <= limit]
