@@ -103,7 +103,7 @@ def naive_schedule(stages: int, loops: int, chunks: int, micro_batches: int) -> 
     """Return L pipelines one after another: every loop fills and drains all stages.
 
     Forward passes of loop 1 for all micro batches, then of loop 2, ...; backward the other way.
-    The waiting between loops is in ``simulate``'s barriers (``rounds_of``).
+    ``simulate(naive=True)`` adds the waiting between loops.
     """
     order = [
         Operation("F", loop, chunk, m)
@@ -145,13 +145,14 @@ def simulate(
     loops = max(op.loop for op in schedule[0])
     done: dict[tuple[int, Operation], float] = {}
     played: list[list[Timed]] = [[] for _ in schedule]
+    rounds = _rounds(schedule) if naive else {}
     while any(len(p) < len(s) for p, s in zip(played, schedule, strict=True)):
         moved = False
         for stage, (past, order) in enumerate(zip(played, schedule, strict=True)):
             while len(past) < len(order):
                 op = order[len(past)]
                 before = _needs(stage, op, len(schedule), loops, chunks)
-                barrier = _barrier(op, played, schedule) if naive else 0.0
+                barrier = _barrier(rounds[op.kind, op.loop], played) if naive else 0.0
                 if barrier is None or any(need not in done for need in before):
                     break
                 arrived = (done[n] + (message if n[0] != stage else 0.0) for n in before)
@@ -186,20 +187,25 @@ def _needs(
     return needs
 
 
-def _barrier(op: Operation, played: list[list[Timed]], schedule: Schedule) -> float | None:
-    """Return when all stages have finished the round before ``op``'s; None: not yet known."""
+def _rounds(schedule: Schedule) -> dict[tuple[str, int], list[int]]:
+    """Return for each round (F or B, loop) how many operations each stage does before it."""
+    rounds: dict[tuple[str, int], list[int]] = {}
+    for stage, order in enumerate(schedule):
+        for index, op in enumerate(order):
+            before = rounds.setdefault((op.kind, op.loop), [0] * stage)
+            if len(before) == stage:
+                before.append(index)
+    return rounds
 
-    def is_earlier(other: Operation) -> bool:
-        if other.kind != op.kind:
-            return op.kind == "B"
-        return other.loop < op.loop if op.kind == "F" else other.loop > op.loop
 
+def _barrier(before: list[int], played: list[list[Timed]]) -> float | None:
+    """Return when every stage has done as many operations as ``before`` says; None: not yet."""
     latest = 0.0
-    for past, order in zip(played, schedule, strict=True):
-        count = sum(is_earlier(other) for other in order)
+    for past, count in zip(played, before, strict=True):
         if len(past) < count:
             return None
-        latest = max([latest, *(timed.end for timed in past[:count])])
+        if count:
+            latest = max(latest, past[count - 1].end)
     return latest
 
 
@@ -239,6 +245,26 @@ def most_lent(order: list[Operation], loops: int) -> int:
     if loops == 1:
         return 0
     return in_flight([op for op in order if op.loop == 1])
+
+
+def lent_times(row: list[Timed], loops: int) -> dict[tuple[int, int], float]:
+    """Return how long a stage keeps what loop 1 lends, per (micro batch, chunk).
+
+    From the end of loop 1's forward to the end of loop 2's backward, which hands back the last of
+    the gradients; in evaluation to the end of the last loop's forward. Empty without later loops.
+    """
+    if loops == 1:
+        return {}
+    trains = any(timed.operation.kind == "B" for timed in row)
+    last = ("B", 2) if trains else ("F", loops)
+    begin, end = {}, {}
+    for timed in row:
+        op = timed.operation
+        if (op.kind, op.loop) == ("F", 1):
+            begin[op.micro_batch, op.chunk] = timed.end
+        elif (op.kind, op.loop) == last:
+            end[op.micro_batch, op.chunk] = timed.end
+    return {key: end[key] - begin[key] for key in begin}
 
 
 def in_flight_bound(stages: int, loops: int, chunks: int, micro_batches: int, stage: int) -> int:

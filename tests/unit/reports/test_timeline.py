@@ -20,3 +20,20 @@ def test_text_shows_each_loop_and_the_waiting():
     assert all(len(row) == 40 for row in rows)
     assert all(set("12ab.") <= set(row[8:]) for row in rows)
     assert rows[0][8] == "1" and rows[1][8] == "."  # stage 1 waits for the first micro batch
+
+
+def test_naive_way_fills_and_drains_once_per_loop_with_model_chunks_too():
+    """It had been drawn without model chunks, so that it seemed to wait v times too long."""
+    lines = timeline_text(2, 3, 2, 4, 90).splitlines()
+    assert lines[0] == "interleaved loops: stages wait 4.0%"  # 1 / 25
+    assert lines[3] == "one pipeline per loop: stages wait 11.1%"  # 1 / 9
+    ours, naive = lines[1][8:], lines[4][8:].rstrip()
+    assert naive.startswith("11111111.22222222.33333333...cccc")
+    assert len(ours.rstrip()) == 75  # nothing is drawn after the step: that is not waiting
+    assert ours.count("1") == 8 and ours.count("a") == 16
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 1, 3), (4, 1, 1, 8), (4, 1, 2, 8)])
+def test_where_nothing_can_be_won_one_way_is_shown(shape):
+    text = timeline_text(*shape, 200)
+    assert "interleaved loops" in text and "one pipeline per loop" not in text
