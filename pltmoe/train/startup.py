@@ -5,6 +5,8 @@ import logging
 from pltmoe.config import RunConfig
 from pltmoe.config.counts import count_parameters, flops_per_token
 from pltmoe.engines.base import Capabilities
+from pltmoe.parallel.layout import Layout
+from pltmoe.parallel.schedule import bubble_fraction
 from pltmoe.runtime import cpu, devices
 from pltmoe.runtime.logs import log_block
 from pltmoe.runtime.versions import commit, versions
@@ -30,6 +32,8 @@ def startup_rows(
         ("commit", commit()),
         ("device", _device()),
         ("layout", f"{layout} ({layout.world_size} process(es), one per device)"),
+        ("schedule", _schedule(layout)),
+        ("recomputation", config.parallel.recompute),
         ("precision", _precision(capabilities.precision)),
         ("parameters", f"{parameters.total:,} total, {parameters.active:,} active per token"),
         ("loops", f"{model.num_loops} x {model.num_layers} layers"),
@@ -43,6 +47,22 @@ def startup_rows(
     ]
     rows += [(job, str(backend)) for job, backend in capabilities.backends.items()]
     return rows + [("weights", source), ("output", str(train.output_dir))]
+
+
+def _schedule(layout: Layout) -> str:
+    stages, loops, chunks = (
+        layout.pipeline_parallel_size,
+        layout.num_loops,
+        layout.model_chunks_per_stage,
+    )
+    if stages == 1:
+        return "one stage: all loops of a micro batch in one pass"
+    waiting = bubble_fraction(stages, loops, chunks, layout.micro_batches)
+    kind = "interleaved 1F1B" if layout.loop_chunks > 1 else "1F1B"
+    return (
+        f"{kind}, {stages} stages x {loops} loop(s) x {chunks} model chunk(s): stages wait "
+        f"{waiting:.1%} of the time"
+    )
 
 
 def _device() -> str:

@@ -154,6 +154,28 @@ def mlflow_runs(database: Path) -> list[tuple[str, str]]:
         return connection.execute("select name, status from runs").fetchall()
 
 
+def test_stages_train_the_same_run_and_take_it_over(config, straight, tmp_path):
+    """PP2 through the front door: the curve of one process; then TP2 continues its checkpoint."""
+    output, _ = straight
+    arguments = [f"train.output_dir={tmp_path}", "parallel.pipeline_parallel_size=2"]
+    codes, outputs = finish(start_ranks(config, *arguments, "train.steps=8",
+                                        "optimizer.decay_steps=12", nprocs=2))  # fmt: skip
+    assert codes == [0, 0], outputs
+    assert "PP2 x DP1" in outputs[0]
+    assert (
+        "interleaved 1F1B, 2 stages x 2 loop(s) x 1 model chunk(s): stages wait 11.1%" in outputs[0]
+    )
+    arguments[1:] = ["parallel.tensor_parallel_size=2", f"train.steps={STEPS}"]
+    codes, outputs = finish(start_ranks(config, *arguments, nprocs=2))
+    assert codes == [0, 0], outputs
+    assert "TP2 x DP1" in outputs[0] and "(step 8)" in outputs[0]
+    got, expected = lines_of(tmp_path), lines_of(output)
+    assert [line["step"] for line in got] == [line["step"] for line in expected]
+    for ours, theirs in zip(got, expected, strict=True):
+        # fp32 sums in another order, through 12 steps of Adam
+        assert ours == pytest.approx(theirs, rel=2e-3), ours["step"]
+
+
 def test_weights_alone_start_a_new_run(run, straight, tmp_path):
     folder = store.latest_checkpoint(straight[0])
     code, log = run(tmp_path, f"checkpoint.load_weights={folder}", "train.steps=4")
