@@ -79,7 +79,8 @@ def _time_lines(plan: Plan) -> Iterator[str]:
     a = plan.assumptions
     yield (
         f"assumed, not measured: dense {a.dense_efficiency:g}, attention "
-        f"{a.attention_efficiency:g} of the peak, experts the less the fewer tokens each has; NVLink {a.nvlink_efficiency:g} of "
+        f"{a.attention_efficiency:g} of the peak, experts the less the fewer tokens each has; "
+        f"NVLink {a.nvlink_efficiency:g} of "
         f"{plan.gpu.nvlink / _GB:g} GB/s, network {a.network_efficiency:g} of "
         f"{a.network / _GB:g} GB/s; fullest experts {a.expert_load:g} x the mean"
     )
@@ -223,9 +224,9 @@ This page is what this command writes, and a test compares:
 {command}
 ```
 
-Layouts are those of the files under `configs/`, on {gpu} GPUs, with the file's micro batch or, where
-the global batch does not divide, the next smaller one; `python tools/plan.py --search` looks for
-better ones. Memory is in GiB per GPU of the fullest stage at the worst moment of a step; bytes sent
+Layouts are those of the files under `configs/`, on {gpu} GPUs, with the file's micro batch or,
+where the global batch does not divide, the next smaller one; `python tools/plan.py --search` looks
+for better ones. Memory is in GiB per GPU of the fullest stage at the worst moment of a step; bytes sent
 are per GPU and step. Expert-parallel groups of 8 stay inside a node; reducing gradients and
 gathering weights cross nodes from 16 GPUs on.
 """

@@ -151,7 +151,7 @@ def changes_for(processes: int, layout: str, micro_batches: int) -> dict[str, An
 
 
 def table() -> str:
-    """Return the table of docs/parallelism.md; ``python -m tests.distributed.layouts`` prints it."""
+    """Return the table of docs/parallelism.md; running this module prints it."""
     rows: dict[tuple[int, str], list[str]] = {}
     for processes, layout, model, micro_batches in TESTED:
         rows.setdefault((processes, layout), []).append(f"{model} ({micro_batches})")
