@@ -226,7 +226,8 @@ This page is what this command writes, and a test compares:
 
 Layouts are those of the files under `configs/`, on {gpu} GPUs, with the file's micro batch or,
 where the global batch does not divide, the next smaller one; `python tools/plan.py --search` looks
-for better ones. Memory is in GiB per GPU of the fullest stage at the worst moment of a step; bytes sent
+for better ones. Memory is in GiB per GPU of the fullest stage at the worst moment of a step;
+bytes sent
 are per GPU and step. Expert-parallel groups of 8 stay inside a node; reducing gradients and
 gathering weights cross nodes from 16 GPUs on.
 """

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from pltmoe.parallel.layout import Layout
 from pltmoe.parallel.schedule import (
+    Operation,
     build_schedule,
     in_flight,
     lent_times,
@@ -55,6 +56,13 @@ def test_no_stage_starts_before_what_it_needs_has_arrived(shape, message, forwar
         before = stage - 1 if op.kind == "F" else stage + 1
         if 0 <= before < shape[0]:
             assert begins >= end[before, op] + message
+    stages, loops, chunks, micro_batches = shape
+    visits = [(loop, chunk) for loop in range(1, loops + 1) for chunk in range(chunks)]
+    for m in range(micro_batches):  # from the last stage back to the first, and the other way
+        for now, then in zip(visits, visits[1:], strict=False):
+            f, b = Operation("F", *then, m), Operation("B", *now, m)
+            assert start[0, f] >= end[stages - 1, Operation("F", *now, m)] + message
+            assert start[stages - 1, b] >= end[0, Operation("B", *then, m)] + message
     assert step_time(played) >= step_time(simulate(build_schedule(*shape), takes))
 
 
