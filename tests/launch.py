@@ -16,6 +16,7 @@ Arguments and results travel by pickle: plain types, paths, arrays and CPU tenso
 """
 
 import ctypes
+import gc
 import importlib
 import os
 import pickle
@@ -32,8 +33,6 @@ from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _LOG_TAIL_BYTES = 6000
-_CALLS_OF_A_PROCESS = 25
-"""Then new ones: what Megatron keeps of old process groups has threads, about 60 a call."""
 _GRACE_S = 3.0
 """How long other ranks may still report after the first failure: the second is often the cause."""
 
@@ -87,8 +86,6 @@ class Ranks:
         Raises:
             RankError: see ``run_distributed``. The processes are gone afterwards.
         """
-        if self._calls % _CALLS_OF_A_PROCESS == 0:
-            self.close()
         self._folder.mkdir(exist_ok=True)
         if not self._processes:
             self._start()
@@ -240,6 +237,21 @@ def _destroy_process_groups() -> None:
         if parallel_state := sys.modules.get("megatron.core.parallel_state"):
             parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
+        _free_process_groups()
+
+
+def _free_process_groups() -> None:
+    """Break the cycle that keeps models, and with them gloo's threads (60 a call), for ever.
+
+    Megatron's token dispatchers keep tensors of the last forward pass; from there the way to the
+    model's own gradient hooks leads through autograd's graph, which Python cannot look into.
+    """
+    dispatchers = sys.modules.get("megatron.core.transformer.moe.token_dispatcher")
+    if dispatchers:
+        for thing in gc.get_objects():
+            if type(thing).__module__ == dispatchers.__name__ and hasattr(thing, "__dict__"):
+                vars(thing).clear()
+    gc.collect()
 
 
 def stand_in_for_cuda() -> None:

@@ -1,0 +1,65 @@
+"""tools/plan.py: the page in docs, what fits, what is refused, and pictures."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import REPOSITORY
+
+PLT = "configs/plt_1.7b_40b.yaml"
+
+
+def plan(*arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "tools/plan.py", *map(str, arguments)],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_the_page_in_docs_is_what_the_command_writes(tmp_path: Path):
+    assert plan("--table", tmp_path / "plan.md").returncode == 0
+    assert (tmp_path / "plan.md").read_text() == (REPOSITORY / "docs/plan.md").read_text()
+
+
+def test_what_fits_is_printed_with_its_parts():
+    done = plan("--config", PLT, "--gpus", 64, "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)
+    text = plan("--config", PLT, "--gpus", 64).stdout
+    for part in ("parameters", "gradients", "optimizer", "activations", "EP all-to-all", "MFU"):
+        assert part in text
+
+
+def test_what_does_not_fit_is_refused_with_the_number():
+    done = plan("--config", "configs/vanilla_2.5b_60b.yaml", "--gpus", 8)
+    assert done.returncode in (1, 2)
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert "147" in line and "GiB" in line
+
+
+def test_search_lists_layouts_that_fit_or_says_that_there_is_none():
+    done = plan("--config", PLT, "--gpus", 8, "--search", "--rows", 3)
+    assert done.returncode == 0 and "fastest: " in done.stdout, done.stderr
+    none = plan("--config", "configs/vanilla_2.5b_60b.yaml", "--gpus", 1, "--search")
+    assert none.returncode and "no layout of vanilla" in none.stderr
+    assert "give more GPUs, or a larger one with --gpu" in none.stderr
+
+
+def test_timeline_is_drawn(tmp_path: Path):
+    picture = tmp_path / "timeline.png"
+    done = plan("--config", PLT, "--gpus", 16, "--timeline", picture,
+                "parallel.pipeline_parallel_size=2")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG") and "stage 1" in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [(), ("--gpus", 8)])
+def test_what_to_plan_must_be_said(arguments):
+    done = plan(*arguments)
+    assert done.returncode and "give --config FILE and --gpus N (or --table FILE" in done.stderr
