@@ -36,7 +36,7 @@ def slots_of(segments: Sequence[tuple[int, int]]) -> list[int]:
     return [slot for start, stop in segments for slot in range(start, stop)]
 
 
-def cut_slots(total: int, layout: Layout, rank: int) -> "AllOrCut":
+def cut_slots(total: int, layout: Layout, rank: int) -> tuple[list[int], list[int]]:
     """Return how ``rank`` holds sequences: (attention's slots, the residual stream's slots)."""
     where = layout.coordinates(rank)
     attention = slots_of(context_segments(total, layout.context_parallel_size, where.context))
@@ -44,9 +44,6 @@ def cut_slots(total: int, layout: Layout, rank: int) -> "AllOrCut":
         return attention, attention
     run = len(attention) // layout.tensor_parallel_size
     return attention, attention[where.tensor * run : (where.tensor + 1) * run]
-
-
-AllOrCut = tuple[list[int], list[int]]
 
 
 def missing_before(held: Sequence[int], reach: int | None) -> list[int]:
