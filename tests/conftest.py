@@ -23,11 +23,12 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         stand_in_for_cuda()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def warm_ranks() -> Iterator[Callable[..., list[Any]]]:
     """``warm_ranks(nprocs, "module:function", timeout_s=..., **kwargs)`` on processes kept warm.
 
-    Use it for many small cases; ``run_distributed`` where a fresh process matters. Give tests
+    Use it for many small cases; ``run_distributed`` where a fresh process matters. They end with
+    the module: what is left of old process groups costs processor time. Give tests
     that share the processes ``@pytest.mark.xdist_group("ranks")``, or each worker of xdist starts
     its own.
     """

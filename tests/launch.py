@@ -10,7 +10,7 @@ Megatron costs seconds, so ``Ranks`` keeps the processes for several calls in a 
         for case in cases:
             ranks.run("tests.distributed.cases:one_step", case=case)
 
-(the ``warm_ranks`` fixture of conftest.py is this for a whole session). Between two calls process
+(the ``warm_ranks`` fixture of conftest.py is this for a test module). Between two calls process
 groups are destroyed; a failed call ends the processes, and the next call starts new ones.
 Arguments and results travel by pickle: plain types, paths, arrays and CPU tensors are fine.
 """

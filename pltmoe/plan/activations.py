@@ -178,13 +178,14 @@ def head_bytes(z: Sizes) -> float:
     return norm + 4 * z.t * z.m.vocab_size / z.tp + labels
 
 
-def left_by_layer(z: Sizes) -> float:
+def left_by_layer(z: Sizes, recompute: str) -> float:
     """Return what router and dispatcher of a layer remember of their last pass, on top.
 
-    Once per layer, whatever is under way: weights in fp32, routing map, token numbers.
+    Once per layer, whatever is under way: the weights of all experts in fp32; routing map and token
+    numbers too where they are not kept for backward anyway.
     """
     experts, top_k = z.m.num_experts or 0, z.m.moe_top_k or 0
-    return z.r * (experts * (4 + 1) + 8 * top_k)
+    return z.r * (4 * experts + (experts + 8 * top_k if recompute == "full" else 0))
 
 
 def between_loops_bytes(z: Sizes) -> float:

@@ -215,7 +215,7 @@ def _stage_memory(
         return layers * activations.lent_gradient_bytes(z) + embedding
 
     alive, count = peak_bytes(layout, stage, chunk_bytes, lent_gradients)
-    left = layers * chunks * activations.left_by_layer(z)
+    left = layers * chunks * activations.left_by_layer(z, recompute)
     whole = [activations.layer_bytes(z, loop) for loop in kept]
     dispatched = layers * chunks * sum(layer.dispatch for layer in whole)
     return StageMemory(

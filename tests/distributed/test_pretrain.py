@@ -180,10 +180,9 @@ def test_weights_alone_start_a_new_run(run, straight, tmp_path):
     folder = store.latest_checkpoint(straight[0])
     code, log = run(tmp_path, f"checkpoint.load_weights={folder}", "train.steps=4")
     assert code == 0 and f"from {folder} (step 12 of tiny); new optimizer" in log
-    first, last = lines_of(tmp_path)[0], lines_of(straight[0])[-1]
+    first, untrained = lines_of(tmp_path)[0], lines_of(straight[0])[0]
     assert first["step"] == 1 and first["optim/lr"] == 0.0
-    assert first["train/loss"] < lines_of(straight[0])[0]["train/loss"] - 0.1
-    assert abs(first["train/loss"] - last["train/loss"]) < 0.5
+    assert first["train/loss"] < untrained["train/loss"] - 0.3  # of the same sequences
 
 
 def test_a_finished_run_stays_as_it_is(run, straight):

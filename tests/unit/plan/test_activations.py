@@ -39,6 +39,7 @@ CASES = {
     "dense-plt2-mha": (DENSE | PLT | {"num_kv_heads": 4}, 2, 100),
     "dense-short": (DENSE | PLT | {"window_keys": 64}, 3, 48),
     "moe": (MOE, 2, 128),
+    "moe-many-experts": (MOE | {"num_experts": 64, "moe_ffn_hidden_size": 8}, 1, 128),
     "moe-clp": (MOE | CLP, 1, 96),
     "moe-shared-kv": (MOE | SHARED, 2, 96),
     "moe-plt2": (MOE | PLT, 3, 128),
@@ -71,7 +72,7 @@ def planned(m: ModelConfig, b: int, s: int, element: int, recompute: str) -> flo
     )
     loops = range(1, m.num_loops + 1)
     layers = sum(activations.kept_by_layer(z, loop, recompute) for loop in loops)
-    layers += activations.left_by_layer(z) if recompute == "full" else 0  # else counted above
+    layers += activations.left_by_layer(z, recompute)
     between = (m.num_loops - 1) * activations.between_loops_bytes(z)
     return m.num_layers * layers + between + activations.head_bytes(z)
 

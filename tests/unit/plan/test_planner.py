@@ -145,7 +145,11 @@ def test_at_full_efficiency_without_messages_mfu_is_nearly_one():
 def test_a_pipeline_pays_its_bubble_once():
     run = config("plt_dense_1.2b", "parallel.pipeline_parallel_size=4")
     plan = make_plan(run, 64)
-    assert plan.bubble == pytest.approx(3 / (2 * plan.layout.micro_batches + 3))
+    work, waits = 2 * plan.layout.micro_batches, 3
+    assert plan.bubble == pytest.approx(waits / (work + waits))
+    busy = plan.compute_seconds + plan.message_seconds
+    step = busy * (work + waits) / work + plan.data_seconds + plan.optimizer_seconds
+    assert plan.step_seconds == pytest.approx(step)
 
 
 def test_recompute_trades_memory_for_time():
