@@ -3,8 +3,9 @@
     losses = run_distributed(2, "tests.distributed.cases:one_step", ep=2)     # [rank 0's, rank 1's]
 
 Every process is a fresh interpreter with RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT
-set; the function itself starts (and may leave open) its process group. Starting torch and
-Megatron costs seconds, so ``Ranks`` keeps the processes for several calls in a row:
+set; the function itself starts (and may leave open) its process group, whose store the test's
+process keeps, as torchrun's agent does. Starting torch and Megatron costs seconds, so ``Ranks``
+keeps the processes for several calls in a row:
 
     with Ranks(2) as ranks:
         for case in cases:
@@ -22,16 +23,20 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import TCPStore
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+STORE_IS_OPEN = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+"""What torchrun sets where its agent, not rank 0, keeps the store."""
 _LOG_TAIL_BYTES = 6000
 _GRACE_S = 3.0
 """How long other ranks may still report after the first failure: the second is often the cause."""
@@ -45,7 +50,7 @@ def run_distributed(
     nprocs: int,
     target: str,
     *,
-    timeout_s: float = 120.0,
+    timeout_s: float = 300.0,
     env: dict[str, str] | None = None,
     **kwargs: Any,
 ) -> list[Any]:
@@ -73,6 +78,7 @@ class Ranks:
         self._processes: list[subprocess.Popen[bytes]] = []
         self._folder = Path(tempfile.mkdtemp(prefix="ranks_"))
         self._calls = 0
+        self._store: TCPStore | None = None
 
     def __enter__(self) -> "Ranks":
         return self
@@ -80,7 +86,7 @@ class Ranks:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def run(self, target: str, *, timeout_s: float = 120.0, **kwargs: Any) -> list[Any]:
+    def run(self, target: str, *, timeout_s: float = 300.0, **kwargs: Any) -> list[Any]:
         """Call ``target`` on every rank and return what each returned.
 
         Raises:
@@ -92,7 +98,8 @@ class Ranks:
         self._calls += 1
         folder = self._folder / f"call_{self._calls:04d}"
         folder.mkdir()
-        call = {"target": target, "kwargs": kwargs, "port": free_port()}
+        self._store = open_store()
+        call = {"target": target, "kwargs": kwargs, "port": self._store.port}
         (folder / "call.pickle").write_bytes(pickle.dumps(call))
         for process in self._processes:
             assert process.stdin is not None
@@ -138,6 +145,7 @@ class Ranks:
             "GLOO_SOCKET_IFNAME": "lo",  # the host's name may resolve to nothing in a container
             "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.getenv("PYTHONPATH")])),
             **{key: str(value) for key, value in world.items()},
+            **STORE_IS_OPEN,
             **self._env,
         }
 
@@ -189,11 +197,14 @@ class Ranks:
         self.close()
 
 
-def free_port() -> int:
-    """Return a TCP port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def open_store() -> "TCPStore":
+    """Open the store at which ranks meet, on a port that the system chooses: nobody can be first.
+
+    Its ``port`` goes to the ranks as MASTER_PORT, with ``STORE_IS_OPEN``; keep it while they run.
+    """
+    from torch.distributed import TCPStore  # late: xdist's head imports this module, not torch
+
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def _read_answer(folder: Path, rank: int) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ import yaml
 from pltmoe.data.preprocess import preprocess
 from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
 from tests.distributed.tiny import MOE
-from tests.launch import REPOSITORY, free_port
+from tests.launch import REPOSITORY, STORE_IS_OPEN, open_store
 
 VOCABULARY = 400
 
@@ -54,10 +54,11 @@ def make_files(folder: Path) -> Path:
 
 def start_ranks(config: Path, *overrides: str, nprocs: int = 1, **env: str) -> list[Any]:
     """Start ``tools/pretrain.py`` on ``nprocs`` processes the way torchrun does."""
-    port, processes = free_port(), []
+    store, processes = open_store(), []
     for rank in range(nprocs):
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nprocs, "MASTER_PORT": port}
-        launcher = {key: str(value) for key, value in world.items()} | {"MASTER_ADDR": "127.0.0.1"}
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nprocs, "MASTER_PORT": store.port}
+        launcher = {key: str(value) for key, value in world.items()} | STORE_IS_OPEN
+        launcher["MASTER_ADDR"] = "127.0.0.1"
         processes.append(
             subprocess.Popen(
                 [sys.executable, "tools/pretrain.py", "--config", str(config), *overrides],
@@ -75,10 +76,11 @@ def start_ranks(config: Path, *overrides: str, nprocs: int = 1, **env: str) -> l
                 text=True,
             )
         )
+        processes[-1].store = store  # stays open as long as somebody holds a rank
     return processes
 
 
-def finish(processes: list[Any], timeout_s: float = 120.0) -> tuple[list[int], list[str]]:
+def finish(processes: list[Any], timeout_s: float = 300.0) -> tuple[list[int], list[str]]:
     """Wait for all ranks; return exit codes and outputs in rank order."""
     outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
     return [process.returncode for process in processes], outputs

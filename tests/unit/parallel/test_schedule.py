@@ -22,9 +22,9 @@ from pltmoe.parallel.schedule import (
     step_time,
 )
 
-SHAPES = st.tuples(
-    st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 7)
-).map(lambda x: (x[0], x[1], x[2] if x[0] > 1 else 1, x[0] + x[3]))
+SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 7)).map(
+    lambda x: (x[0], x[1], x[2] if x[0] > 1 else 1, x[0] + x[3])
+)
 
 
 @settings(deadline=None, max_examples=150)
