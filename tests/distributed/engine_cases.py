@@ -24,16 +24,23 @@ def train(
     model: dict[str, Any] | None = None,
     save_to: Path | None = None,
     load_from: Path | None = None,
+    copy_to: Path | None = None,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Take ``steps`` steps; return what each reported and what is left, under global names."""
+    """Take ``steps`` steps; return what each reported and what is left, under global names.
+
+    ``load_from`` is the folder of one checkpoint; what was loaded is saved to ``copy_to``.
+    """
     config = tiny_config(model, **changes)
     engine = build_engine(config)
     start = 0
     if load_from:
+        (load_from,) = load_from.glob("step_*")
         start = read_manifest(load_from).step
         parts = ("model", "optimizer")
         engine.restore(store.load_state(load_from, engine.placeholders(*parts)), start)
+    if copy_to:
+        store.save_checkpoint(copy_to, engine.state(), Manifest(config=config, step=start))
     loaded = {"weights": weights(engine), "moments": moments(engine)}
     data = batches(engine.capabilities.layout, skip_steps=start)
     results = [engine.train_step(data, start + k + 1, watch=True) for k in range(steps)]
@@ -45,7 +52,7 @@ def train(
         "losses": [r.loss for r in results],
         "norms": [r.grad_norm for r in results],
         "rates": [r.learning_rate for r in results],
-        "metrics": results[-1].model_metrics,
+        "metrics": [r.model_metrics for r in results],
         "valid": valid[0] / valid[1],
         "weights": weights(engine),
         "moments": moments(engine),

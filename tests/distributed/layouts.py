@@ -108,6 +108,30 @@ TESTED: tuple[tuple[int, str, str, int], ...] = (
     (4, "TP2 x CP2 x EP2 x ETP2", "PLT-2", 1),
 )
 
+TRAINED: tuple[tuple[int, str, str], ...] = (
+    # processes, layout, model: twenty optimizer steps of eight sequences
+    (2, "PP2", "PLT-2"),
+    (2, "PP2 x V2 x full", "PLT-3"),
+    (2, "TP2", "PLT-2"),
+    (2, "CP2", "PLT-3"),
+    (2, "EP2", "PLT-2"),
+    (2, "overlap", "PLT-2 tied"),
+    (4, "PP4", "PLT-2 tied"),
+    (4, "PP2 x EP2", "PLT-2"),
+    (4, "PP2 x TP2", "PLT-3"),
+    (4, "CP2 x EP2", "PLT-3"),
+    (4, "TP2 x EP2 x ETP2", "PLT-2"),
+    (4, "PP2 x TP2", "dense PLT-3"),
+)
+
+MOVED: dict[str, tuple[tuple[int, str], ...]] = {
+    # model: processes and layouts that one run goes through, two steps on each
+    "PLT-2": ((1, "DP1"), (2, "EP2"), (2, "PP2"), (2, "TP2"), (4, "PP2 x EP2"), (1, "DP1")),
+    "PLT-3": ((4, "CP2 x EP2"), (4, "PP2 x TP2"), (2, "PP2 x V2"), (2, "TP2 x ETP2"), (2, "CP2")),
+    "PLT-2 tied": ((4, "PP4"), (1, "DP1"), (2, "PP2"), (2, "TP2 x EP2"), (2, "DP2")),
+    "dense PLT-3": ((2, "TP2"), (4, "PP2 x CP2"), (1, "DP1"), (2, "DP2")),
+}
+
 _SIZES = {
     "PP": "pipeline_parallel_size",
     "TP": "tensor_parallel_size",
@@ -160,5 +184,20 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def trained_table() -> str:
+    """Return the table of whole runs in docs/parallelism.md."""
+    lines = ["| processes | layout | model |", "|---|---|---|"]
+    return "\n".join(lines + [f"| {n} | {layout} | {model} |" for n, layout, model in TRAINED])
+
+
+def moved_table() -> str:
+    """Return the table of runs that change their layout in docs/parallelism.md."""
+    lines = ["| model | layouts, one after another |", "|---|---|"]
+    for model, journey in MOVED.items():
+        layouts = (f"{name} ({n})" for n, name in journey)
+        lines.append(f"| {model} | {' → '.join(layouts)} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(table())
+    print(table(), trained_table(), moved_table(), sep="\n\n")

@@ -1,8 +1,11 @@
 """What test_parallel.py runs on its ranks: gradients of one step in float64, steps in float32."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -18,8 +21,8 @@ from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import layout_for
 from pltmoe.parallel.pipeline import Pipeline, build_stage
 from pltmoe.parallel.schedule import build_schedule, most_lent
-from pltmoe.runtime import distributed, seeds
-from tests.distributed.tiny import batches, tiny_config
+from pltmoe.runtime import devices, distributed, seeds
+from tests.distributed.tiny import batches, build_engine, tiny_config
 
 
 def float64_step(config: RunConfig) -> tuple[PLTModel, Pipeline, float]:
@@ -72,6 +75,66 @@ def cross_entropy(tp_group: Any, labels_bs: Tensor, logits_sbv: Tensor) -> Tenso
         whole.flatten(0, 1), labels_bs.T.flatten(), reduction="none"
     )
     return losses.view(labels_bs.T.shape).T
+
+
+@contextmanager
+def optimizer_in_float64() -> Iterator[None]:
+    """Let engines be built in float64: Megatron's optimizer takes it for its full precision.
+
+    (The gradient norm that it reports stays float32.)
+    """
+    type_, float_ = Tensor.type, Tensor.float
+
+    def type_of(self: Tensor, *args: Any, **kwargs: Any) -> Any:
+        asked = not args and not kwargs and self.dtype == torch.float64
+        return "torch.cuda.FloatTensor" if asked else type_(self, *args, **kwargs)
+
+    def full(self: Tensor) -> Tensor:
+        return self if self.dtype == torch.float64 else float_(self)
+
+    with (
+        mock.patch.object(Tensor, "type", type_of),
+        mock.patch.object(Tensor, "float", full),
+        mock.patch.object(devices, "parameter_dtype", lambda precision: torch.float64),
+    ):
+        yield
+
+
+def train_in_float64(
+    steps: int, model: dict[str, Any], path: Path, **changes: Any
+) -> dict[str, Any]:
+    """Take ``steps`` optimizer steps; returns what each reported and how far the weights are off.
+
+    The first to come writes its weights to ``path``, others compare theirs: largest difference of
+    each, relative to its largest value.
+    """
+    config = tiny_config(model, optimizer__clip_grad_norm=0.0, **changes)
+    with optimizer_in_float64():
+        engine = build_engine(config)
+        stage = engine.model
+        stage.compute_language_model_loss = partial(cross_entropy, engine._groups.tp)
+        data = batches(engine.capabilities.layout)
+        results = [engine.train_step(data, k + 1, watch=True) for k in range(steps)]
+        valid = engine.eval_step(data)
+    held = {**dict(stage.named_parameters()), **dict(stage.named_buffers())}
+    held = {n: t for n, t in held.items() if n.endswith(("weight", "bias"))}
+    if not path.exists():
+        torch.save({n: t.detach() for n, t in held.items()}, path)
+    expected, errors = torch.load(path), {}
+    for name, tensor in held.items():
+        whole = expected[global_name(stage, name)]
+        wanted = local_slice(whole, name, tensor, *tensor_ranks(stage, name))
+        scale = whole.abs().max().clamp(min=1e-30)
+        errors[global_name(stage, name)] = ((tensor.detach() - wanted).abs().max() / scale).item()
+    destroy_groups()
+    return {
+        "losses": [r.loss for r in results],
+        "norms": [r.grad_norm for r in results],
+        "rates": [r.learning_rate for r in results],
+        "metrics": [r.model_metrics for r in results],
+        "valid": valid[0] / valid[1],
+        "errors": errors,
+    }
 
 
 def save_gradients(path: Path, model: dict[str, Any], **changes: Any) -> float:
