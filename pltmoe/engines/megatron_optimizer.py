@@ -33,7 +33,8 @@ def wrap_in_ddp(
     ddp_config = DistributedDataParallelConfig(
         # A float64 model is there to be compared to the last digit.
         grad_reduce_in_fp32=model.config.params_dtype != torch.float64,
-        use_distributed_optimizer=True, overlap_grad_reduce=overlap
+        use_distributed_optimizer=True,
+        overlap_grad_reduce=overlap,
     )
     layout = DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in model.parameters() if parameter.requires_grad],

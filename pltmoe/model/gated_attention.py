@@ -137,6 +137,8 @@ class GatedSelfAttention(SelfAttention):
             apply_rotary_pos_emb(x, at.rope, config=self.config, cp_group=self.pg_collection.cp)
             for x in (query, key)
         )
+        if at.loop == 1 < self.plt.num_loops and self.config.recompute_granularity == "full":
+            value = value.contiguous()  # lent as a view, it would keep the whole projection alive
         arguments = (hidden_sbd, query, (key, value), first_kv, at.loop, stats)
         if self.training and self.config.recompute_granularity == "selective":
             y = checkpoint(

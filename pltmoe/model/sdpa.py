@@ -97,11 +97,13 @@ class SDPACoreAttention(nn.Module):
         if self._slots.segments is None:
             return self._attend(query_sbhk, key_sbgk, value_sbgk)
         reach = None if self.window_keys is None else self.window_keys - 1
-        kv_s = torch.stack([key_sbgk, value_sbgk], -1)  # they travel together
+        # They travel together. Not stacked along the last axis: kernels want it whole, and PyTorch
+        # would fall back to s x s scores without a word.
+        kv_s = torch.stack([key_sbgk, value_sbgk], 2)
         pasts = self._slots.with_past(kv_s, reach)
         queries = query_sbhk.split([stop - start for start, stop in self._slots.segments])
         return torch.cat(
-            [self._attend(q, *kv.unbind(-1)) for q, kv in zip(queries, pasts, strict=True)]
+            [self._attend(q, *kv.unbind(2)) for q, kv in zip(queries, pasts, strict=True)]
         )
 
     def _attend(self, query_sbhk: Tensor, key_sbgk: Tensor, value_sbgk: Tensor) -> Tensor:

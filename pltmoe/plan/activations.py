@@ -153,12 +153,8 @@ def kept_by_layer(z: Sizes, loop: int, recompute: str) -> float:
 
 
 def lent_bytes(z: Sizes) -> float:
-    """Return what one layer of loop 1 lends to later loops.
-
-    V is a view of the projection's output, which stays alive with it.
-    """
-    lent = _mixed_qkv(z) + z.key if z.m.share_first_loop_kv else 0
-    return lent + (z.r * (z.m.num_experts or 0))  # loop 1's routing map, one byte each
+    """Return what one layer of loop 1 lends to later loops, besides what it keeps anyway."""
+    return shared_kv_bytes(z) + z.r * (z.m.num_experts or 0)  # the routing map, one byte each
 
 
 def lent_gradient_bytes(z: Sizes) -> float:
@@ -186,6 +182,17 @@ def left_by_layer(z: Sizes, recompute: str) -> float:
     """
     experts, top_k = z.m.num_experts or 0, z.m.moe_top_k or 0
     return z.r * (4 * experts + (experts + 8 * top_k if recompute == "full" else 0))
+
+
+def message_bytes(z: Sizes, layout: Layout) -> float:
+    """Return what is under way between ranks, whatever the micro batch.
+
+    Between stages an input, an output and their gradients (a plain 1F1B schedule waits for each
+    message, so two of them); under sequence parallelism Megatron's one buffer of gathered slots.
+    """
+    stages, chunks = layout.pipeline_parallel_size, layout.loop_chunks
+    between = 0 if stages == 1 else (2 if chunks == 1 else 4) * z.stream
+    return between + (z.t * z.m.hidden_size * z.e if layout.sequence_parallel else 0)
 
 
 def between_loops_bytes(z: Sizes) -> float:
@@ -232,7 +239,12 @@ def _keeps_mixed(z: Sizes, loop: int) -> bool:
         return True
     if z.m.gated_swa:
         return (z.m.qk_norm and _norm_keeps_input(z)) or not _window_is_cut(z)
-    return z.m.qk_norm and _norm_keeps_input(z) and z.h == z.g
+    return z.m.qk_norm and _norm_keeps_input(z) and not _copies_query(z)
+
+
+def _copies_query(z: Sizes) -> bool:
+    """Whether Q is cut out of the projection by a copy: each KV head lies behind its queries."""
+    return z.h != z.g > 1
 
 
 def _projections(z: Sizes, loop: int) -> float:
@@ -241,8 +253,7 @@ def _projections(z: Sizes, loop: int) -> float:
     total = _mixed_qkv(z) if _keeps_mixed(z, loop) else 0
     if z.m.qk_norm:
         total += _norm(z, z.t * z.h, k)
-        # With fewer KV heads than query heads Q is cut out of the projection by a copy.
-        total += z.query if z.h != z.g and _norm_keeps_input(z) else 0
+        total += z.query if _copies_query(z) and _norm_keeps_input(z) else 0
         total += _norm(z, z.t * z.g, k) if own_keys else 0
     total += (4 if own_keys else 2) * z.s * k * z.e  # RoPE's cosines and sines, for Q and for K
     return total + z.query + (z.key if not _borrows(z, loop) and z.cp == 1 else 0)
@@ -267,7 +278,8 @@ def _window(z: Sizes) -> float:
     if not _window_is_cut(z):
         return output + z.key
     size = max(z.m.window_keys, 64)
-    slots = ceil(z.s / size) * size * z.b
+    segments, past = (2, z.m.window_keys - 1) if z.cp > 1 else (1, 0)
+    slots = segments * ceil((z.s / segments + past) / size) * size * z.b
     query = slots * z.h * z.m.head_dim
     key = 2 * slots * z.g * z.m.head_dim  # a band: own block and the one before
     mask = slots * 2 * size * z.e

@@ -27,14 +27,14 @@ def peak_bytes(
         bytes_of = chunk_bytes(op.loop, op.chunk)
         if op.kind == "F":
             now, alive = now + bytes_of, alive + 1
-        elif op.loop == layout.num_loops > 1:
-            now += lent_gradients(op.chunk)
+        else:  # a layer leaves its gradients where its activations were
+            now, alive = now - bytes_of, alive - 1
+            if op.loop == layout.num_loops > 1:
+                now += lent_gradients(op.chunk)
+            elif op.loop == 1 < layout.num_loops:
+                now -= lent_gradients(op.chunk)
         if now > most:
             most, chunks_then = now, alive
-        if op.kind == "B":
-            now, alive = now - bytes_of, alive - 1
-            if op.loop == 1 < layout.num_loops:
-                now -= lent_gradients(op.chunk)
     return most, chunks_then
 
 

@@ -208,7 +208,9 @@ def _stage_memory(
     def chunk_bytes(loop: int, chunk: int) -> float:
         leaves = last and chunk == chunks - 1
         end = logits if loop == m.num_loops else activations.between_loops_bytes(z)
-        return kept[loop] + (end if leaves else 0)
+        # H as it came from the last stage, beside the layers' input made of it.
+        begins = first and chunk == 0 and loop > 1 and m.cross_loop_shift and not last
+        return kept[loop] + (end if leaves else 0) + (z.stream if begins else 0)
 
     def lent_gradients(chunk: int) -> float:
         embedding = z.stream if first and chunk == 0 and m.cross_loop_shift else 0
@@ -216,6 +218,7 @@ def _stage_memory(
 
     alive, count = peak_bytes(layout, stage, chunk_bytes, lent_gradients)
     left = layers * chunks * activations.left_by_layer(z, recompute)
+    left += activations.message_bytes(z, layout)
     whole = [activations.layer_bytes(z, loop) for loop in kept]
     dispatched = layers * chunks * sum(layer.dispatch for layer in whole)
     return StageMemory(

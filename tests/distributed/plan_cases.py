@@ -1,9 +1,15 @@
 """What test_plan.py runs on its ranks: an engine, and the bytes that it holds."""
 
 from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
 
 from pltmoe.engines.megatron_optimizer import ensure_state
-from tests.distributed.tiny import build_engine, drop_engine, tiny_config
+from pltmoe.model import sdpa
+from tests.distributed.tiny import batches, build_engine, drop_engine, tiny_config
+from tests.unit.plan.live_memory import LiveMemory
 
 
 def held_bytes(model: dict[str, Any], **changes: Any) -> dict[str, Any]:
@@ -23,6 +29,41 @@ def held_bytes(model: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return held
 
 
+def activation_bytes(model: dict[str, Any], **changes: Any) -> dict[str, int]:
+    """Run one step; return the most bytes alive at the end of a forward pass of this stage."""
+    engine = build_engine(tiny_config(model, **changes))
+    pipeline, layout = engine.pipeline, engine.capabilities.layout
+    length = engine.config.data.sequence_length
+    source = batches(layout, length=length, cut=False)
+    step = [next(source) for _ in range(layout.micro_batches)]
+    buffers = [*engine._ddp.buffers, *engine._ddp.expert_parallel_buffers]
+    known = [*engine.model.parameters(), *engine.model.buffers()]
+    known += [tensor for buffer in buffers for tensor in (buffer.grad_data, buffer.param_data)]
+    known += [tensor for batch in step for tensor in batch.values()]
+    forward, seen = pipeline._forward_step, []
+    memory = LiveMemory([tensor for tensor in known if tensor is not None])
+
+    # PyTorch cannot make its bias, a subclass of Tensor, under a dispatch mode. On a CPU it only
+    # stands for this mask.
+    with mock.patch.object(sdpa, "causal_lower_right", lower_right), memory:
+
+        def watched(*arguments: Any) -> Any:
+            result = forward(*arguments)
+            seen.append(memory.alive())
+            return result
+
+        pipeline._forward_step = watched
+        pipeline.run(step, forward_only=False)
+    report = {"stage": layout.coordinates(_rank()).stage, "most": max(seen), "chunks": len(seen)}
+    drop_engine()
+    return report
+
+
+def lower_right(queries: int, keys: int) -> torch.Tensor:
+    """Mask [queries, keys] in which the last query sees all keys."""
+    return torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+
+
 def _optimizer_bytes(part: Any) -> int:
     """Moments, and master weights where they are not the weights themselves."""
     states = [t for state in part.optimizer.state.values() for t in state.values() if t.dim()]
@@ -31,6 +72,4 @@ def _optimizer_bytes(part: Any) -> int:
 
 
 def _rank() -> int:
-    import torch.distributed as dist
-
     return dist.get_rank()

@@ -1,9 +1,12 @@
-"""The planner's parameter, gradient and optimizer bytes are what a real engine allocates."""
+"""The planner's bytes are what a real engine allocates: weights, optimizer, activations."""
 
 import pytest
 
 from pltmoe.parallel.layout import layout_for
+from pltmoe.plan.activations import CPU, sizes_for
+from pltmoe.plan.planner import _stage_memory
 from pltmoe.plan.weights import stage_weights, weight_bytes
+from tests.distributed.layouts import parallel_section
 from tests.distributed.tiny import DENSE, MOE, tiny_config
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
@@ -55,3 +58,52 @@ def test_bytes_of_an_engine(warm_ranks, case):
         for r in held
     )  # fmt: skip
     assert expected / ranks == pytest.approx(optimizer, rel=0.05)
+
+
+PLT3 = {"num_loops": 3, "normalize_per_loop": True}
+ACTIVE = {
+    # ranks, layout, model, micro batches of two sequences on each rank
+    "pp2": (2, "PP2", WIDE_MOE, 4),
+    "pp2-full": (2, "PP2 x full", WIDE_MOE | PLT3, 4),
+    "pp2-v2-dense": (2, "PP2 x V2", WIDE_DENSE, 4),
+    "pp2-vanilla": (
+        2,
+        "PP2",
+        WIDE_DENSE
+        | {"num_loops": 1, "cross_loop_shift": False}
+        | {"share_first_loop_kv": False, "gated_swa": False},
+        4,
+    ),
+    "tp2-dense": (2, "TP2", WIDE_DENSE, 1),
+    "tp2-no-sp": (2, "TP2 x no SP", WIDE_DENSE | {"gate_use_hidden_states": True}, 1),
+    "tp2-etp2": (2, "TP2 x ETP2", WIDE_MOE, 1),
+    "tp2-full": (2, "TP2 x full", WIDE_MOE, 1),
+    "cp2": (2, "CP2", WIDE_MOE, 1),
+    "cp2-dense": (2, "CP2", WIDE_DENSE | {"gated_swa": False}, 1),
+    "cp2-dense-selective": (2, "CP2 x selective", WIDE_DENSE | PLT3, 1),
+    "ep2": (2, "EP2", WIDE_MOE, 1),
+}
+
+
+@pytest.mark.parametrize("case", ACTIVE)
+def test_activation_bytes_of_every_stage(warm_ranks, case):
+    """Alive at the fullest moment of a real step; the mean over ranks that share their experts."""
+    ranks, name, model, micro_batches = ACTIVE[case]
+    changes = {f"parallel__{field}": value for field, value in parallel_section(name).items()}
+    copies = ranks if name.startswith("EP") else 1
+    changes["train__global_batch_size"] = 2 * micro_batches * copies
+    changes["data__sequence_length"] = 128
+    config = tiny_config(model | {"window_keys": 16}, **changes)
+    layout = layout_for(config, ranks)
+    held = warm_ranks(
+        ranks,
+        "tests.distributed.plan_cases:activation_bytes",
+        model=model | {"window_keys": 16},
+        **changes,
+    )
+    sizes = sizes_for(config, layout, 4, kernels=CPU)
+    for stage in range(layout.pipeline_parallel_size):
+        seen = [rank["most"] for rank in held if rank["stage"] == stage]
+        weights = stage_weights(config.model, layout, stage)
+        planned = _stage_memory(config, layout, sizes, stage, weights).activations
+        assert planned == pytest.approx(sum(seen) / len(seen), rel=0.05), stage

@@ -80,26 +80,29 @@ def drop_engine() -> None:
     destroy_groups()
 
 
-def batches(layout: Layout, skip_steps: int = 0, masked: bool = True) -> Iterator[dict[str, Any]]:
+def batches(
+    layout: Layout, skip_steps: int = 0, masked: bool = True, length: int = 16, cut: bool = True
+) -> Iterator[dict[str, Any]]:
     """Yield this rank's micro batches, in the order of data/datasets.py.
 
-    The second sequence of a micro batch holds two documents, cut anywhere.
+    The last sequence of a micro batch holds two documents, cut anywhere, unless ``cut`` is false.
     """
     generator = torch.Generator().manual_seed(5)
     rank = layout.coordinates(torch.distributed.get_rank()).data
     micro, world = layout.micro_batch_size, layout.data_parallel_size
     per_step = layout.global_batch_size // micro
     for index in range(10**6):
-        tokens = torch.randint(0, 64, (micro, 17), generator=generator)
-        mask = (torch.rand(micro, 16, generator=generator) < 0.7).float()
-        positions = torch.arange(16).repeat(micro, 1)
-        cut = int(torch.randint(1, 16, (), generator=generator))
-        positions[-1, cut:] -= cut
+        tokens = torch.randint(0, 64, (micro, length + 1), generator=generator)
+        mask = (torch.rand(micro, length, generator=generator) < 0.7).float()
+        positions = torch.arange(length).repeat(micro, 1)
+        if cut:
+            begin = int(torch.randint(1, length, (), generator=generator))
+            positions[-1, begin:] -= begin
         if index < skip_steps * per_step or index % world != rank:
             continue
         yield {
             "tokens": tokens[:, :-1].contiguous(),
             "labels": tokens[:, 1:].contiguous(),
             "position_ids": positions,
-            "loss_mask": mask if masked else torch.ones(micro, 16),
+            "loss_mask": mask if masked else torch.ones(micro, length),
         }

@@ -85,8 +85,10 @@ def test_loop_chunks_under_way_are_the_schedules(stages, loops, chunks, micro_ba
 
 def test_lent_gradients_wait_for_loop_1():
     layout = layout_for(tiny_config(MOE), 1)
-    later_is_heavy = peak_bytes(layout, 0, lambda loop, _: float(loop), lambda _: 1.5)
-    assert later_is_heavy == (1 + 2 + 1.5, 2)  # loop 2's backward makes them while both are alive
+    light = peak_bytes(layout, 0, lambda loop, _: float(loop), lambda _: 1.5)
+    assert light == (1 + 2, 2)  # loop 2's backward frees more than it leaves
+    heavy = peak_bytes(layout, 0, lambda loop, _: float(loop), lambda _: 2.5)
+    assert heavy == (1 + 2.5, 1)
 
 
 def test_collectives_split_between_nvlink_and_network():
