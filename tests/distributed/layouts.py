@@ -106,6 +106,9 @@ TESTED: tuple[tuple[int, str, str, int], ...] = (
     (4, "EP2 x ETP2", "PLT-2", 2),
     (4, "TP2 x EP2 x ETP2", "PLT-2", 1),
     (4, "TP2 x CP2 x EP2 x ETP2", "PLT-2", 1),
+    (4, "PP2 x TP2 x EP2", "PLT-3", 2),
+    (4, "PP2 x CP2 x EP2", "PLT-2 tied", 2),
+    (8, "PP2 x TP2 x CP2 x EP2", "PLT-2", 2),
 )
 
 TRAINED: tuple[tuple[int, str, str], ...] = (
