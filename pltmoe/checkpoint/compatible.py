@@ -4,7 +4,7 @@
 |---------------------------------------------------------|------------------|---------------|
 | fields of model.* that give tensors their shape         | must be equal    | must be equal |
 | the rest of model.*, optimizer.*, order of the data,    | must be equal,   | free          |
-| seed, batch sizes, precision                            | or be accepted   |               |
+| seed, batch sizes, precision, train.spike_*             | or be accepted   |               |
 | train.steps                                             | see below        | free          |
 | parallel.*, intervals, tracking, name, validation data  | free             | free          |
 
@@ -43,7 +43,7 @@ SHAPE_FIELDS = (
 """Fields of the model section that decide which tensors there are, and their shapes."""
 
 _DATA_ORDER = ("train", "split", "sequence_length", "reset_position_ids", "mask_document_ends")
-_TRAIN = ("global_batch_size", "micro_batch_size", "seed")
+_TRAIN = ("global_batch_size", "micro_batch_size", "seed", "spike_sigma", "spike_window")
 
 
 def check_resume(directory: Path, manifest: Manifest, config: RunConfig) -> None:

@@ -19,7 +19,7 @@ from pltmoe.runtime.versions import commit, versions
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 
-Content = Literal["model", "optimizer", "random"]
+Content = Literal["model", "optimizer", "random", "guard"]
 
 
 class Manifest(BaseModel):
@@ -43,7 +43,7 @@ class Manifest(BaseModel):
     """Processes that wrote it."""
     precision: str = "fp32"
     """Precision of the weights (what ``train.precision: auto`` meant on that machine)."""
-    contains: tuple[Content, ...] = ("model", "optimizer", "random")
+    contains: tuple[Content, ...] = ("model", "optimizer", "random", "guard")
     """What is in it; converted checkpoints have the model only."""
     tokenizer_sha256: str | None = None
     """Hash of tokenizer.model."""

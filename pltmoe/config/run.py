@@ -116,6 +116,17 @@ class TrainConfig(Section):
     """Steps between validations; none by default."""
     eval_steps: PositiveInt = 10
     """Global batches per validation."""
+    max_skipped_in_a_row: NonNegativeInt = 10
+    """A step whose loss or gradient is not finite, or a spike, is skipped: nothing is updated, its
+    data count as consumed. After so many in a row the next one stops the run; 0: the first does."""
+    spike_sigma: PositiveFloat | None = None
+    """Also skip a step whose loss or gradient norm is more than so many standard deviations above
+    the mean of the last accepted steps; off by default. 6 is usual."""
+    spike_window: int = Field(default=128, ge=2)
+    """Accepted steps that tell what is ordinary; none is a spike before there are so many."""
+    hang_timeout_minutes: PositiveFloat | None = 20.0
+    """Minutes without progress on a rank after which all ranks write their stacks and the job ends.
+    Three times that for the first step, a save and the end. Collectives give up after 30."""
 
 
 class CheckpointConfig(Section):

@@ -24,11 +24,15 @@ class StepResult:
     loss: float
     """Mean cross entropy over the loss tokens of the global batch, before the update, in nats."""
     grad_norm: float
-    """Global norm of the gradients, before clipping."""
+    """Global norm of the gradients, before clipping; NaN where the loss is not finite."""
     learning_rate: float
     """Learning rate of this step."""
     model_metrics: dict[str, float] = field(default_factory=dict)
     """Routing and gates per loop and layer, when they were asked for."""
+    skipped_steps: int = 0
+    """Steps of the run so far that changed nothing."""
+    skipped: bool = False
+    """Whether this was one of them."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,16 @@ class Engine(Protocol):
     def train_step(self, batches: Iterator[Batch], step: int, watch: bool) -> StepResult:
         """Take optimizer step number ``step`` (from 1) on this rank's share of a global batch.
 
+        Where loss or gradient is not finite, or a spike by ``train.spike_sigma``, the step is
+        skipped on all ranks: weights, optimizer and expert biases stay as they are.
+
         Args:
             batches: yields at least ``layout.micro_batches`` micro batches.
             step: for error messages.
             watch: also gather ``model_metrics``.
 
         Raises:
-            EngineError: loss or gradient is not finite; no weight has been updated.
+            EngineError: more than ``train.max_skipped_in_a_row`` steps in a row were to be skipped.
         """
         ...
 
@@ -64,15 +71,16 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return the sharded state to save: ``model``, ``optimizer`` and ``random``."""
+        """Return the sharded state to save: ``model``, ``optimizer``, ``random`` and ``guard``."""
         ...
 
     def placeholders(self, *parts: str, expert_bias: bool = True) -> dict[str, Any]:
         """Return the sharded state to be filled from a checkpoint.
 
         Args:
-            parts: any of ``model``, ``optimizer``, ``random``. Random states belong to ranks: they
-                can only be asked for when as many processes wrote them.
+            parts: any of ``optimizer``, ``random``, ``guard``; ``model`` is always there. Random
+                states belong to ranks: they can only be asked for when as many processes wrote
+                them. The guard (skipped steps, window of the spikes) is the same on all.
             expert_bias: whether the checkpoint has the experts' biases.
         """
         ...

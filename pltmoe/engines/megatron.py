@@ -6,13 +6,15 @@ One step on each rank:
     forward and backward of all micro batches      parallel/pipeline.py
     finalize_model_grads: sum over ranks, divide by the tokens of the global batch,
                           update the expert biases from the counts of all loops
-    norm -> finite? -> clip -> AdamW -> learning rate of the next step
+    norm -> finite, no spike? -> clip -> AdamW    (else: skipped, engines/step_guard.py)
+    learning rate of the next step
 
 The loss is a sum over tokens until it is divided once by the number of loss tokens of the global
 batch, so it is the same mean for every layout. Router losses are means over the tokens of a micro
 batch, weighted by its loss tokens (model/router.py).
 """
 
+import logging
 import math
 from collections.abc import Iterator
 from itertools import islice
@@ -33,14 +35,18 @@ from pltmoe.engines.megatron_optimizer import (
     update,
     wrap_in_ddp,
 )
-from pltmoe.errors import EngineError
+from pltmoe.engines.step_guard import StepGuard
 from pltmoe.model.initialize import global_name, initialize
+from pltmoe.model.loop_diagnostics import diagnostic_metrics
 from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
 from pltmoe.parallel.layout import Layout
 from pltmoe.parallel.pipeline import Pipeline, build_stage
 from pltmoe.runtime import devices
 from pltmoe.runtime.devices import Backend
+from pltmoe.runtime.distributed import highest, is_main
 from pltmoe.runtime.seeds import restore_random_state
+
+logger = logging.getLogger(__name__)
 
 
 class MegatronEngine:
@@ -56,6 +62,7 @@ class MegatronEngine:
         self._ddp = wrap_in_ddp(self.model, groups, config.parallel.overlap_grad_reduce)
         self._optimizer = build_optimizer(config, self._ddp, dtype, groups)
         self._schedule = build_schedule(config, self._optimizer)
+        self._guard = StepGuard(config.train)
         length = config.data.sequence_length
         self.pipeline = Pipeline(self.model, self._ddp, layout, groups, length, self._device)
         self.capabilities = Capabilities(
@@ -66,19 +73,27 @@ class MegatronEngine:
         """Take one optimizer step; see the protocol."""
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
+        biases = self._expert_biases()
+        before = [bias.clone() for bias in biases]
         local = self._forward_backward(batches, forward_only=False)
         loss_sum, tokens = self._sum_over_ranks(local)
-        if not math.isfinite(loss_sum):
-            raise EngineError(_not_finite_loss(step, local))
-        norm = gradient_norm(self._optimizer)
-        if not math.isfinite(norm):
-            raise EngineError(self._not_finite_gradient(step))
+        loss = loss_sum / max(tokens, 1)
+        norm = gradient_norm(self._optimizer) if math.isfinite(loss_sum) else math.nan
         learning_rate = self._optimizer.param_groups[0]["lr"]
-        update(self._optimizer, norm, self.config.optimizer.clip_grad_norm)
+        reason = self._reason_to_skip(loss, norm, local)
+        if reason is None:
+            update(self._optimizer, norm, self.config.optimizer.clip_grad_norm)
+            self._guard.accept(loss, norm)
+        else:
+            for bias, value in zip(biases, before, strict=True):
+                bias.copy_(value)  # finalize_model_grads has moved them already
+            self._skip(step, reason)
         self._schedule.step(1)
         metrics = self._model_metrics() if watch else {}
         reset_loop_stats(self.model.layers)
-        return StepResult(loss_sum / max(tokens, 1), norm, float(learning_rate), metrics)
+        return StepResult(
+            loss, norm, float(learning_rate), metrics, self._guard.skipped, reason is not None
+        )
 
     def eval_step(self, batches: Iterator[Batch]) -> tuple[float, int]:
         """Return summed loss and loss tokens of one global batch; see the protocol."""
@@ -96,6 +111,7 @@ class MegatronEngine:
                 self._optimizer, weights, self._groups, loading=False
             ),
             "random": megatron_state.random_object(loading=False),
+            "guard": megatron_state.guard_object(self._guard.state()),
         }
 
     def placeholders(self, *parts: str, expert_bias: bool = True) -> dict[str, Any]:
@@ -110,6 +126,8 @@ class MegatronEngine:
             )
         if "random" in parts:
             wanted["random"] = megatron_state.random_object(loading=True)
+        if "guard" in parts:
+            wanted["guard"] = megatron_state.guard_object(None)
         return wanted
 
     def restore(self, loaded: dict[str, Any], step: int) -> None:
@@ -118,8 +136,11 @@ class MegatronEngine:
         strange = [key for key in missing.missing_keys if "expert_bias" not in key]
         strange = [key for key in strange if not key.endswith("_extra_state")]
         assert not strange and not missing.unexpected_keys, (strange, missing.unexpected_keys)
+        if "guard" in loaded:
+            self._guard.restore(loaded["guard"])
         if "optimizer" in loaded:
-            megatron_state.restore_optimizer(self._optimizer, loaded["optimizer"], step)
+            updates = step - self._guard.skipped  # Adam counts the steps that were taken
+            megatron_state.restore_optimizer(self._optimizer, loaded["optimizer"], updates)
         else:
             self._optimizer.reload_model_params()
         if "random" in loaded:
@@ -144,6 +165,7 @@ class MegatronEngine:
         stats = collect_loop_stats(
             self.model.layers, self.model.layers.numbers, self.config.model.num_layers
         )
+        stats |= self.model.diagnostics.collect()
         if not stats:
             return {}
         packed = torch.cat([tensor.flatten() for tensor in stats.values()])
@@ -151,9 +173,42 @@ class MegatronEngine:
         sizes = [tensor.numel() for tensor in stats.values()]
         pieces = packed.split(sizes)
         summed = {n: p.view_as(t) for (n, t), p in zip(stats.items(), pieces, strict=True)}
-        return loop_metrics(summed)
+        return loop_metrics(summed) | diagnostic_metrics(summed)
 
-    def _not_finite_gradient(self, step: int) -> str:
+    def _expert_biases(self) -> list[Tensor]:
+        return [b for name, b in self.model.named_buffers() if name.endswith("expert_bias")]
+
+    def _reason_to_skip(self, loss: float, norm: float, local: Tensor) -> str | None:
+        """Say why this step must not be taken; the same decision on all ranks, which all ask.
+
+        Loss and norm are sums over all ranks, so what is not finite is so everywhere. Whether a
+        sum has the same last bit everywhere is for the network's library to know, so ranks that
+        compare numbers agree on the outcome.
+        """
+        if not math.isfinite(loss):
+            return _not_finite_loss(local)
+        if not math.isfinite(norm):
+            return self._not_finite_gradient()
+        if not self._guard.looks_for_spikes:
+            return None
+        reason = self._guard.spike(loss, norm)
+        if highest(float(reason is not None)):
+            return reason or "another rank saw a spike"
+        return None
+
+    def _skip(self, step: int, reason: str) -> None:
+        """Count and tell; raises EngineError after too many in a row."""
+        self._guard.skip(step, reason)
+        if is_main():
+            logger.warning(
+                "step %d is skipped, nothing is updated (%d in a row, %d in all): %s",
+                step,
+                self._guard.in_a_row,
+                self._guard.skipped,
+                reason,
+            )
+
+    def _not_finite_gradient(self) -> str:
         """Name the first broken gradients; each rank knows its own shard of the sums."""
         names = [
             global_name(self.model, name)
@@ -164,25 +219,19 @@ class MegatronEngine:
         dist.all_gather_object(per_rank, names[:3])
         found = list(dict.fromkeys(name for names in per_rank for name in names))
         return (
-            f"step {step}: the gradient norm is not finite (the loss is, on every rank); broken "
-            f"gradients: {', '.join(found[:3]) or 'only their sum overflows'}. {_ADVICE}"
+            "the gradient norm is not finite (the loss is, on every rank); broken gradients: "
+            + (", ".join(found[:3]) or "only their sum overflows")
         )
 
 
-_ADVICE = (
-    "Nothing was updated or saved: resume from the last checkpoint with a lower optimizer.lr or "
-    "optimizer.clip_grad_norm, or look at the data of this step"
-)
-
-
-def _not_finite_loss(step: int, local: Tensor) -> str:
+def _not_finite_loss(local: Tensor) -> str:
     """Say which ranks' micro batches had a loss that is not finite; all ranks call it."""
     per_rank: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(per_rank, local[0].item())
     broken = [
         f"rank {rank}: {loss}" for rank, loss in enumerate(per_rank) if not math.isfinite(loss)
     ]
-    return f"step {step}: the loss is not finite ({', '.join(broken)}). {_ADVICE}"
+    return f"the loss is not finite ({', '.join(broken) or 'only their sum overflows'})"
 
 
 def _backends() -> dict[str, Backend]:

@@ -69,8 +69,13 @@ def random_object(loading: bool) -> ShardedObject:
     return ShardedObject("random", data, shape, offset, replica_id=0)
 
 
+def guard_object(state: dict[str, Any] | None) -> ShardedObject:
+    """Describe the step guard's state, which all ranks share; None to have it loaded."""
+    return ShardedObject("guard", state, (1,), (0,), replica_id=dist.get_rank())
+
+
 def restore_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any], step: int) -> None:
-    """Load moments and master weights after ``step`` steps; hyperparameters stay this run's.
+    """Load moments and master weights after ``step`` updates; hyperparameters stay this run's.
 
     Megatron's own ``load_state_dict`` fails with PyTorch's AdamW: it looks for the step count of
     each parameter among the stored tensors. All counts are the same number, so it is set here.

@@ -21,6 +21,7 @@ class Metric:
 METRICS: tuple[Metric, ...] = (
     Metric("train/loss", "nats per token", "mean over the loss tokens of the global batch"),
     Metric("train/tokens", "tokens", "consumed since the beginning of the run"),
+    Metric("train/skipped_steps", "steps", "skipped since the beginning of the run"),
     Metric("valid/loss", "nats per token", "mean over the loss tokens of the validation batches"),
     Metric("optim/lr", "", "learning rate of the step"),
     Metric("optim/grad_norm", "", "global norm before clipping"),

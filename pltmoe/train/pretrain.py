@@ -147,6 +147,8 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
         parts = ["model", "optimizer"]
         if start.manifest.world_size == layout.world_size:
             parts.append("random")
+        if "guard" in start.manifest.contains:  # written since steps can be skipped
+            parts.append("guard")
         engine.restore(store.load_state(start.folder, engine.placeholders(*parts)), start.step)
         return f"resumed from {start.folder} (step {start.step:,})"
     if (folder := config.checkpoint.load_weights) is None:

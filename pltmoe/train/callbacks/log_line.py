@@ -26,20 +26,29 @@ class LogLine(Callback):
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
         """Count the step's time; on a logged step, fill the metrics and write the line."""
         self._throughput.add(report.seconds)
+        if report.result.skipped:  # tracked at its own step, whatever the interval
+            report.metrics.update(_of_the_step(report))
         if not trainer.is_logged(report.step):
             return
         report.metrics.update(
             {
-                "train/loss": report.result.loss,
+                **_of_the_step(report),
                 "train/tokens": float(report.step * self._throughput.tokens_per_step),
                 "optim/lr": report.result.learning_rate,
-                "optim/grad_norm": report.result.grad_norm,
                 "memory/peak_gib": highest(peak_memory_gib()),
                 **self._throughput.take(),
                 **report.result.model_metrics,
             }
         )
         logger.info("%s", describe(report.step, trainer.config.train.steps, report.metrics))
+
+
+def _of_the_step(report: StepReport) -> dict[str, float]:
+    return {
+        "train/loss": report.result.loss,
+        "train/skipped_steps": float(report.result.skipped_steps),
+        "optim/grad_norm": report.result.grad_norm,
+    }
 
 
 def describe(step: int, steps: int, metrics: dict[str, float]) -> str:
@@ -60,4 +69,6 @@ def describe(step: int, steps: int, metrics: dict[str, float]) -> str:
     ]
     if "perf/mfu" in metrics:
         parts.insert(6, f"MFU {metrics['perf/mfu']:.1%}")
+    if skipped := metrics.get("train/skipped_steps"):
+        parts.insert(4, f"skipped {skipped:.0f}")
     return "  ".join(parts)
