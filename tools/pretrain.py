@@ -2,6 +2,7 @@
 
     python tools/pretrain.py --config configs/X.yaml [section.key=value ...]
     torchrun --nproc-per-node 2 tools/pretrain.py --config configs/X.yaml [section.key=value ...]
+    srun ... python tools/pretrain.py --config configs/X.yaml ...      see slurm/
 
 The run continues by itself when its output folder holds a checkpoint.
 """
@@ -10,7 +11,8 @@ import argparse
 import logging
 import sys
 
-from pltmoe.runtime.cpu import stand_in_for_cuda
+from pltmoe.config import load_config
+from pltmoe.errors import PLTMoEError
 from pltmoe.runtime.logs import configure_logging
 
 
@@ -20,12 +22,16 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="YAML file of the run")
+    parser.add_argument(
+        "--print-output-dir", action="store_true", help="say where the run will be, and end"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
+    if arguments.print_output_dir:
+        return _print_output_dir(arguments)
 
-    from pltmoe.config import load_config
-    from pltmoe.errors import PLTMoEError
-    from pltmoe.runtime import distributed
+    from pltmoe.runtime import distributed  # torch: what follows takes seconds
+    from pltmoe.runtime.cpu import stand_in_for_cuda
 
     try:
         processes = distributed.processes_from_environment()
@@ -45,6 +51,15 @@ def main() -> int:
         return 1
     finally:
         distributed.stop()
+
+
+def _print_output_dir(arguments: argparse.Namespace) -> int:
+    try:
+        print(load_config(arguments.config, arguments.overrides).train.output_dir)
+    except PLTMoEError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Process start-up, and the few collectives that are not Megatron's: the highest, rank 0 alone.
 
-``torchrun`` describes the processes in the environment; without it one process runs alone, and no
-port is opened. NCCL carries GPU tensors and gloo carries CPU tensors in the same group.
+``torchrun`` or Slurm's ``srun`` describes the processes in the environment; without either one
+process runs alone, and no port is opened. NCCL carries GPU tensors and gloo carries CPU tensors in
+the same group.
 """
 
 import os
@@ -17,6 +18,8 @@ from pltmoe.errors import EngineError, PLTMoEError
 
 _MAIN_FAILED = "pltmoe/rank_0_has_failed"
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# Slurm's numbers for what is no step of srun: the batch script, the shell of salloc, ...
+_FIRST_SPECIAL_STEP = 0xFFFFFFF0
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ def processes_from_environment() -> Processes:
     """
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     if not present or present == ["MASTER_ADDR"] or present == ["MASTER_ADDR", "MASTER_PORT"]:
-        return Processes(rank=0, world_size=1, local_rank=0)
+        return _slurm_task() or Processes(rank=0, world_size=1, local_rank=0)
     missing = [name for name in _LAUNCHER_VARIABLES if name not in os.environ]
     if missing:
         raise EngineError(
@@ -45,6 +48,27 @@ def processes_from_environment() -> Processes:
         )
     rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
     return Processes(rank, world_size, _integer("LOCAL_RANK", default=rank))
+
+
+def _slurm_task() -> Processes | None:
+    """Read which task of an ``srun`` step this is; None outside of one.
+
+    A batch script and the shell of ``salloc`` have rank and size in their environment too, but
+    nobody has started the other ranks.
+    """
+    step = os.environ.get("SLURM_STEP_ID", "")
+    if not step.isdigit() or int(step) >= _FIRST_SPECIAL_STEP:
+        return None
+    # SLURM_NTASKS may be that of the job; a step can be smaller.
+    size = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in os.environ else "SLURM_NTASKS"
+    world_size = _integer(size)
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if world_size > 1 and missing:
+        raise EngineError(
+            f"srun started {world_size} tasks without {' and '.join(missing)}: start with the "
+            "scripts in slurm/, or export the first node's name and a free port"
+        )
+    return Processes(_integer("SLURM_PROCID"), world_size, _integer("SLURM_LOCALID"))
 
 
 def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
@@ -61,7 +85,8 @@ def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
         if processes.local_rank >= gpus:
             raise EngineError(
                 f"local rank {processes.local_rank} has no GPU: this machine has {gpus}; start "
-                f"torchrun with --nproc-per-node {gpus} or less"
+                f"torchrun with --nproc-per-node {gpus} or less (srun: as many tasks per node as "
+                "GPUs, all of them visible to each task)"
             )
         torch.cuda.set_device(processes.local_rank)
         backend = "cpu:gloo,cuda:nccl"
@@ -83,7 +108,10 @@ def stop() -> None:
 
 def is_main() -> bool:
     """Whether this is global rank 0 (also before, and without, a process group)."""
-    return (dist.get_rank() if dist.is_initialized() else _integer("RANK", default=0)) == 0
+    if dist.is_initialized():
+        return dist.get_rank() == 0
+    task = None if "RANK" in os.environ else _slurm_task()
+    return (task.rank if task else _integer("RANK", default=0)) == 0
 
 
 def highest(value: float) -> float:

@@ -1,4 +1,7 @@
-"""SIGTERM and Ctrl-C as a request: the step in progress is finished, a checkpoint is written."""
+"""SIGTERM, SIGUSR1 and Ctrl-C as a request: finish the step in progress, write a checkpoint.
+
+SIGUSR1 is what a scheduler sends a while before the time limit of a job (Slurm's ``--signal``).
+"""
 
 import logging
 import signal
@@ -8,11 +11,11 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
-    """Listens for SIGTERM and SIGINT between ``with`` and its end; repeating them changes nothing.
+    """Listens for these signals between ``with`` and its end; repeating them changes nothing.
 
     Launchers repeat signals while processes are still writing their checkpoint.
     """

@@ -125,6 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     # A scheduler signals every process of a job; the training process decides what that means.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="MLflow: %(message)s", stream=sys.stderr)
     with Journal(args.run_dir).lock(_LOCK_WAIT_S) as mine:

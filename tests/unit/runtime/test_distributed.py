@@ -8,13 +8,27 @@ from pltmoe.runtime import distributed
 from pltmoe.runtime.distributed import Processes
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_SLURM = {
+    "SLURM_JOB_ID": 7,
+    "SLURM_PROCID": 5,
+    "SLURM_NTASKS": 8,
+    "SLURM_LOCALID": 1,
+}
 
 
 @pytest.fixture
 def environment(monkeypatch):
-    for name in _VARIABLES:
+    for name in (*_VARIABLES, *_SLURM, "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     return monkeypatch.setenv
+
+
+@pytest.fixture
+def slurm(environment):
+    """A task of a job with 8; the test says of which step."""
+    for name, value in _SLURM.items():
+        environment(name, str(value))
+    return environment
 
 
 def test_without_a_launcher_one_process_runs_alone(environment):
@@ -28,6 +42,44 @@ def test_the_launcher_says_who_is_who(environment):
     for name, value in values.items():
         environment(name, str(value))
     assert distributed.processes_from_environment() == Processes(5, 8, 1)
+
+
+def test_a_task_of_srun_takes_its_rank_from_slurm(slurm):
+    slurm("SLURM_STEP_ID", "0")
+    slurm("MASTER_ADDR", "node1")
+    slurm("MASTER_PORT", "20007")
+    assert distributed.processes_from_environment() == Processes(5, 8, 1)
+    assert not distributed.is_main()
+    slurm("SLURM_STEP_NUM_TASKS", "6")  # a step smaller than the job
+    assert distributed.processes_from_environment() == Processes(5, 6, 1)
+
+
+def test_torchrun_inside_a_step_is_believed(slurm):
+    slurm("SLURM_STEP_ID", "0")
+    values = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}
+    for name, value in values.items():
+        slurm(name, str(value))
+    assert distributed.processes_from_environment() == Processes(0, 2, 0)
+    assert distributed.is_main()
+
+
+@pytest.mark.parametrize("step", [None, "4294967291", "4294967290"], ids=["old", "batch", "salloc"])
+def test_a_batch_script_or_shell_in_an_allocation_runs_alone(slurm, step):
+    if step:
+        slurm("SLURM_STEP_ID", step)
+    assert distributed.processes_from_environment() == Processes(0, 1, 0)
+    assert distributed.is_main()
+
+
+def test_srun_without_an_address_is_an_error(slurm):
+    slurm("SLURM_STEP_ID", "0")
+    slurm("MASTER_ADDR", "node1")
+    with pytest.raises(EngineError, match="srun started 8 tasks without MASTER_PORT"):
+        distributed.processes_from_environment()
+    slurm("SLURM_NTASKS", "1")
+    slurm("SLURM_PROCID", "0")
+    slurm("SLURM_LOCALID", "0")
+    assert distributed.processes_from_environment() == Processes(0, 1, 0)
 
 
 def test_half_an_environment_is_an_error(environment):
