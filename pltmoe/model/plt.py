@@ -30,6 +30,7 @@ from pltmoe.model.block import LoopedStack
 from pltmoe.model.cross_loop import add_to_embedding
 from pltmoe.model.gated_attention import Pass
 from pltmoe.model.layer_specs import RMSNorm, layer_spec
+from pltmoe.model.loop_diagnostics import LoopDiagnostics
 from pltmoe.model.slots import AllSlots, Slots, starts_document
 
 
@@ -68,6 +69,7 @@ class PLTModel(LanguageModule):
         self.plt = plt
         self.stage = stage or StageParts((range(plt.num_layers),))
         self.slots = slots or AllSlots()
+        self.diagnostics = LoopDiagnostics(plt, torch.cuda.current_device())
         self.model_type = ModelType.encoder_or_decoder
         self.pre_process, self.post_process = self.stage.is_first, self.stage.is_last
         self.share_embeddings_and_output_weights = plt.tied_embeddings
@@ -143,9 +145,11 @@ class PLTModel(LanguageModule):
             position_ids_bs = slots.expand_as(tokens_bs)
         embedding = self.embed(tokens_bs, position_ids_bs)
         hidden, first = self.layers.run(embedding, self.pass_of(1, tokens_bs, loss_tokens), None)
+        self.diagnostics.add_output(1, hidden)
         for loop in range(2, self.plt.num_loops + 1):
-            hidden = self.next_loop(embedding, self.finish_loop(hidden), position_ids_bs)
+            hidden = self.next_loop(loop, embedding, self.finish_loop(hidden), position_ids_bs)
             hidden, _ = self.layers.run(hidden, self.pass_of(loop, tokens_bs, loss_tokens), first)
+            self.diagnostics.add_output(loop, hidden)
         return self.head(hidden, labels_bs)
 
     def pass_of(self, loop: int, tokens_bs: Tensor, loss_tokens: Tensor | None) -> Pass:
@@ -166,12 +170,15 @@ class PLTModel(LanguageModule):
         """Normalise the output of a loop that is not the last, if the model does that."""
         return self.final_norm(hidden_sbd) if self.plt.normalize_per_loop else hidden_sbd
 
-    def next_loop(self, embedding_sbd: Tensor, previous_sbd: Tensor, position_bs: Tensor) -> Tensor:
-        """Return the input of a later loop from E and the (finished) output of the one before."""
+    def next_loop(
+        self, loop: int, embedding_sbd: Tensor, previous_sbd: Tensor, position_bs: Tensor
+    ) -> Tensor:
+        """Return the input of ``loop`` > 1 from E and the (finished) output of the one before."""
         if not self.plt.cross_loop_shift:
             return previous_sbd
         begins = self.slots.residual(starts_document(position_bs))
         moved = self.slots.shift(previous_sbd).masked_fill(begins.unsqueeze(-1), 0.0)
+        self.diagnostics.add_shift(loop - 1, previous_sbd, moved, begins)
         return add_to_embedding(embedding_sbd, moved, self.plt.emb_scale, self.plt.hidden_scale)
 
     def head(self, hidden_sbd: Tensor, labels_bs: Tensor | None) -> Tensor:

@@ -86,12 +86,13 @@ class LoopChunk(MegatronModule):
         elif self._loop == 1:
             hidden = stage.embed(tokens_bs, position_bs)
         else:
-            hidden = stage.next_loop(borrowed[0], self._input, position_bs)  # type: ignore[arg-type]
+            hidden = stage.next_loop(self._loop, borrowed[0], self._input, position_bs)  # type: ignore[arg-type]
         entered, self._input = hidden, None
         at = stage.pass_of(self._loop, tokens_bs, loss_tokens)
         lent = self._unpack(borrowed) if self._loop > 1 else None
         hidden, own = stage.layers.run(hidden, at, lent, self._part)  # type: ignore[arg-type]
         if self._leaves:
+            stage.diagnostics.add_output(self._loop, hidden, number)
             last = self._loop == self._loops
             hidden = stage.head(hidden, labels_bs) if last else stage.finish_loop(hidden)
         lends = self._pack(entered, own) if self._loop == 1 < self._loops else []  # type: ignore[arg-type]

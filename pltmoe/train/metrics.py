@@ -30,11 +30,18 @@ METRICS: tuple[Metric, ...] = (
     Metric("perf/tokens_per_second_per_gpu", "tokens/s", "mean over ranks"),
     Metric("perf/tflops_per_gpu", "TFLOP/s", "what the model must compute; mean over ranks"),
     Metric("perf/mfu", "share of peak", "only on devices whose peak is known"),
+    Metric("checkpoint/save_seconds", "s", "from the beginning of a save until it is whole"),
+    Metric("checkpoint/stall_seconds", "s", "of these, how long training stood still"),
     Metric("memory/peak_gib", "GiB", "highest of all ranks"),
     Metric("moe/aux_loss", "", "Switch loss without coefficient, mean over micro batches"),
     Metric("moe/z_loss", "", "z-loss without coefficient, mean over micro batches"),
     Metric("moe/load_imbalance", "ratio", "busiest expert's tokens over the mean, global batch"),
     Metric("moe/expert_overlap", "share", "of loop 1's experts picked again, mean over tokens"),
+    Metric("plt/update_size", "ratio", "|H_l - H_(l-1)| / |H_(l-1)|, mean over tokens"),
+    Metric("plt/update_cosine", "cosine", "of the update and H_(l-1), mean over tokens"),
+    Metric("plt/update_turn", "cosine", "of the update and the loop before's, mean over tokens"),
+    Metric("plt/slot_distance", "ratio", "|h[i] - h[i-1]| / |h[i]| of what is shifted, mean"),
+    Metric("plt/slot_cosine", "cosine", "of neighbouring slots of what is shifted, mean"),
     Metric("plt/gate_mean", "share", "weight of the local window, mean over tokens and heads"),
 )
 
