@@ -92,6 +92,10 @@ def test_twenty_steps_equal_one_process(curve, warm_ranks, processes, layout, mo
     assert one["losses"][-1] < one["losses"][0] - 0.2, "nothing was learnt"
     assert len(seen) > 40 and len(one["metrics"]) == len(one["losses"]) == 20
     assert any("expert_bias" in name for name in seen) or "dense" in model
+    # The loop diagnostics are among the metrics compared, with real numbers in them.
+    sizes = [step["plt/update_size/loop_2"] for step in one["metrics"]]
+    distances = [step["plt/slot_distance/loop_1"] for step in one["metrics"]]
+    assert min(sizes) > 0.1 and min(distances) > 0.1 and len(set(sizes)) == 20
 
 
 def train_on(warm_ranks, processes, layout, model, path):
