@@ -25,7 +25,7 @@ from pltmoe.parallel.schedule import (
     simulate,
     step_time,
 )
-from pltmoe.reports.plots import COLOURS
+from pltmoe.reports.style import COLOURS
 
 _INK, _WAITING = "#222222", "#eeeeee"
 _WIDTH_INCHES = 14.0
