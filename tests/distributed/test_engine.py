@@ -133,6 +133,7 @@ def test_gradients_are_clipped_by_their_global_norm(warm_ranks):
 
 
 def test_what_is_not_finite_stops_before_the_update(warm_ranks):
+    """Where no step may be skipped; test_skipped_steps.py has the others."""
     for report in warm_ranks(2, f"{CASES}:broken_steps"):
         assert report["loss"].startswith("step 2: the loss is not finite (rank 1: nan). Nothing")
         assert "step 2: the gradient norm is not finite" in report["gradient"]
