@@ -24,6 +24,7 @@ REQUIRES = [
     "numpy>=2",
     "matplotlib>=3.9",
     "tqdm>=4.66",
+    "xxhash>=3.4",  # checksums of checkpoint files
     "psutil>=6",  # memory of the process, and MLflow's system metrics
     "nvidia-ml-py>=12.560",  # MLflow's GPU metrics; pure Python, idle without a GPU
     "backports.zstd>=1; python_version < '3.14'",  # reads .zst corpora; in the library from 3.14

@@ -17,6 +17,10 @@ class CheckpointError(PLTMoEError):
     """A checkpoint is missing, incomplete, or does not fit: names the folder and what differs."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """Files of a checkpoint are missing or not what was written; an older one may do."""
+
+
 class EngineError(PLTMoEError):
     """The machine or the process group cannot run what the configuration asks for."""
 

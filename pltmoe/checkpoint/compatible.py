@@ -4,7 +4,8 @@
 |---------------------------------------------------------|------------------|---------------|
 | fields of model.* that give tensors their shape         | must be equal    | must be equal |
 | the rest of model.*, optimizer.*, order of the data,    | must be equal,   | free          |
-| seed, batch sizes, precision, train.spike_*             | or be accepted   |               |
+| seed, batch sizes, precision, train.spike_*,            | or be accepted   |               |
+| the text itself ("data.contents")                       |                  |               |
 | train.steps                                             | see below        | free          |
 | parallel.*, intervals, tracking, name, validation data  | free             | free          |
 
@@ -15,6 +16,7 @@ run may be made longer or shorter.
 """
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +44,25 @@ SHAPE_FIELDS = (
 )
 """Fields of the model section that decide which tensors there are, and their shapes."""
 
+CONTENTS = "data.contents"
+"""Stands for the text behind ``data.train`` in messages and ``checkpoint.accept_changes``."""
 _DATA_ORDER = ("train", "split", "sequence_length", "reset_position_ids", "mask_document_ends")
 _TRAIN = ("global_batch_size", "micro_batch_size", "seed", "spike_sigma", "spike_window")
 
 
-def check_resume(directory: Path, manifest: Manifest, config: RunConfig) -> None:
+def check_resume(
+    directory: Path,
+    manifest: Manifest,
+    config: RunConfig,
+    fingerprints: Mapping[str, str] | None = None,
+) -> None:
     """Check that continuing from ``directory`` continues the same run.
+
+    Args:
+        directory: the checkpoint.
+        manifest: its manifest.
+        config: the run that wants to continue.
+        fingerprints: of its training sources as they are now, by path.
 
     Raises:
         CheckpointError: it holds weights only, is already past the last step, or fields differ.
@@ -63,6 +78,7 @@ def check_resume(directory: Path, manifest: Manifest, config: RunConfig) -> None
             "raise train.steps, or choose another train.output_dir"
         )
     changed = _changed(_decisive(manifest.config, manifest), _decisive(config, None))
+    changed |= _changed_text(manifest.data, fingerprints or {})
     accepted = [path for path in changed if _accepts(config, path)]
     for path in accepted:
         logger.warning("accepted change: %s", changed.pop(path))
@@ -111,6 +127,17 @@ def _changed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
                     f"{_show(old[path])} keeps the learning-rate schedule)"
                 )
     return found
+
+
+def _changed_text(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
+    """Name the sources of the same path that hold other text; paths are compared elsewhere."""
+    other = [source for source in old if source in new and old[source] != new[source]]
+    if not other:
+        return {}
+    return {
+        CONTENTS: f"{CONTENTS}: {', '.join(other)} (.bin, .idx) is not the text that the "
+        "checkpoint was trained on: it has been made anew or changed since"
+    }
 
 
 def _shapes(config: RunConfig) -> dict[str, Any]:

@@ -13,11 +13,12 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pltmoe.config import RunConfig, config_from_dict, config_to_dict
-from pltmoe.errors import CheckpointError, ConfigError
+from pltmoe.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from pltmoe.runtime.versions import commit, versions
 
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
+_OWN_HASH = "manifest_sha256"
 
 Content = Literal["model", "optimizer", "random", "guard"]
 
@@ -53,12 +54,19 @@ class Manifest(BaseModel):
     """Commit of pltmoe, or unknown."""
     created: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     """UTC time of writing."""
+    data: dict[str, str] = {}
+    """Fingerprint of each training source (data/fingerprint.py), by its path."""
     files: dict[str, int] = {}
     """Name and size in bytes of every other file in the folder."""
+    checksums: dict[str, str] = {}
+    """Checksums of these files; checkpoints from before there were any have none."""
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> Path:
-    """Write ``manifest.json`` with the sizes of all files now in ``directory``."""
+    """Write ``manifest.json`` with the sizes of all files now in ``directory``, and its own hash.
+
+    ``manifest.checksums`` are the caller's: files are not read again.
+    """
     sizes = {
         path.relative_to(directory).as_posix(): path.stat().st_size
         for path in sorted(directory.rglob("*"))
@@ -66,6 +74,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> Path:
     }
     tree = manifest.model_copy(update={"files": sizes}).model_dump(mode="json", exclude={"config"})
     tree["config"] = config_to_dict(manifest.config)
+    tree[_OWN_HASH] = _own_hash(tree)
     path = directory / MANIFEST
     path.write_text(json.dumps(tree, indent=1) + "\n")
     return path
@@ -75,11 +84,18 @@ def read_manifest(directory: Path | str) -> Manifest:
     """Read the manifest of a checkpoint folder and check that the folder is whole.
 
     Raises:
-        CheckpointError: no such folder, no manifest, an unreadable one, or a file that is missing
-            or has another size than when it was written.
+        CheckpointError: no such folder, no manifest, or one of a newer format.
+        DamagedCheckpointError: the manifest is not what was written, or a file is missing or has
+            another size than when it was written.
     """
     directory = Path(directory)
     tree = _read_json(directory)
+    written = tree.pop(_OWN_HASH, None)
+    if written is not None and written != _own_hash(tree):
+        raise DamagedCheckpointError(
+            f"{directory / MANIFEST}: has changed since it was written (its own hash differs); "
+            f"if you edited it, delete the line {_OWN_HASH} in it"
+        )
     if tree.get("format", 1) > 1:
         raise CheckpointError(
             f"{directory / MANIFEST}: format {tree['format']} is newer than this pltmoe reads (1): "
@@ -112,19 +128,25 @@ def _read_json(directory: Path) -> dict[str, Any]:
             "folder such as OUTPUT_DIR/checkpoints/step_00000100"
         ) from None
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from None
+        raise DamagedCheckpointError(f"{path}: cannot be read ({error})") from None
     if not isinstance(tree, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+        raise DamagedCheckpointError(f"{path}: expected a JSON object")
     return tree
+
+
+def _own_hash(tree: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
 def _check_files(directory: Path, sizes: dict[str, int]) -> None:
     for name, size in sizes.items():
         path = directory / name
         if not path.is_file():
-            raise CheckpointError(f"{directory}: {name} is missing, the checkpoint is damaged")
+            raise DamagedCheckpointError(
+                f"{directory}: {name} is missing, the checkpoint is damaged"
+            )
         if path.stat().st_size != size:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{path}: {path.stat().st_size} bytes, but {size} were written: the checkpoint is "
                 "damaged"
             )

@@ -3,6 +3,7 @@
     OUTPUT_DIR/checkpoints/
         step_00000100/        Megatron torch_dist files, tokenizer.model, manifest.json (last)
         .writing_step_...     being written, or left by a crash: never read, cleaned at start
+        damaged_step_...      was found to be damaged (newest.py): kept, never read
         latest                name of the newest folder, replaced atomically after the rename
 
 ``state`` is a Megatron sharded state dict: tensors are named and placed by what they are, not by
@@ -23,15 +24,12 @@ from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pltmoe.checkpoint.in_process import save_in_process
-from pltmoe.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, file_hash, write_manifest
+from pltmoe.checkpoint.manifest import MANIFEST, Manifest
+from pltmoe.checkpoint.saving import LATEST, OLD, WRITING, Save, reason
 from pltmoe.errors import CheckpointError
-from pltmoe.runtime.distributed import on_main
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest"
-_WRITING, _OLD = ".writing_", ".old_"
 _STEP_FOLDER = re.compile(r"step_(\d{8,})")
 _UNREADABLE = (
     CheckpointingException,
@@ -52,27 +50,41 @@ def step_folder(step: int) -> str:
     return f"step_{step:08d}"
 
 
-def save_checkpoint(
-    directory: Path, state: dict[str, Any], manifest: Manifest, tokenizer: Path | None = None
-) -> Path:
-    """Write ``state`` as ``directory/step_...`` and point ``latest`` to it; all ranks call it.
+def begin_save(
+    directory: Path,
+    state: dict[str, Any],
+    manifest: Manifest,
+    tokenizer: Path | None = None,
+    *,
+    background: bool,
+) -> Save:
+    """Begin to write ``state`` as ``directory/step_...``; all ranks call it, and later ``finish``.
 
     Args:
         directory: the run's ``checkpoints`` folder.
         state: sharded state dict of this rank.
-        manifest: what to say about it; file sizes and the tokenizer's hash are filled in.
+        manifest: what to say about it; sizes, checksums and the tokenizer's hash are filled in.
         tokenizer: sentencepiece model that is copied into the folder.
-
-    Returns:
-        The finished folder.
+        background: write while the caller goes on and changes the state.
 
     Raises:
         CheckpointError: it cannot be written (disk full, no permission). Older ones are untouched.
     """
     final = directory / step_folder(manifest.step)
-    write_folder(final, state, manifest, tokenizer)
-    on_main(lambda: _explain(directory, lambda: _point_to(final)))
-    return final
+    return Save(final, state, manifest, tokenizer, background=background)
+
+
+def save_checkpoint(
+    directory: Path, state: dict[str, Any], manifest: Manifest, tokenizer: Path | None = None
+) -> Path:
+    """Write ``state`` as ``directory/step_...`` and point ``latest`` to it; all ranks call it.
+
+    Returns the finished folder; see ``begin_save``.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    return begin_save(directory, state, manifest, tokenizer, background=False).finish()
 
 
 def write_folder(
@@ -83,14 +95,7 @@ def write_folder(
     Raises:
         CheckpointError: it cannot be written.
     """
-    writing = final.with_name(_WRITING + final.name)
-    on_main(lambda: _explain(writing, lambda: _fresh_folder(writing)))
-    save_in_process()
-    try:
-        dist_checkpointing.save(state, str(writing), validate_access_integrity=True)
-    except (CheckpointException, CheckpointingException, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{writing}: cannot be written ({_first_line(error)})") from error
-    on_main(lambda: _explain(final, lambda: _complete(writing, final, manifest, tokenizer)))
+    Save(final, state, manifest, tokenizer, point=False).finish()
 
 
 def load_state(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
@@ -104,7 +109,7 @@ def load_state(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
             state, str(directory), strict=StrictHandling.RAISE_UNEXPECTED
         )
     except _UNREADABLE as error:
-        raise CheckpointError(f"{directory}: cannot be loaded: {_first_line(error)}") from error
+        raise CheckpointError(f"{directory}: cannot be loaded: {reason(error)}") from error
 
 
 def latest_checkpoint(run_dir: Path) -> Path | None:
@@ -122,6 +127,15 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
         logger.warning("%s names %s, which is not there: looking for another", pointer, named.name)
     complete = complete_checkpoints(directory)
     return complete[-1] if complete else None
+
+
+def resumable_checkpoints(run_dir: Path) -> list[Path]:
+    """Return the newest complete checkpoint of a run, then those before it, newest first."""
+    newest = latest_checkpoint(run_dir)
+    if newest is None:
+        return []
+    older = [p for p in complete_checkpoints(newest.parent) if _step_of(p) < _step_of(newest)]
+    return [newest, *reversed(older)]
 
 
 def complete_checkpoints(directory: Path) -> list[Path]:
@@ -158,71 +172,18 @@ def clean_unfinished(directory: Path) -> list[Path]:
     """Delete folders that a crash left half-written or half-deleted; rank 0 calls it."""
     if not directory.is_dir():
         return []
-    leftovers = [p for p in directory.iterdir() if p.name.startswith((_WRITING, _OLD))]
+    leftovers = [p for p in directory.iterdir() if p.name.startswith((WRITING, OLD))]
     for path in leftovers:
         logger.warning("deleting %s, left unfinished by an earlier run", path)
         shutil.rmtree(path)
     return leftovers
 
 
-def _fresh_folder(writing: Path) -> None:
-    if writing.exists():
-        shutil.rmtree(writing)
-    writing.mkdir(parents=True)
-
-
-def _complete(writing: Path, final: Path, manifest: Manifest, tokenizer: Path | None) -> None:
-    if tokenizer is not None:
-        shutil.copyfile(tokenizer, writing / TOKENIZER)
-        manifest = manifest.model_copy(update={"tokenizer_sha256": file_hash(tokenizer)})
-    write_manifest(writing, manifest)
-    for path in writing.rglob("*"):
-        if path.is_file():
-            _sync(path)
-    _sync(writing)
-    if final.exists():  # the same step again, after a resume from an older one
-        os.rename(final, final.with_name(_OLD + final.name))
-    os.rename(writing, final)
-    _sync(final.parent)
-    shutil.rmtree(final.with_name(_OLD + final.name), ignore_errors=True)
-
-
-def _point_to(final: Path) -> None:
-    part = final.with_name(f".{LATEST}.part")
-    part.write_text(final.name + "\n")
-    _sync(part)
-    os.replace(part, final.with_name(LATEST))
-    _sync(final.parent)
-
-
 def _remove(path: Path) -> None:
     """Delete a folder so that a crash in between cannot leave something that looks complete."""
-    doomed = path.with_name(_OLD + path.name)
+    doomed = path.with_name(OLD + path.name)
     os.rename(path, doomed)
     shutil.rmtree(doomed)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _explain(path: Path, action: Any) -> None:
-    try:
-        action()
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be written ({error.strerror or error}); older checkpoints are "
-            "untouched"
-        ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
 
 
 def _step_of(path: Path) -> int:

@@ -138,6 +138,12 @@ class CheckpointConfig(Section):
     """Newest checkpoints kept; older ones are deleted after a new one is complete."""
     keep_every: PositiveInt | None = None
     """Also keep every checkpoint whose step is a multiple of this."""
+    asynchronous: bool = True
+    """Copy the state to host memory and write it while training goes on; one save at a time.
+    Costs that memory on every rank; false: training waits until a checkpoint is whole."""
+    verify: bool = True
+    """Compare every file with its checksum before a checkpoint is loaded: reads it once more. A
+    run whose newest checkpoint is damaged says so and goes on from the one before."""
     resume: bool = True
     """Continue from the newest complete checkpoint in output_dir when there is one."""
     accept_changes: list[str] = []

@@ -1,5 +1,7 @@
 """metrics.jsonl: one line per logged step, always written, and all that plots and MLflow need.
 
+What is known only after its step's line was written, as the time of a save, has a line of its own.
+
 Beside it, run.json says for each job that worked on the run where it ran, from which step, and how
 it ended.
 

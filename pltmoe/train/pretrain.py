@@ -19,13 +19,16 @@ from typing import Any
 
 from pltmoe.checkpoint import store
 from pltmoe.checkpoint.compatible import check_resume, check_weights
+from pltmoe.checkpoint.integrity import check_files_together
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
+from pltmoe.checkpoint.newest import newest_intact
 from pltmoe.config import RunConfig, config_to_dict, write_config
 from pltmoe.data.datasets import batches, build_datasets
+from pltmoe.data.fingerprint import fingerprints_of
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.engines.base import Batch, Engine
 from pltmoe.engines.megatron import MegatronEngine
-from pltmoe.errors import CheckpointError
+from pltmoe.errors import CheckpointError, EngineError
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime import devices, distributed, seeds
@@ -44,6 +47,8 @@ logger = logging.getLogger(__name__)
 class Start:
     """Where a run begins: ``folder`` with ``manifest`` to resume, or neither."""
 
+    fingerprints: dict[str, str]
+    """Of the training sources as they are now, by path."""
     folder: Path | None = None
     manifest: Manifest | None = None
 
@@ -119,26 +124,30 @@ class Data:
 def _find_start(config: RunConfig) -> Start:
     """Prepare the output folder and look for a checkpoint in it; the same answer on all ranks."""
 
-    def look() -> Start:
-        folder = config.train.output_dir
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            store.clean_unfinished(folder / "checkpoints")
-        except OSError as error:
-            raise CheckpointError(f"train.output_dir ({folder}): {error.strerror}") from error
-        newest = store.latest_checkpoint(folder)
-        if newest is None:
-            return Start()
-        if not config.checkpoint.resume:
-            raise CheckpointError(
-                f"{newest} is there already, and checkpoint.resume is false: choose another "
-                "train.output_dir, or delete it"
-            )
-        manifest = read_manifest(newest)
-        check_resume(newest, manifest, config)
-        return Start(newest, manifest)
+    distributed.on_main(lambda: _prepare_folder(config))
+    fingerprints = distributed.on_main(lambda: fingerprints_of(config.data.train))
+    newest = newest_intact(config.train.output_dir, config.checkpoint.verify)
+    if newest is None:
+        return Start(fingerprints)
+    folder, manifest = newest
+    distributed.on_main(lambda: check_resume(folder, manifest, config, fingerprints))
+    return Start(fingerprints, folder, manifest)
 
-    return distributed.on_main(look)
+
+def _prepare_folder(config: RunConfig) -> None:
+    """Make the output folder and delete what a crash left half-written in it."""
+    folder = config.train.output_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        store.clean_unfinished(folder / "checkpoints")
+    except OSError as error:
+        raise CheckpointError(f"train.output_dir ({folder}): {error.strerror}") from error
+    newest = store.latest_checkpoint(folder)
+    if newest is not None and not config.checkpoint.resume:
+        raise CheckpointError(
+            f"{newest} is there already, and checkpoint.resume is false: choose another "
+            "train.output_dir, or delete it"
+        )
 
 
 def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> str:
@@ -153,8 +162,10 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
         return f"resumed from {start.folder} (step {start.step:,})"
     if (folder := config.checkpoint.load_weights) is None:
         return f"new, seed {config.train.seed}"
-    manifest = read_manifest(folder)
+    manifest = distributed.on_main(lambda: read_manifest(folder))
     check_weights(folder, manifest, config)
+    if config.checkpoint.verify:
+        check_files_together(folder, manifest)
     bias = manifest.config.model.moe_expert_bias_update_rate > 0
     engine.restore(store.load_state(folder, engine.placeholders("model", expert_bias=bias)), 0)
     return f"from {folder} (step {manifest.step:,} of {manifest.config.name}); new optimizer"
@@ -164,22 +175,28 @@ def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: St
     """Train with a tracker on rank 0 that is told how it ends."""
     layout = engine.capabilities.layout
     tracker = distributed.main_only(lambda: _start_tracker(config, engine, start))
+    saves = Checkpointing(
+        lambda step: _manifest(config, layout, data, start, step),
+        start.step,
+        tracker.log if tracker is not None else None,
+    )
+    trainer = Trainer(
+        config,
+        engine,
+        data.train_from,
+        [
+            Validation(data.valid),
+            LogLine(Throughput(config, layout.world_size, _peak_flops(config))),
+            Tracking(tracker),
+            saves,
+        ],
+        stop,
+        start.step,
+    )
     try:
-        trainer = Trainer(
-            config,
-            engine,
-            data.train_from,
-            [
-                Validation(data.valid),
-                LogLine(Throughput(config, layout.world_size, _peak_flops(config))),
-                Tracking(tracker),
-                Checkpointing(lambda step: _manifest(config, layout, data, step), start.step),
-            ],
-            stop,
-            start.step,
-        )
         outcome = trainer.fit()
-    except BaseException:
+    except BaseException as error:
+        _end_save(saves, trainer.step, error)
         if tracker is not None:
             tracker.finish("FAILED")
         raise
@@ -190,6 +207,17 @@ def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: St
         "%s at step %d: %s", "finished" if finished else "stopped", trainer.step, outcome.value
     )
     return 0 if finished else 128 + trainer.stop_signal
+
+
+def _end_save(saves: Checkpointing, step: int, error: BaseException) -> None:
+    """Complete a save that is under way where all ranks can; it is of a step that was good."""
+    if not isinstance(error, EngineError):  # may be this rank's alone: the others do not come
+        saves.abandon()
+        return
+    try:
+        saves.complete(step)
+    except CheckpointError as another:
+        logger.warning("%s", another)
 
 
 def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
@@ -212,7 +240,7 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
     return tracker
 
 
-def _manifest(config: RunConfig, layout: Layout, data: Data, step: int) -> Manifest:
+def _manifest(config: RunConfig, layout: Layout, data: Data, start: Start, step: int) -> Manifest:
     consumed = step * config.train.global_batch_size
     return Manifest(
         config=config,
@@ -222,6 +250,7 @@ def _manifest(config: RunConfig, layout: Layout, data: Data, step: int) -> Manif
         train_samples=data.train_samples,
         world_size=layout.world_size,
         precision=devices.precision_name(config.train.precision),
+        data=start.fingerprints,
     )
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pltmoe.checkpoint import store
+from pltmoe.checkpoint import saving, store
 from pltmoe.checkpoint.manifest import Manifest, file_hash, read_manifest
 from pltmoe.errors import CheckpointError
 from tests.distributed.tiny import tiny_config
@@ -59,7 +59,7 @@ def test_a_crash_before_the_end_leaves_the_older_one(saved, tmp_path, monkeypatc
     def crash(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(store, "write_manifest", crash)
+    monkeypatch.setattr(saving, "write_manifest", crash)
     with pytest.raises(KeyboardInterrupt):
         store.save_checkpoint(directory, state([0.0] * 4), manifest(6))
     assert store.latest_checkpoint(tmp_path) == folder
@@ -74,7 +74,7 @@ def test_a_disk_that_cannot_be_written(saved, tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store, "write_manifest", full)
+    monkeypatch.setattr(saving, "write_manifest", full)
     with pytest.raises(CheckpointError, match="cannot be written .No space left on device.; older"):
         store.save_checkpoint(directory, state([0.0] * 4), manifest(6))
     assert store.latest_checkpoint(tmp_path) == folder

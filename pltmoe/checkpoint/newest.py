@@ -1,0 +1,69 @@
+"""Which checkpoint a run goes on from: the newest that is what was written."""
+
+import logging
+import os
+from pathlib import Path
+
+from pltmoe.checkpoint import store
+from pltmoe.checkpoint.integrity import check_files_together
+from pltmoe.checkpoint.manifest import Manifest, read_manifest
+from pltmoe.checkpoint.saving import point_to
+from pltmoe.errors import CheckpointError, DamagedCheckpointError
+from pltmoe.runtime.distributed import on_main
+
+logger = logging.getLogger(__name__)
+
+DAMAGED = "damaged_"
+
+
+def newest_intact(run_dir: Path, verify: bool) -> tuple[Path, Manifest] | None:
+    """Return the checkpoint that ``latest`` names and its manifest, or None; all ranks call it.
+
+    Where it is damaged, the one before is taken, ``latest`` names that one, and the damaged folder
+    is renamed ``damaged_step_...``: kept for whoever looks into it, not counted any more.
+
+    Args:
+        run_dir: ``train.output_dir``.
+        verify: compare all files with their checksums, not their sizes only.
+
+    Raises:
+        CheckpointError: all are damaged, or a manifest is of a newer format.
+    """
+    damaged: dict[Path, str] = {}
+    for folder in on_main(lambda: store.resumable_checkpoints(run_dir)):
+        try:
+            manifest = on_main(lambda folder=folder: read_manifest(folder))
+            if verify:
+                check_files_together(folder, manifest)
+        except DamagedCheckpointError as error:
+            damaged[folder] = str(error)
+            continue
+        if damaged:
+            on_main(lambda folder=folder: _fall_back(damaged, folder))
+        return folder, manifest
+    if damaged:
+        raise CheckpointError(
+            f"{run_dir / 'checkpoints'}: no checkpoint is intact ({'; '.join(damaged.values())}): "
+            "put back a copy of one, or choose another train.output_dir to start anew"
+        )
+    return None
+
+
+def _fall_back(damaged: dict[Path, str], folder: Path) -> None:
+    for why in damaged.values():
+        logger.warning("%s", why)
+    logger.warning("going on from %s, the newest checkpoint that is intact", folder)
+    try:
+        point_to(folder)
+        for bad in damaged:
+            os.rename(bad, _free_name(bad))
+    except OSError as error:
+        logger.warning("%s: %s; damaged checkpoints stay where they are", folder, error.strerror)
+
+
+def _free_name(bad: Path) -> Path:
+    name, number = bad.with_name(DAMAGED + bad.name), 1
+    while name.exists():
+        number += 1
+        name = bad.with_name(f"{DAMAGED}{bad.name}_{number}")
+    return name
