@@ -3,6 +3,7 @@
 set -euo pipefail
 # shellcheck source=slurm/env.sh
 source slurm/env.sh
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} # the package need not be installed
 
 say() { printf '[slurm] %s\n' "$*" >&2; }
 die() {

@@ -140,8 +140,7 @@ class Cluster:
     def run(self, *command: str, check: bool = True, **kwargs: Any) -> str:
         """Run a command that sees this cluster; return what it printed."""
         kwargs.setdefault("env", self.environment)
-        done = subprocess.run(command, text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, **kwargs)  # fmt: skip
+        done = subprocess.run(command, text=True, capture_output=True, **kwargs)
         assert not check or done.returncode == 0, f"{command}: {done.stderr}\n{self.logs()}"
         return done.stdout.strip()
 

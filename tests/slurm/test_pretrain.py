@@ -1,0 +1,165 @@
+"""The pretraining scripts on a real Slurm: legs, signals, crashes, lost nodes, arrays, refusals."""
+
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import wait_until
+from tests.slurm.conftest import PATIENCE_S, Site
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("slurm")]
+LONG = 1_000_000
+"""Steps of a run that a test ends in its own time."""
+
+
+def pid_of(site: Site, name: str, rank: int) -> int:
+    """The Python process of a rank, found by its environment."""
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            command = (folder / "cmdline").read_bytes()
+        except OSError:
+            continue
+        if f"SLURM_PROCID={rank}".encode() in environment and (
+            f"{site.folder}/{name}.yaml".encode() in command and b"task.sh" not in command
+        ):
+            return int(folder.name)
+    raise AssertionError(f"no process of rank {rank}")
+
+
+def test_legs_of_one_run_signal_crash_and_end(site):
+    """2 nodes x 2 tasks: stopped before the limit, resumed, a rank killed, resumed elsewhere."""
+    config = site.config("legs", steps=LONG)
+    job = site.submit(
+        "pretrain_plt_moe.sh", "parallel.expert_parallel_size=2",
+        CONFIG=config, NODES=2, GPUS_PER_NODE=2,
+    )  # fmt: skip
+    first = site.wait_for_step("legs", leg=0)
+    # To the batch script alone, as Slurm does it for --signal=B:USR1@300.
+    site.cluster.run("scancel", "--batch", "--signal=USR1", job)
+    site.wait_for_step("legs", leg=1)
+    assert "stopped with work left: requeueing job" in site.log(job)
+    stopped = int(re.search(r"stopped at step (\d+)", site.rank_log("legs", 0))[1])
+    assert stopped >= first
+    assert re.search(rf"resumed from \S+ \(step {stopped}\)", site.rank_log("legs", 1))
+
+    last = stopped + 30
+    os.kill(pid_of(site, "legs", 3), signal.SIGSTOP)  # the others wait for it in their next step
+    killed_after = int(re.findall(r" step (\d+)/", site.rank_log("legs", 1))[-1])
+    site.config("legs", steps=max(last, killed_after + 10))
+    os.kill(pid_of(site, "legs", 3), signal.SIGKILL)
+    found = site.ended(job, "COMPLETED")
+    log = site.log(job)
+    assert "rank 3 on node2 ended first, with exit code 137" in log, log
+    assert found["Restarts"] == "2" and found["ExcNodeList"] == "node2"
+    assert "node2" not in found["NodeList"] and found["ExitCode"] == "0:0"
+    for leg in range(3):
+        for rank in range(4):
+            assert f"rank {rank} on node" in site.rank_log("legs", leg, rank)
+    status, steps = site.mlflow_runs()["legs"]
+    assert status == "FINISHED"
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= last
+
+
+def test_a_request_requeues_and_a_cancel_does_not(site):
+    config = site.config("asked", steps=LONG)
+    job = site.submit("pretrain_vanilla_moe.sh", CONFIG=config)
+    site.wait_for_step("asked", leg=0)
+    site.cluster.run("scancel", "--signal=TERM", job)  # to the ranks alone
+    site.wait_for_step("asked", leg=1)
+    site.cluster.run("scancel", job)
+    found = site.ended(job, "CANCELLED")
+    assert found["Restarts"] == "1"
+    wait_until(lambda: "the job was cancelled: not requeued" in site.log(job), 30, "said so",
+               lambda: site.log(job))  # fmt: skip
+    assert "SIGTERM: finishing this step, then saving and stopping" in site.rank_log("asked", 1)
+    stopped = int(re.search(r"stopped at step (\d+)", site.rank_log("asked", 1))[1])
+    status, steps = site.mlflow_runs()["asked"]
+    assert status == "KILLED" and steps == list(range(1, stopped + 1))
+
+
+def test_a_node_that_is_gone_costs_a_restart(site):
+    """Slurm notices after SlurmdTimeout and requeues by itself, because of --requeue."""
+    config = site.config("lost", steps=LONG)
+    job = site.submit("pretrain_plt_moe.sh", CONFIG=config, NODES=2)
+    site.wait_for_step("lost", leg=0)
+    wait_until(lambda: any((site.folder / "lost" / "checkpoints").glob("step_*")), PATIENCE_S,
+               "a checkpoint", site.logs)  # fmt: skip
+    nodes = site.cluster.run("scontrol", "show", "hostnames", site.cluster.job(job)["NodeList"])
+    site.config("lost", steps=12)
+    number = int(nodes.split()[1].removeprefix("node"))
+    site.cluster.power_off(number)
+    try:
+        found = site.ended(job, "COMPLETED")
+        assert int(found["Restarts"]) >= 1
+        assert "resumed from" in site.log(job)
+    finally:
+        site.cluster.start_node(number)
+
+
+def test_crashes_in_a_row_have_an_end(site):
+    """A rank that ends with code 1 at once; the job fails within seconds and says who it was."""
+    broken = site.folder / "python"
+    broken.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *print-output-dir*) ;; *pretrain.py*) echo no such GPU; exit 1 ;; esac\n'
+        f'exec {site.environment["PYTHON"]} "$@"\n'
+    )
+    broken.chmod(0o755)
+    config = site.config("crashing", steps=LONG)
+    job = site.submit("pretrain_plt_moe.sh", CONFIG=config, PYTHON=broken, MAX_CRASH_RESTARTS=1,
+                      EXCLUDE_CRASHED_NODES="no")  # fmt: skip
+    found = site.ended(job, "FAILED")
+    assert (found["Restarts"], found["ExitCode"]) == ("1", "1:0")
+    assert "rank 0 on node" in site.log(job) and "with exit code 1" in site.log(job)
+    assert "no such GPU" in site.log(job)
+    assert "MAX_CRASH_RESTARTS is 1: giving up" in site.log(job)
+
+
+def test_the_array_trains_one_row_per_task(site):
+    for number in range(1, 7):
+        site.config(f"row{number}_x", steps=6)
+    job = site.submit("ablation.sh", ABLATION=site.folder, SBATCH_ARRAY_INX="2,5")
+    for task in (2, 5):
+        site.ended(f"{job}_{task}", "COMPLETED")
+    runs = site.mlflow_runs()
+    for task in (2, 5):
+        assert runs[f"row{task}_x"] == ("FINISHED", [1, 2, 3, 4, 5, 6])
+    assert "row1_x" not in runs
+
+
+def test_what_cannot_fit_is_refused_before_it_is_queued(site):
+    done = site.shell("bash", "slurm/pretrain_vanilla_moe.sh", NODES=1, GPUS_PER_NODE=8)
+    assert done.returncode == 2 and done.stdout == ""
+    assert "does not fit on 8 x H200" in done.stderr and "stage 0 needs 147" in done.stderr
+    assert site.cluster.run("squeue", "--noheader", "--name=vanilla-2.5b-60b") == ""
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides", "message"),
+    [
+        ((), (), "does not fit on 8 x H200"),
+        (("--nodes=2",), ("train.stepz=3",), "train.stepz: unknown key"),
+    ],
+)
+def test_a_plain_sbatch_is_refused_as_its_first_act(site, options, overrides, message):
+    """The same check inside the job: ended, not requeued, before any rank was started."""
+    sizes = ("--nodes=1", "--ntasks-per-node=8", "--gpus-per-node=8", "--cpus-per-task=1")
+    done = site.shell("sbatch", "--parsable", *sizes, *options, "slurm/pretrain_vanilla_moe.sh",
+                      *overrides, CONFIG="configs/vanilla_2.5b_60b.yaml")  # fmt: skip
+    found = site.ended(done.stdout.strip(), "FAILED")
+    assert (found["ExitCode"], found["Restarts"]) == ("2:0", "0")
+    assert message in site.log(done.stdout.strip())
+
+
+def test_scripts_pass_shellcheck():
+    try:
+        done = subprocess.run(["shellcheck", "-x", *map(str, sorted(Path("slurm").glob("*.sh")))],
+                              capture_output=True, text=True)  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip("shellcheck is not installed: apt-get install shellcheck")
+    assert done.returncode == 0, done.stdout
