@@ -14,7 +14,8 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,6 +239,19 @@ class Delivery:
             return
         self._client.set_tag(self._run_id, "end_reason", end.get("reason", "as the job said"))
         self._client.set_terminated(self._run_id, end["status"], int(end["time"] * 1000))
+
+
+def add_scores(
+    uri: str, run_id: str, metrics: Mapping[str, float], files: Iterable[Path], step: int
+) -> None:
+    """Log one value of each metric and some files to a run, whatever its status."""
+    client = MlflowClient(tracking_uri=uri)
+    now_ms = int(time.time() * 1000)
+    points = [Metric(_name(key), value, now_ms, step) for key, value in metrics.items()]
+    for chunk in _chunks(points, MAX_METRICS_PER_BATCH):
+        client.log_batch(run_id, metrics=chunk)
+    for file in files:
+        client.log_artifact(run_id, str(file), "evaluation")
 
 
 class _Feed:

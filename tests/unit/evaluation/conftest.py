@@ -1,0 +1,29 @@
+"""Exported models with random weights, one with loops and one that transformers knows itself."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from pltmoe.hf.convert import ExportOptions, export_checkpoint
+from tests.unit.hf.checkpoints import TEXT_VOCABULARY, write_checkpoint
+from tests.unit.hf.conftest import tokenizer_model  # noqa: F401
+from tests.unit.hf.models import small_model
+
+SLOTS = 2048
+
+
+@pytest.fixture(scope="session")
+def exports(tmp_path_factory, tokenizer_model) -> dict[str, Path]:  # noqa: F811
+    """PLT-2 (custom code) and vanilla (stock Qwen3-MoE), as folders."""
+    found = {}
+    for name in ("plt2", "vanilla"):
+        run = tmp_path_factory.mktemp(name) / "run"
+        write_checkpoint(run, small_model(name, vocab_size=TEXT_VOCABULARY), tokenizer_model)
+        folder = run.parent / "hf"
+        export_checkpoint(run, folder, ExportOptions(progress=False, verify=False))
+        config = json.loads((folder / "config.json").read_text())
+        config["max_position_embeddings"] = SLOTS  # so that a document is one window
+        (folder / "config.json").write_text(json.dumps(config))
+        found[name] = folder
+    return found

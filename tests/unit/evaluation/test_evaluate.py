@@ -1,0 +1,172 @@
+"""The harness on real exports: its perplexity is the model's, and nothing needs a network."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pltmoe.evaluation.harness import EvaluationOptions, PreparedTasks, choose, evaluate
+from pltmoe.evaluation.local_tasks import write_local_tasks
+from pltmoe.evaluation.scores import as_markdown, as_metrics, average, scores_of
+from tests.unit.evaluation.conftest import SLOTS
+
+pytestmark = pytest.mark.xdist_group("evaluation")
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight documents of real text, one a line."""
+    words = (ROOT / "README.md").read_text().split(" ")
+    file = tmp_path_factory.mktemp("text") / "valid.jsonl"
+    pieces = [" ".join(words[i : i + 120]) for i in range(0, 960, 120)]
+    file.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
+    return file
+
+
+def read(file: Path) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def documents(text: Path) -> list[str]:
+    return [line["text"] for line in read(text)]
+
+
+def log_likelihood(folder: Path, context: list[int], target: list[int]) -> float:
+    """The model itself, one sequence at a time: no harness, no batch, no padding."""
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    ids = torch.tensor([context + target])
+    with torch.no_grad():
+        log_p = model(ids).logits[0, :-1].float().log_softmax(-1)
+    chosen = log_p.gather(1, ids[0, 1:, None])[:, 0]
+    return float(chosen[-len(target) :].sum())
+
+
+def run(folder: Path, text: Path, where: Path, batch_size: int = 3, **changes):
+    write_local_tasks(text, where, SLOTS)
+    options = EvaluationOptions(
+        tasks=changes.pop("tasks", ["local"]), include=[where], batch_size=batch_size, **changes
+    )
+    tasks = PreparedTasks(choose(options), options)
+    results = evaluate(folder, tasks, options)
+    return results, scores_of(results, tasks.benchmarks), tasks.benchmarks
+
+
+@pytest.mark.parametrize("name", ["plt2", "vanilla"])
+def test_scores_are_those_of_the_model_itself(name, exports, text, tmp_path):
+    """Per byte and word on every document; the last word and the choice on every question."""
+    folder = exports[name]
+    results, scores, benchmarks = run(folder, text, tmp_path)
+    value = {(s.task, s.metric): s.value for s in scores}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = documents(text)
+    ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
+    prefix = [tokenizer.bos_token_id]
+    nats = -sum(log_likelihood(folder, prefix, tokens) for tokens in ids)
+    size = sum(len(t.encode()) for t in texts)
+    bits = nats / size / math.log(2)
+    assert value["local_perplexity", "bits_per_byte"] == pytest.approx(bits, rel=1e-5)
+    assert value["local_perplexity", "byte_perplexity"] == pytest.approx(2**bits, rel=1e-5)
+    words = sum(len(t.split()) for t in texts)
+    found = math.log(value["local_perplexity", "word_perplexity"])
+    assert found == pytest.approx(nats / words, rel=0.02)  # the harness counts empty words too
+
+    questions = read(tmp_path / "local_continuation.jsonl")
+    right = 0
+    for question in questions:
+        context = tokenizer.encode(question["context"], add_special_tokens=False)
+        answers = [
+            log_likelihood(folder, context, tokenizer.encode(c, add_special_tokens=False))
+            for c in question["choices"]
+        ]
+        right += answers.index(max(answers)) == question["answer"]
+    assert value["local_continuation", "acc"] == pytest.approx(right / len(questions))
+    last = read(tmp_path / "local_last_word.jsonl")
+    pairs = [[tokenizer.encode(q[k], add_special_tokens=False) for k in q] for q in last]
+    mean = sum(log_likelihood(folder, *pair) for pair in pairs) / len(pairs)
+    assert value["local_last_word", "perplexity"] == pytest.approx(math.exp(-mean), rel=1e-4)
+    assert average(scores, benchmarks) == pytest.approx(
+        (bits + value["local_last_word", "acc"] + value["local_continuation", "acc"]) / 3
+    )
+    assert as_metrics(scores)["eval/local_continuation/acc"] == right / len(questions)
+    assert f"| local_perplexity | 0 | bits_per_byte | {bits:.4f} |" in as_markdown(
+        "x", scores, None
+    )
+    assert "not comparable" in as_markdown("x", scores, 5)
+
+
+def test_questions_are_fair(text, tmp_path):
+    """The right piece follows its context in the text, is there once, and its place varies."""
+    write_local_tasks(text, tmp_path, SLOTS)
+    questions = read(tmp_path / "local_continuation.jsonl")
+    whole = "\n".join(documents(text))
+    for question in questions:
+        assert len(set(question["choices"])) == 4
+        assert question["context"] + question["choices"][question["answer"]] in whole
+    assert len({question["answer"] for question in questions}) > 1
+    for question in read(tmp_path / "local_last_word.jsonl"):
+        assert question["context"] + question["target"] in whole
+        assert len(question["target"].split()) == 1
+    before = (tmp_path / "local_continuation.jsonl").read_text()
+    write_local_tasks(text, tmp_path / "again", SLOTS)
+    assert (tmp_path / "again/local_continuation.jsonl").read_text() == before
+
+
+def test_a_task_of_the_users_own_generates(exports, text, tmp_path):
+    """``generate_until`` pads on the left and decodes in batches; equal to one at a time."""
+    write_local_tasks(text, tmp_path, SLOTS)
+    settings = yaml.safe_load((tmp_path / "local_last_word.yaml").read_text())
+    settings |= {
+        "task": "my_generation",
+        "output_type": "generate_until",
+        "metric_list": [{"metric": "exact_match"}],
+        "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
+    }
+    (tmp_path / "my_generation.yaml").write_text(yaml.safe_dump(settings))
+    _, scores, _ = run(exports["plt2"], text, tmp_path, tasks=["my_generation"], limit=3)
+    assert [(s.task, s.questions) for s in scores] == [("my_generation", 3)]
+
+
+def tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "tools/evaluate.py", *map(str, arguments)]
+    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
+    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+def test_the_tool_works_without_a_network_and_logs_to_the_run(exports, text, tmp_path):
+    """Local list, HF_HUB_OFFLINE, scores into a run in SQLite that a run directory belongs to."""
+    from pltmoe.tracking.delivery import Delivery
+    from pltmoe.tracking.mlflow import MLflowTracker
+    from tests.unit.tracking.runs import run_config
+
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text("")
+    MLflowTracker(run_config(run_dir, uri), run_dir).record_start({}, {}, None)
+    Delivery(run_dir, uri).deliver()
+    out = tmp_path / "out/results.json"
+    options = ("--tasks", "local", "--text", text, "--limit", 5, "--step", 7, "--run", run_dir)
+    done = tool("--model", exports["plt2"], *options, "--output", out, HF_HUB_OFFLINE="1")
+    assert done.returncode == 0, done.stderr
+    kept = json.loads(out.read_text())
+    assert kept["results"]["local_perplexity"]["bits_per_byte,none"] > 0
+    assert "| local_continuation | 0 | acc |" in out.with_suffix(".md").read_text()
+
+    from mlflow.tracking import MlflowClient
+
+    from pltmoe.tracking.journal import Journal
+
+    client, run_id = MlflowClient(uri), Journal(run_dir).state(uri)["run_id"]
+    (point,) = client.get_metric_history(run_id, "eval/local_perplexity/bits_per_byte")
+    assert point.value == kept["results"]["local_perplexity"]["bits_per_byte,none"]
+    assert point.step == 7
+    files = {file.path for file in client.list_artifacts(run_id, "evaluation")}
+    assert files == {"evaluation/results.json", "evaluation/results.md"}
