@@ -89,10 +89,11 @@ $python tools/benchmark_decode.py --output "$out/decode.json" \
     --model "quickstart-vanilla=$out/hf/vanilla" --model "quickstart-loop2=$out/hf/loop2" \
     --model "quickstart-plt2=$out/hf/plt2" ${decode[@]+"${decode[@]}"}
 
-step "report"
-$python tools/report.py "$out/runs/vanilla" "$out/runs/loop2" "$out/runs/plt2" \
+step "comparison"
+$python tools/compare_runs.py "$out/runs/vanilla" "$out/runs/loop2" "$out/runs/plt2" \
     --output "$out/report" --decode "$out/decode.json" --generated "$out/generated.json" \
-    --title "Quickstart: vanilla, loop-2 and PLT-2 on equal tokens" --attach | tee "$out/report.log"
+    --title "Quickstart: vanilla, loop-2 and PLT-2 on equal tokens" \
+    --mlflow-uri "sqlite:///$out/mlflow.db" | tee "$out/report.log"
 
 step "done: set-up $((work_started - started)) s, work $((SECONDS - work_started)) s"
 cat <<EOF

@@ -111,6 +111,7 @@ def plot_curves(runs: Sequence[Run], charts: Sequence[Chart], path: Path, title:
     rows = math.ceil(len(charts) / columns)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.9 * columns, 0.9 + 3.0 * rows), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.1)
         axes = figure.subplots(rows, columns, squeeze=False).flatten()
         for axis, chart in zip(axes, charts, strict=False):
             _draw(axis, runs, chart)
@@ -149,7 +150,8 @@ def _draw(axis: Axes, runs: Sequence[Run], chart: Chart) -> None:
             y = [point.value * chart.factor for point in points]
             axis.plot([point.tokens / divisor for point in points], y, **style)
     if is_empty:
-        axis.set_axis_off()
+        axis.set(xticks=[], yticks=[], ylabel="")
+        axis.spines[:].set_visible(False)
         axis.text(
             0.5, 0.5, chart.missing, transform=axis.transAxes, ha="center", va="center", alpha=0.75
         )

@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from pltmoe.reports.numbers import scale_of, significant
 from pltmoe.reports.runs import Run
+from pltmoe.reports.scores import Score
 from pltmoe.reports.style import COLOURS, MARKERS, STYLE, line_style, save, token_label, write_csv
 
 _SMOOTH_FROM = 150
@@ -76,6 +77,46 @@ def plot_costs(labels: Sequence[str], charts: Sequence[Bars], path: Path) -> Non
     for index, label in enumerate(labels):
         values = [chart.values[index] for chart in charts]
         rows.append([label, *("" if value is None else value for value in values)])
+    write_csv(path.with_suffix(".csv"), rows)
+
+
+def plot_scores(
+    tasks: Sequence[str],
+    labels: Sequence[str],
+    scores: Sequence[Sequence[Score]],
+    colours: Sequence[int],
+    path: Path,
+) -> None:
+    """Draw benchmark scores in percent: a group of bars per task, a bar per model.
+
+    ``colours`` are the models' places among all runs, so that a run keeps its colour. Writes PNG
+    and CSV.
+    """
+    height = 0.8 / len(labels)
+    with matplotlib.rc_context(STYLE):
+        size = (8.5, 1.4 + len(tasks) * (0.25 + 0.22 * len(labels)))
+        figure = Figure(figsize=size, layout="constrained")
+        axis = figure.subplots()
+        for row, (label, values, place) in enumerate(zip(labels, scores, colours, strict=True)):
+            ys = [task + (row - (len(labels) - 1) / 2) * height for task in range(len(tasks))]
+            shares = [100 * score.value for score in values]
+            errors = [100 * (score.error or 0.0) for score in values]
+            colour = COLOURS[place % len(COLOURS)]
+            axis.barh(ys, shares, 0.9 * height, xerr=errors, color=colour, label=label)
+            for y, share, error in zip(ys, shares, errors, strict=True):
+                axis.text(share + error + 1, y, f"{share:.1f}", va="center", fontsize=8)
+        axis.set_yticks(range(len(tasks)), tasks)
+        axis.set_ylim(len(tasks) - 0.5, -0.5)
+        axis.set_xlim(0, 108)
+        axis.set_xlabel("score (%), with standard error")
+        axis.grid(False, axis="y")
+        figure.legend(loc="outside lower center", ncols=min(4, len(labels)))
+        figure.suptitle("Benchmark scores", x=0.01, ha="left", fontsize=13, fontweight="bold")
+        save(figure, path)
+    rows: list[list[Any]] = [["run", "task", "metric", "value", "standard error"]]
+    for label, values in zip(labels, scores, strict=True):
+        for task, s in zip(tasks, values, strict=True):
+            rows.append([label, task, s.metric, s.value, "" if s.error is None else s.error])
     write_csv(path.with_suffix(".csv"), rows)
 
 
@@ -156,7 +197,7 @@ def _bar_panel(axis: Axes, chart: Bars) -> None:
     for row, value in enumerate(chart.values):
         colour = COLOURS[row % len(COLOURS)]
         if value is None:
-            axis.text(0.02, row, "not measured", transform=axis.get_yaxis_transform(), va="center")
+            axis.text(0.02, row, "not run", transform=axis.get_yaxis_transform(), va="center")
             continue
         if chart.from_zero:
             axis.barh(row, value, color=colour, height=0.62)

@@ -12,6 +12,8 @@ from pltmoe.config.counts import flops_per_token
 from pltmoe.errors import DataError
 from pltmoe.tracking.jsonl import METRICS_FILE, NOT_METRICS, read_jobs, read_lines
 
+MLFLOW_PREFIX = "mlflow:"
+"""What an MLflow run begins with where a folder could stand."""
 _PLACE = re.compile(r"^(?P<metric>.+)/loop_(?P<loop>\d+)/layer_(?P<layer>\d+)$")
 
 

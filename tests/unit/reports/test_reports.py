@@ -15,8 +15,9 @@ from pltmoe.config import write_config
 from pltmoe.config.counts import count_parameters, flops_per_token, kv_cache_bytes
 from pltmoe.errors import DataError
 from pltmoe.reports import numbers
+from pltmoe.reports.glance import Extras
 from pltmoe.reports.runs import Run, read_run, table
-from pltmoe.reports.summary import Extras, read_decode, read_generated, write_report
+from pltmoe.reports.summary import read_decode, read_generated, write_report
 from pltmoe.tracking.jsonl import JsonlTracker
 from tests.unit.tracking.runs import LOOPED, PLT, metrics_of, run_config
 
@@ -83,20 +84,29 @@ def test_the_results_are_the_numbers_of_the_jsonl(report, run_dirs):
         valid = [line for line in lines if "valid/loss" in line][-1]
         expected = f"**{valid['valid/loss']:.4f}** ({valid['step']})"
         assert cells(report, "**validation loss**")[column] == expected
-        assert cells(report, "training tokens/s")[column] == "9,110"
+        assert cells(report, "training tokens/s per device")[column] == "5,110"
 
 
 def test_the_results_are_the_numbers_of_the_configuration(report, run_dirs):
     models = [read_run(path).config.model for path in run_dirs]
     parameters = [numbers.count(count_parameters(m).total) for m in models]
-    assert cells(report, "parameters") == parameters
+    assert cells(report, "parameters") == [*parameters, "60 B → 40 B"]
     assert cells(report, "active")[0] == numbers.count(count_parameters(models[0]).active)
-    flops = [numbers.flops(flops_per_token(m, 128)) for m in models]
-    assert cells(report, "training compute per token") == flops
+    work = [flops_per_token(m, 128) for m in models]
+    flops = [f"{numbers.flops(f)} ({f / work[0]:.2f}x)" for f in work]
+    assert cells(report, "training compute per token")[:3] == flops
     sizes = [kv_cache_bytes(m, 128) for m in models]
     shown = [f"{numbers.size_in_bytes(s)} ({s / sizes[0]:.2f}x)" for s in sizes]
-    assert cells(report, "KV cache per sequence of 128 tokens") == shown
-    assert cells(report, "decode ms per token") == ["8.13", "not measured", "16.25"]
+    assert cells(report, "KV cache per sequence of 128 tokens") == [*shown, "about 0.67x"]
+
+
+def test_measurements_stand_beside_the_papers(report):
+    decode = ["8.13 (1.00x)", "not run", "16.25 (2.00x)", "about 0.70x"]
+    assert cells(report, "decode ms per token") == decode
+    measured = cells(report, "KV cache per sequence (measured)")
+    assert measured == ["not run", "not run", "not run", "about 0.67x"]
+    assert cells(report, "average score") == [*["not run"] * 3, "62.1 → 62.6 (10 tasks)"]
+    assert cells(report, "MFU (median)")[:3] == ["not known"] * 3
 
 
 def test_differences_are_the_differences_and_nothing_else(report):
@@ -145,7 +155,7 @@ def test_pictures_show_the_rows_of_their_csv(run_dirs, tmp_path, monkeypatch):
     """The lines and cells that matplotlib gets are the logged values."""
     from matplotlib.axes import Axes
 
-    from pltmoe.reports import plots
+    from pltmoe.reports import heat_maps, plots
 
     drawn, grids = [], []
     plot, pcolormesh = Axes.plot, Axes.pcolormesh
@@ -158,7 +168,7 @@ def test_pictures_show_the_rows_of_their_csv(run_dirs, tmp_path, monkeypatch):
     values = [p.value for p in runs[2].series("train/loss")]
     tokens = [p.tokens / 1e3 for p in runs[2].series("train/loss")]
     assert any(list(a[1]) == values and list(a[0]) == pytest.approx(tokens) for a in drawn)
-    plots.plot_heat_maps(runs, tmp_path / "loops.png")
+    heat_maps.plot_heat_maps(runs, tmp_path / "loops.png")
     gates = runs[2].by_loop_and_layer("plt/gate_mean")
     expected = [[p.value for p in gates[2, layer]] for layer in (1, 2, 3)]
     assert any(grid.tolist() == expected for grid in grids)
@@ -182,9 +192,10 @@ def test_a_run_that_never_validated_or_looped_still_has_a_report(tmp_path):
     )
     path = write_report([read_run(run_dir)], tmp_path / "report", "Bare", Extras())
     text = path.read_text()
-    assert "not validated" in text and "Not validated: bare." in text
+    assert cells(path, "**validation loss**") == ["not run", "not stated"]
+    assert "Not validated: bare." in text
     assert "**Not finished:** bare (2 of 1,000 steps)." in text
-    assert "an unknown device" in text and "Decoding was not measured." in text
+    assert "an unknown device" in text and "Decoding was not measured:" in text
     assert not (tmp_path / "report" / "loops.png").exists()
 
 
@@ -236,7 +247,13 @@ def test_bad_files_of_other_tools_are_named(tmp_path):
 def test_the_tool(run_dirs, tmp_path):
     decode = tmp_path / "decode.json"
     decode.write_text(json.dumps(DECODE))
-    command = [sys.executable, "tools/report.py", *map(str, run_dirs), "--output", str(tmp_path)]
+    command = [
+        sys.executable,
+        "tools/compare_runs.py",
+        *map(str, run_dirs),
+        "--output",
+        str(tmp_path),
+    ]
     done = subprocess.run(
         [*command, "--decode", str(decode), "--title", "By the tool"],
         cwd=ROOT,
@@ -247,7 +264,7 @@ def test_the_tool(run_dirs, tmp_path):
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.md").read_text().startswith("# By the tool\n")
     failed = subprocess.run(
-        [sys.executable, "tools/report.py", str(tmp_path), "--output", str(tmp_path / "x")],
+        [*tool, str(tmp_path), "--output", str(tmp_path / "x")],
         cwd=ROOT,
         env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
         capture_output=True,
