@@ -146,9 +146,15 @@ def point_to(folder: Path) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Return the line of an error that says most."""
-    if isinstance(error, OSError) and error.errno:
-        return os.strerror(error.errno)
+    """Return the line of an error that says most.
+
+    On a full disk PyTorch's writer ends with "unexpected pos"; what the system said came before.
+    """
+    before: BaseException | None = error
+    while before is not None:
+        if isinstance(before, OSError) and before.errno:
+            return os.strerror(before.errno)
+        before = before.__cause__ or before.__context__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
 

@@ -2,8 +2,8 @@
 
 A corpus can have terabytes; reading all of it at every start would cost more than it saves. A
 dataset that was made anew from other text, or with another tokenizer, differs nearly everywhere,
-and in its sizes; 64 places find it. One that was changed in a few bytes is what the manifest's full
-checksums are for (tools/preprocess_data.py writes them).
+and in its sizes; 64 places find it. A few changed bytes between them are not found: for that there
+are the full checksums in ``PREFIX.manifest.json``.
 """
 
 import hashlib
@@ -34,8 +34,17 @@ def fingerprint(prefix: Path) -> str:
         DataError: see ``fingerprints_of``.
     """
     read_pair(prefix)
+    return fingerprint_of_files(bin_path(prefix), idx_path(prefix))
+
+
+def fingerprint_of_files(tokens: Path, index: Path) -> str:
+    """Return the fingerprint of a .bin and .idx of any name.
+
+    Raises:
+        DataError: one cannot be read.
+    """
     digest = hashlib.sha256()
-    for path in (bin_path(prefix), idx_path(prefix)):
+    for path in (tokens, index):
         try:
             _add(digest, path)
         except OSError as error:

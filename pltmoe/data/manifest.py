@@ -54,6 +54,8 @@ class DatasetManifest(_Record):
     inputs: list[HashedFile]
     bin: HashedFile
     idx: HashedFile
+    fingerprint: str | None = None
+    """Of both files, quick to compare (fingerprint.py); older manifests have none."""
 
 
 def manifest_path(prefix: Path) -> Path:

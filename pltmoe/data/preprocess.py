@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from pltmoe.data.atomic import complete_file, flush_to_disk, sha256_of
+from pltmoe.data.fingerprint import fingerprint_of_files
 from pltmoe.data.indexed import (
     bin_path,
     idx_path,
@@ -233,6 +234,7 @@ def _manifest(
         ],
         bin=HashedFile(path=bin_name, bytes=joined.stat().st_size, sha256=digest),
         idx=HashedFile(path=idx_name, bytes=index.stat().st_size, sha256=sha256_of(index)),
+        fingerprint=fingerprint_of_files(joined, index),
     )
 
 

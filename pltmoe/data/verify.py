@@ -14,6 +14,7 @@ import numpy as np
 
 from pltmoe.config.run import RunConfig
 from pltmoe.data.atomic import complete_file
+from pltmoe.data.fingerprint import fingerprint
 from pltmoe.data.indexed import IndexedPair, bin_path, idx_path, read_pair
 from pltmoe.data.manifest import DatasetManifest, manifest_path, read_manifest
 from pltmoe.data.tokenizer import Tokenizer
@@ -102,6 +103,11 @@ def _check_manifest(pair: IndexedPair, manifest: DatasetManifest, tokenizer: Tok
                 f"{path}: {path.stat().st_size} bytes, but {where.name} recorded {size}; "
                 "it belongs to another run: preprocess it again"
             )
+    if manifest.fingerprint not in (None, fingerprint(pair.prefix)):
+        raise DataError(
+            f"{bin_path(pair.prefix)}: it and its .idx are not the files that {where.name} was "
+            "written for: one was replaced or is damaged; preprocess it again"
+        )
 
 
 def _check_ids(prefix: Path, largest: int, tokenizer: Tokenizer) -> None:

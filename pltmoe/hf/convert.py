@@ -23,6 +23,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from pltmoe.checkpoint.integrity import check_files
 from pltmoe.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from pltmoe.errors import CheckpointError, ConversionError
 from pltmoe.hf import configuration_plt_moe, modeling_plt_moe
@@ -68,12 +69,13 @@ def export_checkpoint(checkpoint: Path, output: Path, options: ExportOptions) ->
     """Convert ``checkpoint`` (a step folder, or a run's folder: its latest) to ``output``.
 
     Raises:
-        CheckpointError: no complete checkpoint there.
+        CheckpointError: no complete checkpoint there, or a damaged one.
         ConversionError: ``output`` is not empty, a tensor does not fit, or logits differ; nothing
             is left behind.
     """
     checkpoint = find_checkpoint(checkpoint)
     manifest = read_manifest(checkpoint)
+    check_files(checkpoint, manifest)
     model = manifest.config.model
     tensors = CheckpointTensors(checkpoint, model)
     dtype = options.dtype or tensors.dtype()

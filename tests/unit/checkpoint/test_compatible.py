@@ -101,6 +101,30 @@ def test_another_tokenizer_of_the_same_name(check, tokenizer):
         check_resume(FOLDER, manifest, tiny_config(data__tokenizer=str(tokenizer)))
 
 
+def test_other_text_behind_the_same_path(tokenizer, caplog):
+    manifest = Manifest(
+        config=tiny_config(data__tokenizer=str(tokenizer)),
+        step=5,
+        train_samples=80,
+        tokenizer_sha256=file_hash(tokenizer),
+        data={"text": "1" * 64, "gone": "3" * 64},
+    )
+
+    def resume(now, **changes):
+        config = tiny_config(data__tokenizer=str(tokenizer), **changes)
+        check_resume(FOLDER, manifest, config, now)
+
+    resume({"text": "1" * 64})
+    resume({})  # nothing is known of it: an older checkpoint, or another path
+    with pytest.raises(CheckpointError) as error:
+        resume({"text": "2" * 64})
+    assert "data.contents: text (.bin, .idx) is not the text that the checkpoint" in str(
+        error.value
+    )
+    resume({"text": "2" * 64}, checkpoint__accept_changes=["data.contents"])
+    assert "accepted change: data.contents" in caplog.text
+
+
 def test_a_longer_run_is_another_schedule_unless_its_end_is_kept(check, caplog):
     with pytest.raises(CheckpointError) as error:
         check(train__steps=20)

@@ -324,6 +324,13 @@ def test_half_written_bin(tokenizer: Tokenizer, prepared: Path):
     _refused(_config(tokenizer, prepared), tokenizer, r"prepared\.bin: \d+ bytes, but .* expects")
 
 
+def test_a_file_replaced_by_one_of_the_same_size(tokenizer: Tokenizer, prepared: Path):
+    data = bytearray(bin_path(prepared).read_bytes())
+    data[100] ^= 1
+    bin_path(prepared).write_bytes(data)
+    _refused(_config(tokenizer, prepared), tokenizer, "are not the files that .*json was written")
+
+
 def test_files_of_another_run(tokenizer: Tokenizer, prepared: Path):
     write_dataset(prepared, _counting())
     _refused(_config(tokenizer, prepared), tokenizer, r"prepared\.manifest\.json recorded \d+")

@@ -338,7 +338,11 @@ def test_damaged_files_are_reported(plt_run, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(find_checkpoint(plt_run), folder)
     for path in folder.glob("*.distcp"):
-        path.write_bytes(bytes(path.stat().st_size))  # same size: the manifest cannot tell
+        path.write_bytes(bytes(path.stat().st_size))  # same size: only the checksum can tell
+    with pytest.raises(CheckpointError, match="__0_0.distcp has changed since it was written"):
+        export_checkpoint(folder, tmp_path / "hf", QUIET)
+    old = read_manifest(folder).model_copy(update={"checksums": {}})
+    write_manifest(folder, old)  # from before there were checksums
     with pytest.raises(CheckpointError, match="cannot be read"):
         export_checkpoint(folder, tmp_path / "hf", QUIET)
     shutil.copytree(find_checkpoint(plt_run), tmp_path / "empty")
