@@ -224,12 +224,12 @@ class _Run:
 
 def _same_end(left: Path, right: Path) -> None:
     """Compare the tensors of two finished runs, bit for bit."""
-    ours, theirs = (_tensors(store.latest_checkpoint(run)) for run in (left, right))
+    ours, theirs = (tensors_of(store.latest_checkpoint(run)) for run in (left, right))
     assert len(ours) > 60 and ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a checkpoint, whole, read with PyTorch's own reader."""
     reader = FileSystemReader(folder)
     tensors = {

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import sqlite3
 from pathlib import Path
@@ -89,6 +90,19 @@ def test_log_and_metrics_of_a_run(straight):
     assert (manifest.step, manifest.consumed_samples, manifest.tokens) == (12, 48, 768)
 
 
+def test_the_cost_of_every_save_is_tracked(straight):
+    output, log = straight
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    saves = [line for line in lines if "checkpoint/save_seconds" in line]
+    assert len(saves) == 3 == log.count("training stood still for"), "steps 4, 8 and 12"
+    steps = [line["step"] for line in saves]
+    assert steps == sorted(steps) and steps[-1] == 12 and steps[0] > 4, "whole at a later step"
+    for line in saves:
+        assert 0 < line["checkpoint/stall_seconds"] <= line["checkpoint/save_seconds"] + 1
+        for name in ("checkpoint/save_seconds", "checkpoint/stall_seconds"):
+            assert metric_named(name).unit == "s"
+
+
 def test_killed_run_resumes_bit_for_bit(config, run, straight, warm_ranks, tmp_path):
     """kill -9 between checkpoints, resume, Ctrl-C, resume: the same as never stopped."""
     arguments = (f"train.output_dir={tmp_path}", f"train.steps={STEPS}")
@@ -120,6 +134,34 @@ def test_killed_run_resumes_bit_for_bit(config, run, straight, warm_ranks, tmp_p
     assert ours.keys() == expected.keys()
     assert len(ours) > 60 and any("expert_bias" in key for key in ours)
     assert [key for key in ours if not same(ours[key], expected[key])] == []
+
+
+def test_a_flipped_bit_in_the_newest_checkpoint_costs_steps_not_the_run(run, straight, tmp_path):
+    """The run says so, goes on from the one before, and ends as if nothing had been."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    checkpoints = tmp_path / "run" / "checkpoints"
+    with (checkpoints / "step_00000012/__0_0.distcp").open("r+b") as shard:
+        shard.seek(5000)
+        byte = shard.read(1)[0]
+        shard.seek(5000)
+        shard.write(bytes([byte ^ 4]))
+    code, log = run(tmp_path / "run", f"train.steps={STEPS}")
+    assert code == 0 and "(step 8)" in log, log
+    assert f"{checkpoints}/step_00000012: __0_0.distcp has changed since it was written" in log
+    assert "going on from" in log and (checkpoints / "damaged_step_00000012").is_dir()
+    assert lines_of(tmp_path / "run") == lines_of(straight[0])
+    assert store.latest_checkpoint(tmp_path / "run").name == "step_00000012"
+
+
+def test_a_corpus_changed_under_a_run_is_refused(run, config, straight):
+    tokens = config.with_name("corpus.bin")
+    before = tokens.read_bytes()
+    tokens.write_bytes(before[::-1])
+    try:
+        code, log = run(straight[0], f"train.steps={STEPS}")
+    finally:
+        tokens.write_bytes(before)
+    assert code == 2 and "data.contents: " in log and "corpus (.bin, .idx) is not the text" in log
 
 
 def test_sigterm_to_one_rank_stops_both_and_the_run_moves_on(config, run, tmp_path):
