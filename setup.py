@@ -35,7 +35,8 @@ EXTRAS = {
     "te": ["transformer-engine[pytorch]>=2.20,<3"],
     # Megatron's experts use DeepSpeed's MoE internals, so stay near what was tried.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
-    "eval": ["lm-eval>=0.4.13,<0.5", "accelerate>=1.10"],
+    # math: checks the answers of the MATH benchmark.
+    "eval": ["lm-eval[math]>=0.4.13,<0.5", "accelerate>=1.10"],
     "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.100", "ruff>=0.17"],
 }
 

@@ -21,7 +21,9 @@ MAY_IMPORT = {
     "runtime": {"config", "errors"},
     "checkpoint": {"config", "errors", "runtime"},
     "tracking": {"config", "errors"},
-    "reports": {"config", "errors", "parallel", "tracking"},  # reads what tracking has written
+    # Reads what tracking has written, and names scores as evaluation does.
+    "reports": {"config", "errors", "evaluation", "parallel", "tracking"},
+    "evaluation": {"data", "errors"},  # of exported models: needs nothing that trains
     "hf": {"config", "errors", "model"},
     "inference": {"config", "errors", "model"},
     "train": {"config", "errors", "model", "parallel", "engines", "data", "runtime", "checkpoint",

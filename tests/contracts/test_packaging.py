@@ -69,7 +69,7 @@ def test_versions_that_were_agreed_on():
 
 def test_this_environment_is_the_locked_one():
     locked = pins()
-    for text in [*SETUP["install_requires"], *EXTRAS["test"]]:
+    for text in [*SETUP["install_requires"], *EXTRAS["test"], *EXTRAS["eval"]]:
         name = canonicalize_name(Requirement(text).name)
         assert version(name) == locked[name]
 
