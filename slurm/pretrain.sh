@@ -83,8 +83,9 @@ conclude() {
 after_crash() {
     local newest tries
     is_running || die "the job was cancelled: not requeued"
-    newest=$(find "$OUTPUT/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1)
-    newest=$(basename "${newest:-none}")
+    mkdir -p "$OUTPUT/checkpoints"
+    newest=$(find "$OUTPUT/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' | sort | tail -n 1)
+    newest=${newest:-none}
     echo "$newest $1" >>"$LOGS/../crashes"
     tries=$(grep -c "^$newest " "$LOGS/../crashes")
     if ((tries > MAX_CRASH_RESTARTS)); then
@@ -100,6 +101,7 @@ is_running() { [[ $(squeue --noheader --jobs="$JOB" --format=%T) == RUNNING ]]; 
 requeue() {
     is_running || die "the job was cancelled: not requeued ($1)"
     say "$1: requeueing job $JOB"
+    trap '' TERM # which a requeue sends to all that still runs here, scontrol too
     scontrol requeue "$JOB"
 }
 

@@ -6,11 +6,12 @@ log=$1/rank_$SLURM_PROCID.log
 record=${log%.log}.exit
 shift
 
-trap '' USR1    # ignored until Python listens; the job asks again
-trap : TERM INT # the rank decides what these mean, this shell waits for it
+# Ignored until Python listens: a rank that such a signal killed while it starts would look like one
+# that has saved, and the others would wait for it. The job asks again.
+trap '' USR1 TERM INT
 echo "--- rank $SLURM_PROCID on $SLURMD_NODENAME, $(date -u '+%F %T') UTC" >>"$log"
 if ((SLURM_PROCID == 0)); then # its story is also the job's log
-    "$@" 2>&1 | (trap '' TERM INT && exec tee -a "$log")
+    "$@" 2>&1 | tee -a "$log"
 else
     ("$@" >>"$log" 2>&1)
 fi

@@ -114,7 +114,7 @@ class Cluster:
             try:
                 if os.readlink(f"/proc/{other}/ns/uts") == name:
                     os.kill(int(other), signal.SIGKILL)
-            except (FileNotFoundError, ProcessLookupError):
+            except OSError:  # gone meanwhile, or not ours to look at
                 continue
 
     def stop(self) -> None:

@@ -54,6 +54,8 @@ class Site:
             "PYTHON": sys.executable,
             "OMP_NUM_THREADS": "1",
             "GLOO_SOCKET_IFNAME": "lo",
+            # Job numbers begin at 1, so another cluster on this machine would take the same ports.
+            "PORT_BASE": str(10_000 + os.getpid() % 20_000),
             "NODES": "1",
             "GPUS_PER_NODE": "1",
             "SBATCH_OUTPUT": str(folder / "job-%j.out"),
