@@ -17,15 +17,16 @@
 [[ -f slurm/job.sh ]] || { echo "submit from the repository's root" >&2 && exit 2; }
 # shellcheck source=slurm/job.sh
 source slurm/job.sh
-if in_job; then # the report: RUN RUN --output FOLDER
-    run_python tools/compare_runs.py "$@"
+if in_job; then # the report: RUN RUN --output FOLDER, also in MLflow if the runs are there
+    uri=$(run_python tools/pretrain.py --config "$1/config.yaml" --print tracking.mlflow_uri)
+    run_python tools/compare_runs.py "$@" ${uri:+--mlflow-uri "$uri"}
     exit
 fi
 export PLT_CONFIG=${PLT_CONFIG:-configs/plt_1.7b_40b.yaml}
 export VANILLA_CONFIG=${VANILLA_CONFIG:-configs/vanilla_2.5b_60b.yaml}
 REPORT=${REPORT:-runs/comparison}
 
-folder() { run_python tools/pretrain.py --config "$1" --print-output-dir "${OVERRIDES[@]}" "${@:2}"; }
+folder() { run_python tools/pretrain.py --config "$1" --print train.output_dir "${OVERRIDES[@]}" "${@:2}"; }
 plt=$(folder "$PLT_CONFIG" "$@")
 vanilla=$(folder "$VANILLA_CONFIG" "$@")
 [[ $plt != "$vanilla" ]] || die "both runs would write to $plt: leave train.output_dir to the configs"

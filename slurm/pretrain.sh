@@ -82,7 +82,7 @@ conclude() {
 # after_crash NODE: another try, if that has not been tried too often from the same checkpoint.
 after_crash() {
     local newest tries
-    is_running || die "the job was cancelled: not requeued"
+    is_running || leave
     mkdir -p "$OUTPUT/checkpoints"
     newest=$(find "$OUTPUT/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' | sort | tail -n 1)
     newest=${newest:-none}
@@ -97,9 +97,10 @@ after_crash() {
 }
 
 is_running() { [[ $(squeue --noheader --jobs="$JOB" --format=%T) == RUNNING ]]; }
+leave() { die "the job was cancelled or preempted: what follows is Slurm's"; }
 
 requeue() {
-    is_running || die "the job was cancelled: not requeued ($1)"
+    is_running || leave
     say "$1: requeueing job $JOB"
     trap '' TERM # which a requeue sends to all that still runs here, scontrol too
     scontrol requeue "$JOB"
@@ -128,7 +129,7 @@ fi
 trap ask_ranks USR1
 trap : TERM # scancel sends it to this shell too, which has to wait for the ranks
 check_fits "$CONFIG" "$SLURM_NTASKS" "${OVERRIDES[@]}" "$@"
-OUTPUT=$(run_python tools/pretrain.py --config "$CONFIG" --print-output-dir "${OVERRIDES[@]}" "$@")
+OUTPUT=$(run_python tools/pretrain.py --config "$CONFIG" --print train.output_dir "${OVERRIDES[@]}" "$@")
 LOGS=$OUTPUT/logs/job_$JOB/leg_${SLURM_RESTART_COUNT:-0}
 mkdir -p "$LOGS"
 say "$CONFIG on $SLURM_NTASKS GPUs of $SLURM_JOB_NODELIST; every rank's log: $LOGS"

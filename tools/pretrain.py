@@ -23,12 +23,14 @@ def main() -> int:
     )
     parser.add_argument("--config", required=True, help="YAML file of the run")
     parser.add_argument(
-        "--print-output-dir", action="store_true", help="say where the run will be, and end"
+        "--print",
+        choices=["train.output_dir", "tracking.mlflow_uri"],
+        help="print this field (nothing if it is not set) for a script, and end",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     arguments = parser.parse_args()
-    if arguments.print_output_dir:
-        return _print_output_dir(arguments)
+    if arguments.print:
+        return _print_field(arguments)
 
     from pltmoe.runtime import distributed  # torch: what follows takes seconds
     from pltmoe.runtime.cpu import stand_in_for_cuda
@@ -53,12 +55,14 @@ def main() -> int:
         distributed.stop()
 
 
-def _print_output_dir(arguments: argparse.Namespace) -> int:
+def _print_field(arguments: argparse.Namespace) -> int:
     try:
-        print(load_config(arguments.config, arguments.overrides).train.output_dir)
+        config = load_config(arguments.config, arguments.overrides)
     except PLTMoEError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    section, _, field = arguments.print.partition(".")
+    print(getattr(getattr(config, section), field) or "")
     return 0
 
 

@@ -146,8 +146,12 @@ class Cluster:
 
     def job(self, job: str) -> dict[str, str]:
         """What ``scontrol show job`` says about a job: JobState, Restarts, ExitCode, ..."""
-        text = self.run("scontrol", "show", "job", "--oneliner", job)
-        return dict(item.split("=", 1) for item in text.split() if "=" in item)
+        for _ in range(5):  # on a busy core slurmctld may not answer in time
+            text = self.run("scontrol", "show", "job", "--oneliner", job, check=False)
+            if found := dict(item.split("=", 1) for item in text.split() if "=" in item):
+                return found
+            time.sleep(2)
+        raise AssertionError(f"nothing is known of job {job}\n{self.logs()}")
 
     def wait_for(self, job: str, *states: str, timeout_s: float) -> dict[str, str]:
         """Wait until a job is in one of these states."""
@@ -186,7 +190,7 @@ def wait_until(
     end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end, f"not within {timeout_s:g} s: {what}\n{describe()}"
-        time.sleep(0.2)
+        time.sleep(0.5)
 
 
 def free_ports(count: int) -> list[int]:
