@@ -3,6 +3,7 @@
     for each step:   engine.train_step(this rank's share of the global batch)
                      callbacks in order: validation, log line, tracking, checkpoint
                      stop here if any process was asked to
+    meanwhile:       a watcher that ends all ranks when one hangs (runtime/heartbeat.py)
 
 Steps count from 1. After step k exactly k x global_batch_size sequences have been consumed, in an
 order that is a function of that number alone; so a run is resumed by its step.
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pltmoe.config import RunConfig
 from pltmoe.engines.base import Batch, Engine, StepResult
 from pltmoe.runtime.distributed import highest
+from pltmoe.runtime.heartbeat import Heartbeat
 from pltmoe.runtime.signals import StopRequest
 from pltmoe.train.callbacks.base import Callback
 
@@ -64,6 +66,9 @@ class Trainer:
         self.config, self.engine, self.step = config, engine, step
         self._batches_from, self._callbacks, self._stop = batches_from, callbacks, stop
         self.stop_signal = 0
+        minutes = config.train.hang_timeout_minutes
+        timeout_s = None if minutes is None else minutes * 60
+        self.heartbeat = Heartbeat(timeout_s, config.train.output_dir / "logs")
 
     def fit(self) -> Outcome:
         """Train until the last step, or until a signal; saves through the callbacks.
@@ -71,12 +76,18 @@ class Trainer:
         Raises:
             EngineError: a step failed; nothing is saved.
         """
+        with self.heartbeat:
+            return self._fit()
+
+    def _fit(self) -> Outcome:
         train = self.config.train
-        batches = self._batches_from(self.step * train.global_batch_size)
+        batches = self._marked(self._batches_from(self.step * train.global_batch_size), self.step)
         while self.step < train.steps and not self.stop_signal:
             self._take_step(batches)
+            self.heartbeat.mark(f"agreement after step {self.step}", slack=True)
             self.stop_signal = int(highest(self._stop.signal))
         for callback in self._callbacks:
+            self.heartbeat.mark(f"{type(callback).__name__} after the last step", slack=True)
             callback.after_last_step(self)
         return Outcome.FINISHED if self.step >= train.steps else Outcome.STOPPED
 
@@ -91,4 +102,16 @@ class Trainer:
         self.step = number
         report = StepReport(number, result, time.perf_counter() - begin)
         for callback in self._callbacks:
+            self.heartbeat.mark(f"{type(callback).__name__} after step {number}", slack=True)
             callback.after_step(self, report)
+
+    def _marked(self, batches: Iterator[Batch], start: int) -> Iterator[Batch]:
+        """Tell the heartbeat what a step waits for; the first one builds, compiles and connects."""
+        while True:
+            number = self.step + 1
+            first = number == start + 1
+            self.heartbeat.mark(f"data of step {number}", slack=first)
+            if (batch := next(batches, None)) is None:
+                return
+            self.heartbeat.mark(f"forward and backward of step {number}", slack=first)
+            yield batch

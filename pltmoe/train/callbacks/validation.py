@@ -31,7 +31,10 @@ class Validation(Callback):
         if report.step % train.eval_interval and report.step != train.steps:
             return
         batches, total, tokens = self._batches(), 0.0, 0
-        for _ in range(train.eval_steps):
+        for number in range(train.eval_steps):
+            trainer.heartbeat.mark(
+                f"validation batch {number + 1} after step {report.step}", slack=number == 0
+            )
             loss_sum, count = trainer.engine.eval_step(batches)
             total, tokens = total + loss_sum, tokens + count
         loss = total / max(tokens, 1)

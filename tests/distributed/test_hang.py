@@ -1,0 +1,131 @@
+"""Real ranks that hang: within seconds every live rank writes its stacks, the culprit is named."""
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pltmoe.runtime.heartbeat import HANG_EXIT_CODE
+from tests.distributed.run_files import finish, make_files, start_ranks
+from tests.launch import REPOSITORY, STORE_IS_OPEN, open_store
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+KINDS = ("sleep", "slack", "lock", "stop_0")
+
+
+def free_port() -> int:
+    """A port that is free now; rank 0 opens its store there."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(kind: str, folder: Path) -> list[subprocess.Popen[str]]:
+    """Start two ranks; their store is ours, but for ``stop_0``, where it is rank 0's."""
+    store = None if kind == "stop_0" else open_store()
+    port = store.port if store else free_port()
+    world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = []
+    for rank in range(2):
+        env = {**world, "RANK": rank, **(STORE_IS_OPEN if store else {})}
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.distributed.hang_cases", kind, str(folder)],
+                cwd=REPOSITORY,
+                env={
+                    **os.environ,
+                    "GLOO_SOCKET_IFNAME": "lo",
+                    "PYTHONPATH": str(REPOSITORY),
+                    **{key: str(value) for key, value in env.items()},
+                },
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+        ranks[-1].store = store  # stays open as long as somebody holds a rank
+    return ranks
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory) -> dict[str, Any]:
+    """All ways to hang at the same time: kind -> (exit codes, outputs, folder of the stacks)."""
+    folders = {kind: tmp_path_factory.mktemp(kind) / "logs" for kind in KINDS}
+    running = {kind: start(kind, folder) for kind, folder in folders.items()}
+    try:
+        return {kind: (*_end_of(kind, ranks), folders[kind]) for kind, ranks in running.items()}
+    finally:
+        for rank in (rank for ranks in running.values() for rank in ranks):
+            rank.kill()
+
+
+def _end_of(kind: str, ranks: list[Any]) -> tuple[list[int], list[str]]:
+    if kind == "stop_0":
+        ranks[1].wait(timeout=200)
+        ranks[0].kill()
+    return finish(ranks, timeout_s=200)
+
+
+@pytest.mark.parametrize("kind", ["sleep", "slack"])
+def test_all_ranks_write_stacks_and_name_the_one_behind(jobs, kind):
+    codes, outputs, folder = jobs[kind]
+    assert codes == [HANG_EXIT_CODE] * 2, outputs
+    for rank, output in enumerate(outputs):
+        stacks = (folder / f"stacks_rank_{rank}.txt").read_text()
+        for text in (output, stacks):
+            assert "no progress: rank 1 behind the others" in text
+            assert re.search(r"rank 1: data of step 3, at hang_cases\.py:\d+ hang\n", text)
+            assert re.search(
+                r"rank 0: sum of step 3, at hang_cases\.py:\d+ main, waiting for", text
+            )
+            assert "Thread 0x" in text and "hang_cases.py" in text
+    assert "in hang" in (folder / "stacks_rank_1.txt").read_text()
+    assert "in all_reduce" in (folder / "stacks_rank_0.txt").read_text()
+    alone = "another rank makes no progress; " if kind == "slack" else "no progress for "
+    assert alone in outputs[1], "a rank with time left is told by the others"
+
+
+def test_a_rank_stuck_with_pythons_lock_is_ended_by_the_c_thread(jobs):
+    codes, outputs, _ = jobs["lock"]
+    assert codes == [HANG_EXIT_CODE, 1], outputs
+    assert "no progress: rank 1 did not answer: stopped, dead, cut off, or inside C" in outputs[0]
+    assert "rank 1: last heard of in: data of step 3" in outputs[0]
+    assert "Timeout (0:00:0" in outputs[1] and "in hang" in outputs[1]
+
+
+def test_rank_zero_may_stop_with_the_store(jobs):
+    codes, outputs, _ = jobs["stop_0"]
+    assert codes == [-9, HANG_EXIT_CODE], outputs
+    assert "the store at which the ranks met does not answer" in outputs[1]
+    assert "in all_reduce" in outputs[1]
+
+
+def test_a_real_run_whose_rank_is_stopped_ends_and_resumes(tmp_path):
+    """SIGSTOP to one rank of two of tools/pretrain.py: the other ends the job; then it resumes."""
+    config = make_files(tmp_path)
+    arguments = ["train.steps=500", "optimizer.decay_steps=500", "checkpoint.save_interval=2"]
+    ranks = start_ranks(config, *arguments, "train.hang_timeout_minutes=0.2", nprocs=2)
+    seen = ""
+    for line in ranks[0].stdout:
+        seen += line
+        if "step 5/500" in line:
+            break
+    os.kill(ranks[1].pid, 19)
+    begin = time.monotonic()
+    assert ranks[0].wait(timeout=120) == HANG_EXIT_CODE, seen
+    assert time.monotonic() - begin < 100
+    ranks[1].kill()
+    _, outputs = finish(ranks)
+    assert "no progress: rank 1 did not answer" in outputs[0]
+    stacks = (tmp_path / "run" / "logs" / "stacks_rank_0.txt").read_text()
+    assert "train_step" in stacks or "eval_step" in stacks or "highest" in stacks
+    steps = f"train.steps={2 * int(re.findall(r'step (\d+)/500', seen + outputs[0])[-1])}"
+    codes, outputs = finish(start_ranks(config, steps, *arguments[1:], nprocs=2))
+    assert codes == [0, 0] and "resumed from" in outputs[0], outputs
+    assert not list((tmp_path / "run" / "logs").glob("stacks_rank_1*")), "healthy ranks write none"
