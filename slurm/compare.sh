@@ -37,4 +37,4 @@ if ! second=$(CONFIG=$VANILLA_CONFIG bash slurm/pretrain_vanilla_moe.sh "$@"); t
     die "the second run was refused: job $first is cancelled"
 fi
 submit slurm/compare.sh "${CPU_OPTIONS[@]}" --dependency="afterok:$first:$second" \
-    --kill-on-invalid-dep=yes -- "$plt" "$vanilla" --output "$REPORT"
+    --kill-on-invalid-dep=yes -- "$vanilla" "$plt" --output "$REPORT"

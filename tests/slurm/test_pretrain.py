@@ -75,8 +75,8 @@ def test_a_request_requeues_and_a_cancel_does_not(site):
     site.cluster.run("scancel", job)
     found = site.ended(job, "CANCELLED")
     assert found["Restarts"] == "1"
-    wait_until(lambda: "cancelled or preempted: what follows is Slurm's" in site.log(job), 30, "said so",
-               lambda: site.log(job))  # fmt: skip
+    said = "cancelled or preempted: what follows is Slurm's"
+    wait_until(lambda: said in site.log(job), 60, said, lambda: site.log(job))
     assert "SIGTERM: finishing this step, then saving and stopping" in site.rank_log("asked", 1)
     stopped = int(re.search(r"stopped at step (\d+)", site.rank_log("asked", 1))[1])
     status, steps = site.mlflow_runs()["asked"]
