@@ -11,6 +11,7 @@ experiment's description. What is missing is said to be; nothing is left blank.
 
 import argparse
 import logging
+import os
 from pathlib import Path
 
 from pltmoe.errors import DataError
@@ -51,6 +52,9 @@ def main() -> None:
     parser.add_argument("--title", default="Comparison of runs")
     parser.add_argument("--mlflow-uri", metavar="URI", help="server or store to read and log to")
     args = parser.parse_args()
+    # Nobody trains meanwhile: a slow server may take its time.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     evaluations = {}
     for item in args.evaluation:
         name, equals, file = item.partition("=")
@@ -67,8 +71,10 @@ def main() -> None:
     print(f"report: {report}")
     folders = [Path(run) for run in args.runs if not run.startswith(MLFLOW_PREFIX)]
     if args.mlflow_uri:
-        _log(runs, folders, args.mlflow_uri, args.output, note(runs, args.title, extras))
-    if where := next(filter(None, map(how_to_look, folders)), None):
+        where = _log(runs, folders, args.mlflow_uri, args.output, note(runs, args.title, extras))
+    else:
+        where = next(filter(None, map(how_to_look, folders)), None)
+    if where:
         print(f"MLflow: {where}")
 
 
@@ -80,7 +86,7 @@ def _read(run: str, uri: str | None) -> Run:
     return read_mlflow_run(uri, run.removeprefix(MLFLOW_PREFIX))
 
 
-def _log(runs: list[Run], folders: list[Path], uri: str, output: Path, table: str) -> None:
+def _log(runs: list[Run], folders: list[Path], uri: str, output: Path, table: str) -> str:
     for folder in folders:
         try:
             sync(folder, uri)
@@ -92,8 +98,7 @@ def _log(runs: list[Run], folders: list[Path], uri: str, output: Path, table: st
             f"the runs are in {len(experiments)} experiments; the report is in '{experiments[0]}'"
         )
     names = [run.name for run in runs]
-    where = log_comparison(uri, experiments[0], names, report_files(output), table, {})
-    print(f"logged to {where}")
+    return log_comparison(uri, experiments[0], names, report_files(output), table)
 
 
 if __name__ == "__main__":

@@ -94,7 +94,6 @@ DIAGNOSTICS = (
         "Cost of the shift: cosine",
         "cosine of h[i] and h[i-1]",
         "does not apply:\nno run shifts between loops",
-        level=0.0,
     ),
 )
 

@@ -6,7 +6,7 @@ from pltmoe.reports import paper
 from pltmoe.reports.glance import NOT_RUN, Extras, baseline
 from pltmoe.reports.markdown import table
 from pltmoe.reports.runs import Run
-from pltmoe.reports.scores import common_tasks
+from pltmoe.reports.scores import PAPER_TASKS, common_tasks
 
 _YES = "yes"
 
@@ -159,7 +159,11 @@ def _score_statement(extras: Extras) -> str:
     tasks = common_tasks(list(extras.evaluations.values()))
     if not tasks:
         return "No task with right and wrong answers was run on all evaluated models: no average."
+    if tuple(tasks) == PAPER_TASKS:
+        return (
+            f"The average is over the paper's {paper.SCORE_TASKS} benchmarks: {', '.join(tasks)}."
+        )
     return (
-        f"The average is over {', '.join(tasks)}; the paper's is over {paper.SCORE_TASKS} "
-        "benchmarks, so the two averages are only comparable if these are the same."
+        f"The average is over {', '.join(tasks)}, not the paper's {paper.SCORE_TASKS} benchmarks: "
+        f"it is not to be compared with the paper's {paper.SCORE}."
     )

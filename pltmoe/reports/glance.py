@@ -49,6 +49,22 @@ def at_a_glance(runs: Sequence[Run], extras: Extras) -> list[list[str]]:
     ]
 
 
+def in_a_line(runs: Sequence[Run], extras: Extras) -> str:
+    """Return each run's validation loss, and ratios to the baseline of cache and decode time."""
+    first, parts = baseline(runs), []
+    context = longest_context(runs)
+    for run in runs:
+        points = run.series("valid/loss")
+        said = f"{run.name} {points[-1].value:.3f}" if points else f"{run.name} not validated"
+        if run is not first:
+            ratio = cache_bytes(run, context) / cache_bytes(first, context)
+            said += f", KV cache {ratio:.2f}x"
+            times = [extras.decode.get(r.name, {}).get("ms_per_token") for r in (run, first)]
+            said += f", decoding {times[0] / times[1]:.2f}x" if all(times) else ""
+        parts.append(said)
+    return f"validation loss {'; '.join(parts)}"
+
+
 def final_loss(run: Run) -> float:
     """Return the training loss, mean of the last logged steps (one step alone is noisy)."""
     return fmean(point.value for point in run.series("train/loss")[-FINAL_LINES:])

@@ -9,9 +9,14 @@ from statistics import fmean
 from typing import Any
 
 from pltmoe.errors import DataError
+from pltmoe.evaluation.benchmarks import PAPER_MOE, by_task
 
 _SHARES = ("acc", "exact_match", "math_verify", "pass@1", "pass_at_1", "f1", "em", "acc_norm")
-"""Metrics between 0 and 1 that may be averaged; where a task has several, the first of these."""
+"""Metrics between 0 and 1 that may be averaged. The paper's benchmarks have their own
+metric each; of other tasks with several, the first of these counts."""
+
+PAPER_TASKS = tuple(benchmark.task for benchmark in PAPER_MOE)
+"""The ten benchmarks that the paper averages."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,8 @@ def read_evaluation(path: Path) -> Evaluation:
     if not isinstance(results, dict):
         raise DataError(f"{path}: no 'results' of lm-evaluation-harness in it; evaluate again")
     shots = tree.get("n-shot") or {}
-    chosen = {task: _score(entry, shots.get(task)) for task, entry in results.items()}
-    chosen |= {task: _score(e, shots.get(task)) for task, e in (tree.get("groups") or {}).items()}
+    chosen = {task: _score(task, entry, shots) for task, entry in results.items()}
+    chosen |= {task: _score(task, e, shots) for task, e in (tree.get("groups") or {}).items()}
     known = {task: score for task, score in chosen.items() if score is not None}
     shown = dict.fromkeys(_shown(known, tree.get("group_subtasks") or {}))
     if not shown:
@@ -74,17 +79,21 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def common_tasks(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Return the tasks with a share of right answers that all have, in order."""
+    """Return the tasks to average: those with a share of right answers that all have.
+
+    Where the paper's ten benchmarks are among them, only those.
+    """
     if not evaluations:
         return []
-    return [
+    tasks = [
         task
         for task, score in evaluations[0].tasks.items()
         if score.is_share and all(task in other.tasks for other in evaluations)
     ]
+    return list(PAPER_TASKS) if set(PAPER_TASKS) <= set(tasks) else tasks
 
 
-def _score(entry: Any, shots: Any) -> Score | None:
+def _score(task: str, entry: Any, shots: Mapping[str, Any]) -> Score | None:
     """Pick a task's headline number: ``"acc,none": 0.5`` and ``"acc_stderr,none": 0.01``."""
     if not isinstance(entry, dict):
         return None
@@ -97,14 +106,19 @@ def _score(entry: Any, shots: Any) -> Score | None:
     if not names:
         return None
 
+    known = by_task().get(task)
+
     def rank(key: str) -> int:
         metric = key.partition(",")[0]
+        if known is not None and metric == known.metric:
+            return -1
         return _SHARES.index(metric) if metric in _SHARES else len(_SHARES)
 
     best = min(names, key=rank)  # of equals, the first
     metric, _, kind = best.partition(",")
     error = numbers.get(f"{metric}_stderr,{kind}")
-    return Score(metric, float(numbers[best]), error, shots if isinstance(shots, int) else None)
+    asked = shots.get(task)
+    return Score(metric, float(numbers[best]), error, asked if isinstance(asked, int) else None)
 
 
 def _shown(known: Mapping[str, Score], groups: Mapping[str, Sequence[str]]) -> Iterator[str]:

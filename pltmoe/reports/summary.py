@@ -11,7 +11,7 @@ from pltmoe.errors import DataError
 from pltmoe.reports import numbers, paper
 from pltmoe.reports.curves import DIAGNOSTICS, ROUTING, SPEED, plot_curves
 from pltmoe.reports.done import what_was_done
-from pltmoe.reports.glance import Extras, at_a_glance, cache_bytes, longest_context
+from pltmoe.reports.glance import Extras, at_a_glance, cache_bytes, in_a_line, longest_context
 from pltmoe.reports.heat_maps import plot_heat_maps
 from pltmoe.reports.markdown import table
 from pltmoe.reports.plots import Bars, plot_costs, plot_losses, plot_scores
@@ -56,8 +56,12 @@ def write_report(runs: Sequence[Run], folder: Path, title: str, extras: Extras) 
 
 
 def note(runs: Sequence[Run], title: str, extras: Extras) -> str:
-    """Return the short form: the table and what it may not be taken for."""
-    return f"## {title}\n\n{table(at_a_glance(runs, extras))}\n\n{paper.statement(runs)}"
+    """Return the short form: one line, the table, and what it may not be taken for.
+
+    MLflow shows a description folded to its first line.
+    """
+    head = f"**{title}**: {in_a_line(runs, extras)}"
+    return f"{head}\n\n{table(at_a_glance(runs, extras))}\n\n{paper.statement(runs)}"
 
 
 def report_files(folder: Path) -> list[Path]:

@@ -4,14 +4,15 @@ In the UI the experiment then opens with the table as its description, above the
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from pltmoe.errors import DataError
 from pltmoe.tracking.journal import without_password
+from pltmoe.tracking.mlflow import page_of
 from pltmoe.tracking.sender import quick_to_fail
-from pltmoe.tracking.store import artifact_location, run_link, usable_uri
+from pltmoe.tracking.store import artifact_location, usable_uri
 
 RUN_NAME = "comparison"
 KIND_TAG = "pltmoe.kind"
@@ -28,9 +29,8 @@ def log_comparison(
     names: Sequence[str],
     files: Sequence[Path],
     note: str,
-    tags: Mapping[str, str],
 ) -> str:
-    """Create or renew the comparison of the runs ``names``; return its address.
+    """Create or renew the comparison of the runs ``names``; return where to look.
 
     Args:
         uri: tracking server or store.
@@ -38,7 +38,6 @@ def log_comparison(
         names: of the runs compared; a later comparison of the same ones replaces this one.
         files: the report, its pictures and tables.
         note: Markdown; becomes the description of the experiment, and of the comparison's run.
-        tags: further tags of the comparison's run.
 
     Raises:
         DataError: the server does not answer, or refuses.
@@ -61,7 +60,6 @@ def log_comparison(
             NOTE_TAG: note,
             KIND_TAG: RUN_NAME,
             "mlflow.source.name": "compare_runs.py",
-            **tags,
         }
         for key, value in about.items():
             client.set_tag(run_id, key, _cut(value))
@@ -74,9 +72,7 @@ def log_comparison(
             f"{shown}: the comparison could not be logged ({text}); the report is written, so run "
             "the same command again when MLflow answers"
         ) from None
-    if uri.startswith("http"):
-        return run_link(without_password(uri), experiment_id)
-    return f"{without_password(uri)} experiment {experiment_id}"
+    return page_of(without_password(uri), experiment_id)
 
 
 def _experiment(client: Any, uri: str, name: str) -> str:

@@ -21,6 +21,8 @@ from typing import Any
 
 import pltmoe
 from pltmoe.config import RunConfig, config_to_dict
+from pltmoe.config.counts import count_parameters
+from pltmoe.config.describe import describe_model, variant
 from pltmoe.tracking.base import EndStatus
 from pltmoe.tracking.journal import Journal, process_identity, without_password
 from pltmoe.tracking.store import run_link, usable_uri
@@ -130,6 +132,7 @@ class MLflowTracker:
     def _tags(self, tags: Mapping[str, str], resume_step: int | None) -> dict[str, str]:
         found = {
             "model": self._config.name,
+            **_about(self._config),
             "resumed": "false" if resume_step is None else "true",
             "mlflow.user": _user(),
             "mlflow.source.name": Path(sys.argv[0]).name,
@@ -160,6 +163,22 @@ class MLflowTracker:
         )
 
 
+def _about(config: RunConfig) -> dict[str, str]:
+    """Return tags that tell runs apart in a list, and the run's description."""
+    counts, kind = count_parameters(config.model), variant(config.model)
+    tokens = config.train.steps * config.train.global_batch_size * config.data.sequence_length
+    return {
+        "variant": kind,
+        "loops": str(config.model.num_loops),
+        "parameters": f"{counts.total:,}",
+        "active_parameters": f"{counts.active:,}",
+        "mlflow.note.content": (
+            f"**{kind}**: {describe_model(config.model)}; {counts.total:,} parameters, "
+            f"{counts.active:,} active per token; {tokens:,} tokens planned"
+        ),
+    }
+
+
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Return nested settings as dotted names and values as one would write them in YAML."""
     flat: dict[str, str] = {}
@@ -183,11 +202,15 @@ def how_to_look(run_dir: Path) -> str | None:
     state = journal.state(start["uri"]) if start else {}
     if not start or not state:
         return None
-    uri = start["uri"]
+    return page_of(start["uri"], state["experiment_id"])
+
+
+def page_of(uri: str, experiment_id: str) -> str:
+    """Return the address of an experiment, with the command that serves it if nothing does."""
     if uri.startswith("http"):
-        return run_link(uri, state["experiment_id"])
+        return run_link(uri, experiment_id)
     serve = f"MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {uri}"
-    return f"{serve}   then {run_link('http://127.0.0.1:5000', state['experiment_id'])}"
+    return f"{serve}   then {run_link('http://127.0.0.1:5000', experiment_id)}"
 
 
 def attach(run_dir: Path, paths: list[Path], folder: str = "") -> bool:

@@ -247,13 +247,8 @@ def test_bad_files_of_other_tools_are_named(tmp_path):
 def test_the_tool(run_dirs, tmp_path):
     decode = tmp_path / "decode.json"
     decode.write_text(json.dumps(DECODE))
-    command = [
-        sys.executable,
-        "tools/compare_runs.py",
-        *map(str, run_dirs),
-        "--output",
-        str(tmp_path),
-    ]
+    tool = [sys.executable, "tools/compare_runs.py"]
+    command = [*tool, *map(str, run_dirs), "--output", str(tmp_path)]
     done = subprocess.run(
         [*command, "--decode", str(decode), "--title", "By the tool"],
         cwd=ROOT,
