@@ -86,13 +86,14 @@ def _strike(
         over = not run.wait_for_saves(patience)
         time.sleep(moments.uniform(0, _AFTER_A_SAVE_BEGAN_S))
     else:
-        over = run.over_within(moments.uniform(0, duration))
+        over = run.over_within(moments.uniform(0, 0.7 * duration))
     if over or run.is_over():
         assert set(run.wait()) == {0}, run.log()
         run.check_resumed()
         return False
     run.kill(moments)
     struck[run.moment()] += 1
+    print(f"kill {struck.total()}: {run.moment()}", flush=True)
     if newest := run.check_resumed():
         check_files(newest, read_manifest(newest))
     return True
