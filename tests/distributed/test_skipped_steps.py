@@ -62,6 +62,7 @@ def lines_of(output: Path) -> list[dict[str, Any]]:
     return [
         {k: v for k, v in line.items() if not k.startswith(("perf/", "memory/", "time"))}
         for line in lines
+        if "checkpoint/save_seconds" not in line
     ]
 
 
