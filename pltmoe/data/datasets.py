@@ -14,6 +14,8 @@ import json
 import logging
 import os
 import shutil
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -92,11 +94,29 @@ def batches(
             dp_size,
         ),
         num_workers=num_workers,
+        worker_init_fn=_leave_signals_to_the_trainer,
         collate_fn=_stack,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
     return iter(loader)
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Live on through a scheduler's signals: it sends them to every process of a job.
+
+    The trainer then saves, for which it must not lose its loaders; it ends them itself, with
+    SIGTERM too, so they look at who sends it.
+    """
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_when_told_by, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told_by(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        continue
+    os._exit(0)
 
 
 class _MicroBatches:
