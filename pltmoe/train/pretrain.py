@@ -7,6 +7,7 @@
 | all steps done               | 0         | FINISHED | last step             |
 | SIGTERM / Ctrl-C             | 143 / 130 | KILLED   | step that was running |
 | an error the user can act on | 2         | FAILED   | none                  |
+| a rank hangs                 | 75        | FAILED   | none                  |
 | anything else                | 1         | FAILED   | none                  |
 """
 
