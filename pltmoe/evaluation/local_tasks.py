@@ -81,8 +81,12 @@ class _Passage:
 
     @property
     def end(self) -> str:
-        """The last few words with the space before them."""
-        return self.text[len(self.before_choice) :]
+        """The few words before the last one, with the space before them.
+
+        Without the last one: no two requests may be the same text cut at different places, for
+        the harness (0.4.13, ``logits_cache``) then answers one with a slice of the other.
+        """
+        return self.text[len(self.before_choice) : len(self.before_last)]
 
 
 def write_local_tasks(text: Path, folder: Path, max_positions: int, json_key: str = "text") -> None:
@@ -129,7 +133,7 @@ def _passages(document: str) -> Iterator[_Passage]:
         yield _Passage(
             text=document[begin : last.end()],
             before_last=document[begin : before_last.end()],
-            before_choice=document[begin : body[1 - _CHOICE_WORDS].end()],
+            before_choice=document[begin : body[-_CHOICE_WORDS].end()],
         )
 
 

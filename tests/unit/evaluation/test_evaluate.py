@@ -49,6 +49,13 @@ def log_likelihood(folder: Path, context: list[int], target: list[int]) -> float
     return float(chosen[-len(target) :].sum())
 
 
+def encode_pair(tokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
+    """Tokens of both in one piece, cut where the context ends: pieces may join over the border."""
+    whole = tokenizer.encode(context + target, add_special_tokens=False)
+    border = len(tokenizer.encode(context, add_special_tokens=False))
+    return whole[:border], whole[border:]
+
+
 def run(folder: Path, text: Path, where: Path, batch_size: int = 3, **changes):
     write_local_tasks(text, where, SLOTS)
     options = EvaluationOptions(
@@ -81,15 +88,14 @@ def test_scores_are_those_of_the_model_itself(name, exports, text, tmp_path):
     questions = read(tmp_path / "local_continuation.jsonl")
     right = 0
     for question in questions:
-        context = tokenizer.encode(question["context"], add_special_tokens=False)
         answers = [
-            log_likelihood(folder, context, tokenizer.encode(c, add_special_tokens=False))
-            for c in question["choices"]
+            log_likelihood(folder, *encode_pair(tokenizer, question["context"], choice))
+            for choice in question["choices"]
         ]
         right += answers.index(max(answers)) == question["answer"]
     assert value["local_continuation", "acc"] == pytest.approx(right / len(questions))
     last = read(tmp_path / "local_last_word.jsonl")
-    pairs = [[tokenizer.encode(q[k], add_special_tokens=False) for k in q] for q in last]
+    pairs = [encode_pair(tokenizer, q["context"], q["target"]) for q in last]
     mean = sum(log_likelihood(folder, *pair) for pair in pairs) / len(pairs)
     assert value["local_last_word", "perplexity"] == pytest.approx(math.exp(-mean), rel=1e-4)
     assert average(scores, benchmarks) == pytest.approx(
