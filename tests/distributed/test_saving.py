@@ -24,7 +24,7 @@ def test_what_is_saved_behind_training_is_what_a_waiting_save_writes(
         parallel__expert_parallel_size=2,
     )
     for report in reports:
-        assert report == {"before its time": [False, False], "threads": []}
+        assert report == {"before its time": [False, False], "left over": []}
     waiting, behind = (tmp_path / name / "step_00000002" for name in ("waiting", "behind"))
     ours, expected = tensors_of(behind), tensors_of(waiting)
     assert len(ours) > 60 and ours.keys() == expected.keys()
