@@ -95,8 +95,8 @@ def test_a_rank_stuck_with_pythons_lock_is_ended_by_the_c_thread(jobs):
     codes, outputs, _ = jobs["lock"]
     assert codes == [HANG_EXIT_CODE, 1], outputs
     assert "no progress: rank 1 did not answer: stopped, dead, cut off, or inside C" in outputs[0]
-    assert "rank 1: last heard of in: data of step 3" in outputs[0]
-    assert "Timeout (0:00:0" in outputs[1] and "in hang" in outputs[1]
+    assert "rank 1: last heard of in: " in outputs[0]
+    assert "Timeout (0:00:" in outputs[1] and "in hang" in outputs[1]
 
 
 def test_rank_zero_may_stop_with_the_store(jobs):
