@@ -61,11 +61,26 @@ first_crash() {
         awk -v asked="$ASKED_TO_STOP" '$2 != 0 && $2 !~ asked && !n++'
 }
 
+# Nodes of which no rank has left its line, and that do not run anything any more.
+lost_nodes() {
+    local node
+    for node in $(scontrol show hostnames "$SLURM_JOB_NODELIST"); do
+        grep -qs " $node\$" "$LOGS"/rank_*.exit ||
+            timeout 20 srun --overlap --nodes=1 --ntasks=1 --nodelist="$node" true >/dev/null 2>&1 ||
+            echo "$node" &
+    done | sort | paste -sd,
+}
+
 conclude() {
-    local crash code rank node ended
+    local crash code rank node ended lost
+    is_running || leave
     crash=$(first_crash)
+    lost=$(lost_nodes)
     ended=$(find "$LOGS" -name 'rank_*.exit' | wc -l)
-    if [[ -n $crash ]]; then
+    if [[ -n $lost ]]; then
+        say "$lost does not answer: lost, with its ranks (what the others said: $LOGS)"
+        after_crash "$lost"
+    elif [[ -n $crash ]]; then
         read -r _ code rank node <<<"$crash"
         say "rank $rank on $node ended first, with exit code $code; the end of $LOGS/rank_$rank.log:"
         tail -n 20 "$LOGS/rank_$rank.log" >&2
@@ -82,7 +97,6 @@ conclude() {
 # after_crash NODE: another try, if that has not been tried too often from the same checkpoint.
 after_crash() {
     local newest tries
-    is_running || leave
     mkdir -p "$OUTPUT/checkpoints"
     newest=$(find "$OUTPUT/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' | sort | tail -n 1)
     newest=${newest:-none}
@@ -96,14 +110,23 @@ after_crash() {
     [[ -z $1 || $EXCLUDE_CRASHED_NODES != yes ]] || exclude "$1"
 }
 
-is_running() { [[ $(squeue --noheader --jobs="$JOB" --format=%T) == RUNNING ]]; }
+# patiently COMMAND...: again, if slurmctld is too busy to answer.
+patiently() {
+    local try
+    for try in 1 2 3 4 5; do
+        "$@" && return
+        sleep $((try * 5))
+    done
+    return 1
+}
+
+is_running() { [[ $(patiently squeue --noheader --jobs="$JOB" --format=%T) == RUNNING ]]; }
 leave() { die "the job was cancelled or preempted: what follows is Slurm's"; }
 
 requeue() {
-    is_running || leave
     say "$1: requeueing job $JOB"
     trap '' TERM # which a requeue sends to all that still runs here, scontrol too
-    scontrol requeue "$JOB"
+    patiently scontrol requeue "$JOB"
 }
 
 # exclude NODE: the requeued job shall not get it again.
@@ -117,7 +140,7 @@ exclude() {
     if ((others < SLURM_JOB_NUM_NODES)); then
         say "too few other nodes in $SLURM_JOB_PARTITION: $1 stays allowed"
     else
-        scontrol update JobId="$JOB" ExcNodeList="$excluded"
+        patiently scontrol update JobId="$JOB" ExcNodeList="$excluded"
         say "excluded $excluded"
     fi
 }

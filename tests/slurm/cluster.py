@@ -42,7 +42,7 @@ MpiDefault=none
 MailProg=/bin/true
 SlurmdParameters=config_overrides
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=120
 KillWait=10
 MinJobAge=900
 SchedulerParameters=sched_interval=2,bf_interval=5

@@ -56,6 +56,7 @@ class Site:
             "GLOO_SOCKET_IFNAME": "lo",
             # Job numbers begin at 1, so another cluster on this machine would take the same ports.
             "PORT_BASE": str(10_000 + os.getpid() % 20_000),
+            "MAX_CRASH_RESTARTS": "0",
             "NODES": "1",
             "GPUS_PER_NODE": "1",
             "SBATCH_OUTPUT": str(folder / "job-%j.out"),
@@ -101,6 +102,7 @@ class Site:
         """Wait until a leg has taken three steps; returns the last step seen."""
 
         def steps() -> list[str]:
+            assert "giving up" not in self.logs(), self.logs()
             return re.findall(r" step (\d+)/", self.rank_log(name, leg))
 
         wait_until(lambda: len(steps()) >= 3, PATIENCE_S, f"{name} leg {leg} takes steps",

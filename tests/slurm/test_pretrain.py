@@ -36,7 +36,7 @@ def test_legs_of_one_run_signal_crash_and_end(site):
     config = site.config("legs", steps=LONG)
     job = site.submit(
         "pretrain_plt_moe.sh", "parallel.expert_parallel_size=2",
-        CONFIG=config, NODES=2, GPUS_PER_NODE=2,
+        CONFIG=config, NODES=2, GPUS_PER_NODE=2, MAX_CRASH_RESTARTS=1,
     )  # fmt: skip
     first = site.wait_for_step("legs", leg=0)
     # To the batch script alone, as Slurm does it for --signal=B:USR1@300.
@@ -84,9 +84,9 @@ def test_a_request_requeues_and_a_cancel_does_not(site):
 
 
 def test_a_node_that_is_gone_costs_a_restart(site):
-    """Slurm notices after SlurmdTimeout and requeues by itself, because of --requeue."""
+    """The survivors fail because of it, but it is the lost node that is named and left out."""
     config = site.config("lost", steps=LONG)
-    job = site.submit("pretrain_plt_moe.sh", CONFIG=config, NODES=2)
+    job = site.submit("pretrain_plt_moe.sh", CONFIG=config, NODES=2, MAX_CRASH_RESTARTS=1)
     site.wait_for_step("lost", leg=0)
     wait_until(lambda: any((site.folder / "lost" / "checkpoints").glob("step_*")), PATIENCE_S,
                "a checkpoint", site.logs)  # fmt: skip
@@ -96,8 +96,10 @@ def test_a_node_that_is_gone_costs_a_restart(site):
     site.cluster.power_off(number)
     try:
         found = site.ended(job, "COMPLETED")
-        assert int(found["Restarts"]) >= 1
-        assert "resumed from" in site.log(job)
+        log = site.log(job)
+        assert f"node{number} does not answer: lost, with its ranks" in log, log
+        assert found["Restarts"] == "1" and found["ExcNodeList"] == f"node{number}"
+        assert "resumed from" in log
     finally:
         site.cluster.start_node(number)
 
