@@ -135,11 +135,13 @@ def parallel_parts_fit(c: RunConfig) -> Iterator[str]:
             f"parallel.model_chunks_per_stage ({p.model_chunks_per_stage}) needs "
             "parallel.pipeline_parallel_size (1) of at least 2"
         )
-    if p.overlap_grad_reduce and p.pipeline_parallel_size > 1:
+    parts = m.num_loops * p.model_chunks_per_stage
+    if p.overlap_grad_reduce and p.pipeline_parallel_size > 1 and parts > 1:
         yield (
             "parallel.overlap_grad_reduce (true) with parallel.pipeline_parallel_size "
-            f"({p.pipeline_parallel_size}): a stage finishes its gradients with the backward pass "
-            "of loop 1, which comes last, so nothing would overlap; set it to false"
+            f"({p.pipeline_parallel_size}): a stage runs backward {parts} times for a micro batch "
+            "(model.num_loops x parallel.model_chunks_per_stage), and Megatron would reduce "
+            "gradients after the first; set it to false"
         )
 
 

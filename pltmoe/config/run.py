@@ -30,8 +30,8 @@ class ParallelConfig(Section):
     """What backward computes again instead of keeping: nothing, attention (scores, window, gate)
     or whole layers."""
     overlap_grad_reduce: bool = False
-    """Reduce gradients while backward still runs. Not with stages: there loop 1's backward, which
-    completes a shared weight's gradient, is the last thing that a stage does."""
+    """Reduce gradients while backward still runs. With stages only where each runs backward once
+    for a micro batch (one loop, one model chunk): Megatron counts one backward per weight."""
 
 
 class DataSource(Section):

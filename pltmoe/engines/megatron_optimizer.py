@@ -26,9 +26,10 @@ _DECAY_STYLES = {"cosine": "cosine", "wsd": "WSD", "linear": "linear", "constant
 def wrap_in_ddp(
     model: nn.Module, groups: ProcessGroupCollection, overlap: bool = False
 ) -> DistributedDataParallel:
-    """Give ``model`` fp32 gradient buffers that are reduced once per optimizer step.
+    """Give ``model`` fp32 gradient buffers that are reduced once per optimizer step, in buckets.
 
-    With ``overlap``, in buckets, each as soon as the last micro batch's backward has filled it.
+    With ``overlap``, each as soon as the last micro batch's backward has filled it. Buckets also
+    keep a checkpoint cheap: Megatron gathers the optimizer state on the device, one at a time.
     """
     ddp_config = DistributedDataParallelConfig(
         # A float64 model is there to be compared to the last digit.
@@ -38,7 +39,7 @@ def wrap_in_ddp(
     )
     layout = DistributedOptimizer.compute_full_param_layout(
         [parameter for parameter in model.parameters() if parameter.requires_grad],
-        _BUCKET_PARAMETERS if overlap else None,  # None: one bucket
+        _BUCKET_PARAMETERS,
         groups.dp_cp.size(),
         ddp_config,
         expert_data_parallel_world_size=groups.expt_dp.size(),

@@ -6,6 +6,8 @@ under any layout. Hyperparameters and schedule are not stored: the configuration
 and the checkpoint's must agree with it (checkpoint/compatible.py).
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -54,12 +56,37 @@ def optimizer_state(
     """
     ensure_state(optimizer)
     metadata = sharding_metadata(groups)
-    return {
-        index: part.sharded_state_dict({"model": weights}, is_loading=loading, metadata=metadata)[
-            "param_state"
-        ]
-        for index, part in enumerate(optimizer.chained_optimizers)
-    }
+    found = {}
+    for index, part in enumerate(optimizer.chained_optimizers):
+        with _places_without_padding(part):
+            state = part.sharded_state_dict(
+                {"model": weights}, is_loading=loading, metadata=metadata
+            )
+        found[index] = state["param_state"]
+    return found
+
+
+@contextmanager
+def _places_without_padding(part: Any) -> Iterator[None]:
+    """Tell a distributed optimizer where its weights lie once the buckets' padding is gone.
+
+    Megatron joins the buckets without the padding at their ends and then looks the weights up at
+    the places with it: from the second bucket on it would store the wrong numbers, silently.
+    """
+    kept = [buffer.param_index_map for buffer in part.buffers]
+    try:
+        for buffer in part.buffers:
+            padding = [0]
+            for bucket in buffer.buckets:
+                padding.append(padding[-1] + bucket.grad_data.numel() - bucket.numel_unpadded)
+            buffer.param_index_map = {
+                parameter: (start - padding[bucket], end - padding[bucket], bucket)
+                for parameter, (start, end, bucket) in buffer.param_index_map.items()
+            }
+        yield
+    finally:
+        for buffer, places in zip(part.buffers, kept, strict=True):
+            buffer.param_index_map = places
 
 
 def random_object(loading: bool) -> ShardedObject:

@@ -118,7 +118,7 @@ def _stages(z: Sizes, layout: Layout, a: Assumptions) -> Iterator[Message]:
         return
     stream = z.r * z.m.hidden_size * z.e
     sent = 2 * layout.loop_chunks * layout.micro_batches * stream
-    crosses = layout.world_size // stages * 2 > a.gpus_per_node
+    crosses = layout.world_size > a.gpus_per_node  # some boundary, or the way back to stage 0
     yield Message("PP", 0.0 if crosses else sent, sent if crosses else 0.0)
 
 

@@ -35,15 +35,23 @@ class StageMemory:
     """Part of ``activations``: final norm, logits and cross entropy of one micro batch."""
 
     @property
+    def update(self) -> float:
+        """What the update needs on top: PyTorch's AdamW takes the roots of a whole shard at once.
+
+        (Transformer Engine's and Apex's do not.)
+        """
+        return 4.0 * self.weights.shard
+
+    @property
     def parts(self) -> dict[str, float]:
-        """What adds up to the peak."""
-        w = self.weights
+        """What adds up to the peak: at the worst moment of the passes, or in the update."""
+        w, in_update = self.weights, self.update > self.activations + self.working
         return {
             "parameters": w.parameters,
             "gradients": w.gradients,
             "optimizer": w.optimizer,
-            "activations": self.activations,
-            "working memory": self.working,
+            "activations": 0.0 if in_update else self.activations,
+            "working memory": self.update if in_update else self.working,
         }
 
     @property

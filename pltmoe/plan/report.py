@@ -227,8 +227,10 @@ This page is what this command writes, and a test compares:
 
 Layouts are those of the files under `configs/`, on {gpu} GPUs, with the file's micro batch or,
 where the global batch does not divide, the next smaller one; `python tools/plan.py --search` looks
-for better ones. Memory is in GiB per GPU of the fullest stage at the worst moment of a step;
-bytes sent
-are per GPU and step. Expert-parallel groups of 8 stay inside a node; reducing gradients and
-gathering weights cross nodes from 16 GPUs on.
+for better ones. Memory is in GiB per GPU of the fullest stage at the worst moment of a step; where
+that is the update (PyTorch's AdamW; Transformer Engine's needs less), activations are 0. To save,
+Megatron gathers the optimizer state of each bucket on the GPU and all of a rank's parameters three
+times (fp32) in host memory: 12 bytes per parameter of the rank, e.g. 60 GiB a rank for
+plt-1.7b-40b with EP8. Bytes sent are per GPU and step. Expert-parallel groups of 8 stay inside a
+node; reducing gradients and gathering weights cross nodes from 16 GPUs on.
 """

@@ -15,7 +15,14 @@ from pltmoe.errors import EngineError
 from pltmoe.hf.mapping import megatron_to_hf
 from pltmoe.model.initialize import global_name
 from pltmoe.model.reference import router_loss
-from tests.distributed.tiny import MOE, batches, build_engine, drop_engine, tiny_config
+from tests.distributed.tiny import (
+    MOE,
+    batches,
+    build_engine,
+    drop_engine,
+    small_buckets,
+    tiny_config,
+)
 from tests.single_process import reference_of
 
 
@@ -32,7 +39,9 @@ def train(
     ``load_from`` is the folder of one checkpoint; what was loaded is saved to ``copy_to``.
     """
     config = tiny_config(model, **changes)
-    engine = build_engine(config)
+    with small_buckets():
+        engine = build_engine(config)
+    assert len(engine._ddp.buffers[0].buckets) > 1
     start = 0
     if load_from:
         (load_from,) = load_from.glob("step_*")

@@ -56,6 +56,7 @@ TESTED: tuple[tuple[int, str, str, int], ...] = (
     (2, "PP2 x V2", "PLT-2 tied", 2),
     (2, "PP2 x V2", "PLT-3", 3),
     (2, "PP2 x full", "PLT-2", 2),
+    (2, "PP2 x overlap", "vanilla", 2),
     (2, "PP2 x selective", "PLT-3", 2),
     (2, "TP2", "vanilla", 8),
     (2, "TP2", "PLT-2 tied", 2),
@@ -125,6 +126,9 @@ TRAINED: tuple[tuple[int, str, str], ...] = (
     (4, "CP2 x EP2", "PLT-3"),
     (4, "TP2 x EP2 x ETP2", "PLT-2"),
     (4, "PP2 x TP2", "dense PLT-3"),
+    (4, "PP2", "PLT-2 tied"),
+    (4, "TP2 x CP2", "PLT-2 tied"),
+    (4, "PP2 x EP2 x V2", "PLT-3"),
 )
 
 MOVED: dict[str, tuple[tuple[int, str], ...]] = {

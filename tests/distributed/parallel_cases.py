@@ -22,7 +22,7 @@ from pltmoe.parallel.layout import layout_for
 from pltmoe.parallel.pipeline import Pipeline, build_stage
 from pltmoe.parallel.schedule import build_schedule, most_lent
 from pltmoe.runtime import devices, distributed, seeds
-from tests.distributed.tiny import batches, build_engine, tiny_config
+from tests.distributed.tiny import batches, build_engine, small_buckets, tiny_config
 
 
 def float64_step(config: RunConfig) -> tuple[PLTModel, Pipeline, float]:
@@ -39,7 +39,8 @@ def float64_step(config: RunConfig) -> tuple[PLTModel, Pipeline, float]:
     initialize(stage, config.train.seed)
     perturb(stage)
     stage.compute_language_model_loss = partial(cross_entropy, groups.tp)
-    ddp = wrap_in_ddp(stage, groups, config.parallel.overlap_grad_reduce)
+    with small_buckets():
+        ddp = wrap_in_ddp(stage, groups, config.parallel.overlap_grad_reduce)
     pipeline = Pipeline(stage, ddp, layout, groups, 16, torch.device("cpu"))
     # Every data-parallel rank gets whole gradients, not its shard.
     stage.config.finalize_model_grads_func = lambda model, *a, **k: finalize_model_grads(
@@ -109,7 +110,7 @@ def train_in_float64(
     each, relative to its largest value.
     """
     config = tiny_config(model, optimizer__clip_grad_norm=0.0, **changes)
-    with optimizer_in_float64():
+    with optimizer_in_float64(), small_buckets():
         engine = build_engine(config)
         stage = engine.model
         stage.compute_language_model_loss = partial(cross_entropy, engine._groups.tp)

@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 
 from pltmoe.config import RunConfig, config_from_dict
+from pltmoe.engines import megatron_optimizer
 from pltmoe.engines.megatron import MegatronEngine
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
@@ -73,6 +75,11 @@ def build_engine(config: RunConfig) -> MegatronEngine:
     groups = create_groups(layout)
     seeds.seed_everything(config.train.seed)
     return MegatronEngine(config, layout, groups)
+
+
+def small_buckets() -> Any:
+    """Return a patch under which a tiny model's gradients fill several of Megatron's buckets."""
+    return mock.patch.object(megatron_optimizer, "_BUCKET_PARAMETERS", 5000)
 
 
 def drop_engine() -> None:

@@ -123,6 +123,31 @@ def test_stages_hand_on_every_loop_chunk():
     (message,) = step_messages(z, layout, weights, "none", DEFAULT)
     assert message.kind == "PP"
     assert message.total == 2 * 2 * 4 * (32 * 32 * 2)  # ways x loops x micro batches x [t, d]
+    assert message.between == 0
+
+
+def test_small_stages_on_several_nodes_send_over_the_network():
+    """Four stages of four ranks: two share a node, but some boundary lies between nodes."""
+    run = tiny_config(
+        DENSE | {"num_layers": 4},
+        parallel__pipeline_parallel_size=4,
+        parallel__tensor_parallel_size=2,
+        train__global_batch_size=16,
+    )
+    layout = layout_for(run, 16)
+    z, weights = sizes_for(run, layout, 2), stage_weights(run.model, layout, 0)
+    messages = step_messages(z, layout, weights, "none", DEFAULT)
+    (message,) = [message for message in messages if message.kind == "PP"]
+    assert message.inside == 0 < message.between
+
+
+def test_the_update_may_need_more_than_backward():
+    """PyTorch's AdamW takes the roots of all second moments of a rank at once."""
+    run = config("plt_1.7b_40b", "parallel.recompute=full", "train.micro_batch_size=1")
+    stage = make_plan(run, 8).fullest
+    held = stage.weights.parameters + stage.weights.gradients + stage.weights.optimizer
+    assert stage.peak == held + 4 * stage.weights.shard
+    assert stage.parts["working memory"] > stage.activations + stage.working
 
 
 def test_layer_flops_add_up():

@@ -40,7 +40,7 @@ def test_what_does_not_fit_is_refused_with_the_number():
     done = plan("--config", "configs/vanilla_2.5b_60b.yaml", "--gpus", 8)
     assert done.returncode in (1, 2)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert "147" in line and "GiB" in line
+    assert "needs 153.5 GiB per GPU and has 130.4 GiB" in line
 
 
 def test_search_lists_layouts_that_fit_or_says_that_there_is_none():
