@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from pltmoe.errors import ConfigError
 from pltmoe.evaluation.benchmarks import LISTS, describe_lists
 from pltmoe.evaluation.harness import (
@@ -58,7 +60,7 @@ def _evaluate(args: argparse.Namespace, local: Path) -> list[Score] | None:
         include=args.include,
         limit=args.limit,
         batch_size=args.batch_size,
-        device=args.device,
+        device=args.device or ("cuda" if torch.cuda.is_available() else "cpu"),
         allow_code=args.allow_code,
     )
     benchmarks = choose(options)
@@ -106,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--limit", type=int, help="questions per task, to try something out")
     parser.add_argument("--batch-size", type=int, default=default.batch_size)
-    parser.add_argument("--device", default=default.device, help="cpu (default), cuda, cuda:1, ...")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--allow-code", action="store_true", help="run code the model wrote, here")
     parser.add_argument("--download", action="store_true", help="fetch the data sets and end")
     parser.add_argument("--run", help="MLflow run id, or directory of the run: log the scores")

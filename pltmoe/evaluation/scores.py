@@ -35,17 +35,6 @@ def scores_of(results: dict[str, Any], benchmarks: Sequence[Benchmark]) -> list[
     return found
 
 
-def average(scores: Sequence[Score], benchmarks: Sequence[Benchmark]) -> float | None:
-    """Return the mean of the counting metrics, or None when one is missing."""
-    values = []
-    for b in benchmarks:
-        same = [s.value for s in scores if s.task == b.task and s.metric.split(",")[0] == b.metric]
-        if not same:
-            return None
-        values.append(same[0])
-    return sum(values) / len(values)
-
-
 def as_markdown(model: str, scores: Sequence[Score], limit: int | None) -> str:
     """Return a short table."""
     lines = [f"# Evaluation of {model}", ""]

@@ -36,21 +36,21 @@ class Journal:
         self._state_path = self.folder / STATE_FILE
 
     def append(self, kind: str, **fields: Any) -> None:
-        """Add one event; a line this short is appended in one piece."""
+        """Add one event; behind a torn line (a lost machine, a full disk) on a line of its own."""
         self.folder.mkdir(parents=True, exist_ok=True)
         event = {"event": kind, "time": round(time.time(), 3)} | fields
-        with self.events_path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(event) + "\n")
+        with self.events_path.open("ab+") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 1))
+            torn = file.read(1) not in (b"", b"\n")
+            file.write(("\n" * torn + json.dumps(event) + "\n").encode())
 
     def events(self) -> list[dict[str, Any]]:
-        """Return all complete events, oldest first."""
+        """Return all complete events, oldest first; torn lines are passed over."""
         if not self.events_path.exists():
             return []
-        found = []
-        for line in self.events_path.read_text(encoding="utf-8").splitlines(keepends=True):
-            if line.endswith("\n"):
-                found.append(json.loads(line))
-        return found
+        lines = self.events_path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [event for line in lines[:-1] if (event := _decode(line)) is not None]
 
     def last_start(self) -> dict[str, Any] | None:
         """Return the newest start event."""
@@ -82,9 +82,13 @@ class Journal:
             yield mine
 
     def _states(self) -> dict[str, Any]:
+        """Return what is in state.json; an unreadable one (a lost machine) counts as none.
+
+        The run is then found again by its key, and what the server has is asked of the server.
+        """
         if not self._state_path.exists():
             return {}
-        return json.loads(self._state_path.read_text(encoding="utf-8"))
+        return _decode(self._state_path.read_text(encoding="utf-8", errors="replace")) or {}
 
 
 def end_of_last_start(events: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -124,6 +128,14 @@ def _process_started(pid: int) -> str | None:
         return None
     fields = stat.rpartition(")")[2].split()
     return None if fields[0] == "Z" else fields[19]
+
+
+def _decode(text: str) -> dict[str, Any] | None:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return values if isinstance(values, dict) else None
 
 
 def _try_lock(descriptor: int) -> bool:

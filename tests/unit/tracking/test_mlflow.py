@@ -82,6 +82,26 @@ def test_the_end_of_an_earlier_attempt_does_not_end_the_next():
     assert end_of_last_start([*starts, own, late]) is own
 
 
+def test_a_torn_event_does_not_spoil_those_after_it(tmp_path):
+    """A machine that was lost, or a disk that was full, in the middle of a line."""
+    journal = Journal(tmp_path)
+    journal.append("start", attempt="a")
+    with journal.events_path.open("a") as file:
+        file.write('{"event": "finish", "att')
+    assert [event["event"] for event in journal.events()] == ["start"]
+    journal.append("start", attempt="b")
+    journal.append("finish", attempt="b")
+    assert [(e["event"], e["attempt"]) for e in journal.events()] == [
+        ("start", "a"), ("start", "b"), ("finish", "b"),
+    ]  # fmt: skip
+    journal.save_state("http://host", {"run_id": "abc"})
+    assert journal.state("http://host") == {"run_id": "abc"}
+    (journal.folder / "state.json").write_text('{"http://host": {"run')
+    assert journal.state("http://host") == {}
+    journal.save_state("http://host", {"run_id": "abc"})
+    assert journal.state("http://host") == {"run_id": "abc"}
+
+
 def test_links_open_the_training_view():
     link = run_link("http://host:1/", "2", "abc")
     assert link == "http://host:1/#/experiments/2/runs/abc?workflowType=machine_learning"

@@ -17,6 +17,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pltmoe.tracking.journal import Journal
@@ -24,7 +25,7 @@ from pltmoe.tracking.jsonl import read_jobs, read_lines
 from tests.distributed.run_files import make_files, start_ranks
 from tests.unit.tracking.conftest import ROOT, Server
 from tests.unit.tracking.proxy import Proxy
-from tests.unit.tracking.test_delivery import wait_until
+from tests.unit.tracking.test_delivery import has_run, job, wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("mlflow")]
 ROUNDS = int(os.environ.get("PLTMOE_FAULT_ROUNDS", "2"))
@@ -203,3 +204,23 @@ def test_a_killed_run_continues_the_same_mlflow_run_and_ends_finished(server, co
     lines = read_lines(run_dir / "metrics.jsonl")
     assert sorted(found) == [(m["step"], m["train/loss"]) for m in lines if "train/loss" in m]
     assert [job["status"] for job in read_jobs(run_dir)] == ["RUNNING", "FINISHED"]
+
+
+def test_job_and_sender_killed_together_then_resumed(server, tmp_path):
+    """A lost node, or a scheduler that kills all of a job: nobody is left to say FAILED."""
+    from mlflow.tracking import MlflowClient
+
+    run_dir = tmp_path / "run"
+    first = job(run_dir, server.uri, "--last", 30, "--linger")
+    wait_until(lambda: has_run(run_dir, server))
+    (sender,) = psutil.Process(first.pid).children()
+    first.kill()
+    sender.kill()
+    first.wait()
+    run_id = Journal(run_dir).state(server.uri)["run_id"]
+    (run_dir / "mlflow/state.json").write_text('{"torn')  # as a lost machine may leave it
+    second = job(run_dir, server.uri, "--resume", 20, "--first", 21, "--last", 40)
+    assert second.wait(120) == 0
+    assert Journal(run_dir).state(server.uri)["run_id"] == run_id
+    assert MlflowClient(server.uri).get_run(run_id).info.status == "FINISHED"
+    assert sorted(s for s, _ in points(server.uri, run_id, "train/loss")) == list(range(1, 41))
