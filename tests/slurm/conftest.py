@@ -49,6 +49,7 @@ class Site:
     def __init__(self, cluster: Cluster, files: Path, folder: Path):
         self.cluster, self.files, self.folder = cluster, files, folder
         self.store = f"sqlite:///{folder}/mlflow.db"
+        self.mlflow_runs()  # makes the store: two jobs that do so at once get in each other's way
         self.environment = {
             **cluster.environment,
             "PYTHON": sys.executable,

@@ -75,12 +75,12 @@ def test_a_request_requeues_and_a_cancel_does_not(site):
     site.cluster.run("scancel", job)
     found = site.ended(job, "CANCELLED")
     assert found["Restarts"] == "1"
-    said = "cancelled or preempted: what follows is Slurm's"
-    wait_until(lambda: said in site.log(job), 60, said, lambda: site.log(job))
-    assert "SIGTERM: finishing this step, then saving and stopping" in site.rank_log("asked", 1)
-    stopped = int(re.search(r"stopped at step (\d+)", site.rank_log("asked", 1))[1])
-    status, steps = site.mlflow_runs()["asked"]
-    assert status == "KILLED" and steps == list(range(1, stopped + 1))
+    log = site.rank_log("asked", 1)
+    assert "SIGTERM: finishing this step, then saving and stopping" in log
+    # What follows the checkpoint may be cut short: Slurm kills after KillWait.
+    wait_until(lambda: "saved" in site.rank_log("asked", 1).split("SIGTERM")[1], 10, "saved",
+               site.logs)  # fmt: skip
+    assert site.rank_log("asked", leg=2) == ""
 
 
 def test_a_node_that_is_gone_costs_a_restart(site):
