@@ -71,7 +71,7 @@ def main() -> None:
     print(f"report: {report}")
     folders = [Path(run) for run in args.runs if not run.startswith(MLFLOW_PREFIX)]
     if args.mlflow_uri:
-        where = _log(runs, folders, args.mlflow_uri, args.output, note(runs, args.title, extras))
+        where = _log(runs, folders, args.mlflow_uri, args.output, note(runs, extras))
     else:
         where = next(filter(None, map(how_to_look, folders)), None)
     if where:

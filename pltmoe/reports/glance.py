@@ -40,7 +40,7 @@ def at_a_glance(runs: Sequence[Run], extras: Extras) -> list[list[str]]:
     """Return the rows, the head first."""
     return [
         ["", *(run.name for run in runs), paper.TITLE],
-        ["model", *(variant(run.config.model) for run in runs), "MoE"],
+        ["model", *(variant(run.config.model) for run in runs), paper.MODELS],
         *_sizes(runs),
         *_training(runs),
         *_caches(runs, extras),
@@ -62,7 +62,7 @@ def in_a_line(runs: Sequence[Run], extras: Extras) -> str:
             times = [extras.decode.get(r.name, {}).get("ms_per_token") for r in (run, first)]
             said += f", decoding {times[0] / times[1]:.2f}x" if all(times) else ""
         parts.append(said)
-    return f"validation loss {'; '.join(parts)}"
+    return f"Validation loss: {'; '.join(parts)}"
 
 
 def final_loss(run: Run) -> float:

@@ -7,7 +7,8 @@ from pltmoe.config.counts import count_parameters
 from pltmoe.reports import numbers
 from pltmoe.reports.runs import Run
 
-TITLE = "paper: vanilla → PLT-2"
+TITLE = "paper"
+MODELS = "vanilla → PLT-2"
 PARAMETERS = "60 B → 40 B"
 ACTIVE = "2.5 B → 1.7 B"
 TOKENS = "1 T → 1 T"

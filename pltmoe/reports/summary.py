@@ -55,13 +55,13 @@ def write_report(runs: Sequence[Run], folder: Path, title: str, extras: Extras) 
     return path
 
 
-def note(runs: Sequence[Run], title: str, extras: Extras) -> str:
+def note(runs: Sequence[Run], extras: Extras) -> str:
     """Return the short form: one line, the table, and what it may not be taken for.
 
     MLflow shows a description folded to its first line.
     """
-    head = f"**{title}**: {in_a_line(runs, extras)}"
-    return f"{head}\n\n{table(at_a_glance(runs, extras))}\n\n{paper.statement(runs)}"
+    rows = table(at_a_glance(runs, extras))
+    return f"{in_a_line(runs, extras)}\n\n{rows}\n\n{paper.statement(runs)}"
 
 
 def report_files(folder: Path) -> list[Path]:

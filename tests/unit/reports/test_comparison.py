@@ -56,7 +56,7 @@ def test_one_experiment_shows_runs_table_and_report(folder, uri, compare, tmp_pa
     assert {run.info.status for run in found.values()} == {"FINISHED"}
 
     note = experiment.tags["mlflow.note.content"]
-    assert note.startswith("**Both**: validation loss vanilla ")  # all that is shown when folded
+    assert note.startswith("Validation loss: vanilla ")  # all that is shown when folded
     assert "| decode ms per token (measured)" in note and "about 0.70x" in note
     assert found["comparison"].data.tags["mlflow.note.content"] == note
     run_id = found["comparison"].info.run_id
