@@ -20,7 +20,7 @@ ENDLESS_S = 600
 
 def hang(kind: str) -> None:
     """Hang in one of the ways in which ranks do."""
-    if kind in ("sleep", "slack"):
+    if kind == "slack":
         ctypes.CDLL(None).sleep(ENDLESS_S)
     elif kind == "lock":  # C code that never gives Python's lock back
         ctypes.PyDLL(None).sleep(ENDLESS_S)
