@@ -44,7 +44,9 @@ def _memory_lines(plan: Plan) -> Iterator[str]:
     full = plan.fullest
     for name, size in full.parts.items():
         yield _row(name, size / GIB)
-        if name == "activations":
+        if name == "activations" and not size:
+            yield "    (the peak is in the optimizer's update: activations are free by then)"
+        elif name == "activations":
             yield _row("  of it K/V for later loops", full.shared_kv / GIB)
             yield _row("  of it gradients lent back", full.lent_gradients / GIB)
             yield _row("  of it router and dispatch", full.dispatch / GIB)

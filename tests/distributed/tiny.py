@@ -79,7 +79,7 @@ def build_engine(config: RunConfig) -> MegatronEngine:
 
 def small_buckets() -> Any:
     """Return a patch under which a tiny model's gradients fill several of Megatron's buckets."""
-    return mock.patch.object(megatron_optimizer, "_BUCKET_PARAMETERS", 5000)
+    return mock.patch.object(megatron_optimizer, "_BUCKET_PARAMETERS", 2500)
 
 
 def drop_engine() -> None:

@@ -138,7 +138,7 @@ def test_the_array_trains_one_row_per_task(site):
 def test_what_cannot_fit_is_refused_before_it_is_queued(site):
     done = site.shell("bash", "slurm/pretrain_vanilla_moe.sh", NODES=1, GPUS_PER_NODE=8)
     assert done.returncode == 2 and done.stdout == ""
-    assert "does not fit on 8 x H200" in done.stderr and "stage 0 needs 147" in done.stderr
+    assert "does not fit on 8 x H200" in done.stderr and "stage 0 needs 153" in done.stderr
     assert site.cluster.run("squeue", "--noheader", "--name=vanilla-2.5b-60b") == ""
 
 

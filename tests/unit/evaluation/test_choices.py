@@ -102,6 +102,20 @@ def test_the_tool_ends_with_one_line_before_anything_is_loaded(empty_cache):
     assert "| GSM8k | `gsm8k` | 5 |" in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--model", "m"], "error: --model DIR and --output results.json are needed; see --help"),
+        (["--output", "x.json"], "error: --model DIR and --output results.json are needed"),
+    ],
+)
+def test_what_is_missing_is_said(empty_cache, arguments, expected):
+    command = [sys.executable, "tools/evaluate.py", "--tasks", "local", *arguments]
+    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(empty_cache)}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1 and expected in done.stderr
+
+
 def test_generated_code_needs_leave(empty_cache):
     with pytest.raises(ConfigError, match="runs code that the model wrote") as seen:
         choose(EvaluationOptions(["paper_moe"]))

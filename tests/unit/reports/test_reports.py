@@ -219,7 +219,7 @@ def test_errors_say_what_is_wrong(run_dirs, tmp_path):
     run = read_run(run_dirs[0])
     with pytest.raises(DataError, match="have the same name 'vanilla'"):
         write_report([run, run], tmp_path / "r", "t", Extras())
-    with pytest.raises(DataError, match="decode times of \\['other'\\]"):
+    with pytest.raises(DataError, match="decode times of \\['other'\\], but the runs are"):
         write_report([run], tmp_path / "r", "t", Extras({"other": {"ms_per_token": 1.0}}))
     empty = Run(run.config, [{"step": 1, "tokens": 1, "time": 1.0}], "here")
     with pytest.raises(DataError, match="no train/loss was logged"):

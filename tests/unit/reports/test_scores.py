@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 
+from pltmoe.config import load_config
 from pltmoe.errors import DataError
+from pltmoe.reports import paper
 from pltmoe.reports.glance import Extras
-from pltmoe.reports.runs import read_run
+from pltmoe.reports.runs import Run, read_run
 from pltmoe.reports.scores import PAPER_TASKS, common_tasks, read_evaluation
 from pltmoe.reports.summary import write_report
-from tests.unit.reports.test_reports import cells, logged_run
+from tests.unit.reports.test_reports import ROOT, cells, logged_run
 from tests.unit.tracking.runs import PLT
 
 
@@ -105,3 +107,19 @@ def test_bad_results_are_named(tmp_path):
     path.write_text('{"results": {"mmlu": {"alias": "mmlu"}}}')
     with pytest.raises(DataError, match="not one task has a score"):
         read_evaluation(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [
+        (10**12, "models of the paper's two sizes"),
+        (2 * 10**9, "saw 2.00 B tokens where the paper's"),
+    ],
+)
+def test_the_papers_models_are_known_by_their_size_and_length(tokens, expected):
+    configs = [
+        load_config(ROOT / f"configs/{n}.yaml") for n in ("plt_1.7b_40b", "vanilla_2.5b_60b")
+    ]
+    runs = [Run(config, [{"step": 1, "tokens": tokens}], "here") for config in configs]
+    assert expected in paper.statement(runs)
+    assert "not the paper's models" in paper.statement(runs[:1])

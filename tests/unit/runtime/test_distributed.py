@@ -20,6 +20,8 @@ _SLURM = {
 def environment(monkeypatch):
     for name in (*_VARIABLES, *_SLURM, "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
+    # Another test may have left this process in a group of one.
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
     return monkeypatch.setenv
 
 
