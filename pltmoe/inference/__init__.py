@@ -1,0 +1,1 @@
+"""Inference: caches, one-pass decoding, exact suffix prefill, sampling."""

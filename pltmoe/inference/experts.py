@@ -1,0 +1,49 @@
+"""Mixture of experts for the few rows of a decode step: only experts in use are read.
+
+This is the plain PyTorch version; kernels/experts.py does the same in two Triton kernels.
+
+Letters: t rows (sequences x loops), d hidden, e experts, f expert width, r = t x top-k routed
+rows sorted by expert. ``expert_te`` and ``weight_te`` hold top-k columns.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def experts(
+    x_td: Tensor, expert_te: Tensor, weight_te: Tensor, gate_up_e2fd: Tensor, down_edf: Tensor
+) -> Tensor:
+    """Return ``sum over top-k of weight * down(silu(gate(x)) * up(x))`` [t, d].
+
+    Args:
+        x_td: rows.
+        expert_te: the experts of each row [t, top_k].
+        weight_te: their weights [t, top_k].
+        gate_up_e2fd: gate (first f rows) and up projection of every expert [e, 2f, d].
+        down_edf: down projection of every expert [e, d, f].
+    """
+    t, top_k = expert_te.shape
+    expert_r, order = expert_te.flatten().sort()
+    # Not bincount: it reads its result's size back from the GPU, which a CUDA graph cannot hold.
+    every = torch.arange(gate_up_e2fd.size(0), device=x_td.device, dtype=expert_r.dtype)
+    ends_e = torch.searchsorted(expert_r, every, right=True, out_int32=True)
+    gate, up = _product(x_td[order // top_k], gate_up_e2fd, ends_e).chunk(2, -1)
+    y_rd = _product(F.silu(gate) * up, down_edf, ends_e)
+    # Back in the order of the rows: a sum over top-k that does not depend on any atomic's order.
+    y_tkd = torch.empty_like(y_rd).index_copy_(0, order, y_rd).view(t, top_k, -1)
+    return torch.einsum("tkd,tk->td", y_tkd, weight_te.to(y_rd.dtype))
+
+
+def _product(x_rd: Tensor, weight_eod: Tensor, ends_e: Tensor) -> Tensor:
+    """Multiply the rows of each expert, sorted by expert, with its weight [e, out, in]."""
+    if x_rd.dtype in GROUPED_DTYPES:
+        return F.grouped_mm(x_rd, weight_eod.transpose(1, 2), offs=ends_e)
+    parts, start = [], 0
+    for expert, end in enumerate(ends_e.tolist()):
+        if end > start:
+            parts.append(F.linear(x_rd[start:end], weight_eod[expert]))
+        start = end
+    return torch.cat(parts)
