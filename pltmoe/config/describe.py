@@ -22,4 +22,5 @@ def describe_model(m: ModelConfig) -> str:
     words = [layers, *(name for name, on in flags.items() if on)]
     words += ["norm per loop"] if m.normalize_per_loop else []
     words += [f"{m.num_experts} experts, top-{m.moe_top_k}" if m.is_moe else "dense"]
+    words += ["chosen by loop 1"] if m.moe_loop_routing == "shared" else []
     return ", ".join(words)

@@ -52,12 +52,16 @@ class ModelConfig(Section):
     moe_ffn_hidden_size: PositiveInt | None = None
     """SwiGLU width of one expert."""
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0)
-    """Coefficient of the Switch load-balancing loss, averaged over loops."""
+    """Coefficient of the Switch load-balancing loss, averaged over the loops that choose."""
     moe_z_loss_coeff: float = Field(default=0.0, ge=0)
     """Coefficient of the router z-loss (ST-MoE), averaged over loops."""
     moe_expert_bias_update_rate: float = Field(default=0.0, ge=0)
     """Step of the aux-loss-free expert bias (arXiv 2408.15664); 0 turns the bias off.
-    The bias is updated once per optimizer step from the counts of all loops."""
+    The bias is updated once per optimizer step from the counts of all loops that choose experts."""
+    moe_loop_routing: Literal["independent", "shared"] = "independent"
+    """``independent``: each loop chooses its experts. ``shared``: loop 1 chooses for its slot and
+    layer; later loops use the same experts, weighted by their own logits. A decoding step then
+    reads no more experts than with one loop. Loop 1 alone is balanced; all loops have a z-loss."""
 
     num_loops: PositiveInt = 1
     """L: how often the stack runs per token."""
@@ -82,6 +86,11 @@ class ModelConfig(Section):
     def is_moe(self) -> bool:
         """Whether the feed-forward layers are mixtures of experts."""
         return self.num_experts is not None
+
+    @property
+    def choosing_loops(self) -> int:
+        """Loops that choose experts: the first ones."""
+        return 1 if self.moe_loop_routing == "shared" else self.num_loops
 
     @property
     def local_window(self) -> int | None:

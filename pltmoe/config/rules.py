@@ -76,6 +76,22 @@ def loop_flags(m: ModelConfig) -> Iterator[str]:
             )
 
 
+def loop_routing(m: ModelConfig) -> Iterator[str]:
+    """Routing can be shared between loops where there are experts and later loops."""
+    if m.moe_loop_routing == "independent":
+        return
+    if m.num_loops == 1:
+        yield (
+            f"model.moe_loop_routing ({m.moe_loop_routing}) needs model.num_loops >= 2 (it is 1): "
+            "set model.moe_loop_routing=independent for a vanilla model"
+        )
+    if not m.is_moe:
+        yield (
+            f"model.moe_loop_routing ({m.moe_loop_routing}) needs model.num_experts (None): "
+            "a dense model has no experts to choose"
+        )
+
+
 def experts_divide(c: RunConfig) -> Iterator[str]:
     """Experts are split evenly over expert-parallel ranks."""
     ep, experts = c.parallel.expert_parallel_size, c.model.num_experts
@@ -190,6 +206,7 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[str]], ...] = (
     heads_divide,
     dense_or_moe,
     loop_flags,
+    loop_routing,
 )
 RUN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     experts_divide,

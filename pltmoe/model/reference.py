@@ -169,9 +169,19 @@ class Router(nn.Linear):
         if m.moe_expert_bias_update_rate > 0:
             self.register_buffer("e_score_correction_bias", torch.zeros(m.num_experts))
 
-    def choose(self, x_td: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits [t, e], chosen experts [t, top_k] and their weights [t, top_k]."""
+    def choose(
+        self, x_td: Tensor, first_experts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits [t, e], chosen experts [t, top_k] and their weights [t, top_k].
+
+        With ``first_experts``, what loop 1 chose for the same tokens, only the weights are this
+        loop's own. A softmax over the chosen logits is the renormalised scores, and is never 0 / 0
+        where this loop would have chosen quite different experts.
+        """
         logits = at_least_float32(self(x_td))
+        if first_experts is not None:
+            weights = logits.gather(-1, first_experts).softmax(-1)
+            return logits, first_experts, weights.to(x_td.dtype)
         scores = logits.softmax(-1)
         bias = getattr(self, "e_score_correction_bias", 0.0)
         experts = (scores + bias).topk(self.top_k, dim=-1).indices
@@ -190,10 +200,12 @@ class MoE(nn.Module):
             MLP(m.hidden_size, m.moe_ffn_hidden_size) for _ in range(m.num_experts)
         )
 
-    def forward(self, x_bsd: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        self, x_bsd: Tensor, first_experts: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the output [b, s, d], router logits [t, e] and chosen experts [t, top_k]."""
         x_td = x_bsd.flatten(0, 1)
-        logits, chosen, weights = self.gate.choose(x_td)
+        logits, chosen, weights = self.gate.choose(x_td, first_experts)
         out = torch.zeros_like(x_td)
         for index, expert in enumerate(self.experts):
             token, rank = (chosen == index).nonzero(as_tuple=True)
@@ -263,7 +275,9 @@ class ReferencePLT(nn.Module):
             h = h + y
             x = layer.post_attention_layernorm(h)
             if self.m.is_moe:
-                y, logits, experts = layer.mlp(x)
+                # Records stand in the order of loops and layers, so the first are loop 1's.
+                chosen = out.routers[index].experts if loop > self.m.choosing_loops else None
+                y, logits, experts = layer.mlp(x, chosen)
                 out.routers.append(RouterRecord(loop, index + 1, logits, experts))
             else:
                 y = layer.mlp(x)
@@ -286,10 +300,15 @@ def load_balancing_loss(record: RouterRecord, m: ModelConfig) -> Tensor:
 
 
 def router_loss(out: ReferenceOutput, m: ModelConfig) -> Tensor:
-    """Auxiliary and z losses with their coefficients: averaged over loops, summed over layers."""
+    """Auxiliary and z losses with their coefficients, summed over layers.
+
+    The z loss is averaged over all loops, the auxiliary loss over those that choose experts.
+    """
     total = out.logits.new_zeros(())
     for record in out.routers:
         z = record.logits.logsumexp(-1).square().mean()
-        total = total + m.moe_aux_loss_coeff * load_balancing_loss(record, m)
-        total = total + m.moe_z_loss_coeff * z
-    return total / m.num_loops
+        total = total + m.moe_z_loss_coeff / m.num_loops * z
+        if record.loop <= m.choosing_loops:
+            balance = load_balancing_loss(record, m)
+            total = total + m.moe_aux_loss_coeff / m.choosing_loops * balance
+    return total

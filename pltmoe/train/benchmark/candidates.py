@@ -25,6 +25,7 @@ _ONE_LOOP = {
     "normalize_per_loop": False,
     "emb_scale": 1.0,
     "hidden_scale": 1.0,
+    "moe_loop_routing": "independent",
 }
 
 

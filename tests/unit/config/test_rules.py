@@ -77,6 +77,18 @@ BROKEN = {
         (model(emb_scale=0.7), "model.emb_scale (0.7) needs model.cross_loop_shift (false)"),
         (model(hidden_scale=0.7), "model.hidden_scale (0.7) needs model.cross_loop_shift (false)"),
     ],
+    "loop_routing": [
+        (
+            model(moe_loop_routing="shared"),
+            "model.moe_loop_routing (shared) needs model.num_loops >= 2 (it is 1): "
+            "set model.moe_loop_routing=independent for a vanilla model",
+        ),
+        (
+            model(DENSE, num_loops=2, moe_loop_routing="shared"),
+            "model.moe_loop_routing (shared) needs model.num_experts (None): "
+            "a dense model has no experts to choose",
+        ),
+    ],
     "experts_divide": [
         (
             run_tree(parallel__expert_parallel_size=3),

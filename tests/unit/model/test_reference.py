@@ -1,12 +1,20 @@
 """The reference itself, against transformers and against decoding slot by slot."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pltmoe.config import ModelConfig
-from pltmoe.model.reference import ReferencePLT, apply_rope, rope_angles
+from pltmoe.model.reference import (
+    ReferencePLT,
+    apply_rope,
+    load_balancing_loss,
+    rope_angles,
+    router_loss,
+)
 from tests.unit.model.cases import ALL, small_model
 
 
@@ -16,6 +24,8 @@ def random_reference(model: ModelConfig) -> ReferencePLT:
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.normal_(0, 0.3).add_(1.0 if parameter.dim() == 1 else 0.0)
+        for bias in reference.buffers():
+            bias.normal_(0, 0.1)
     return reference
 
 
@@ -67,6 +77,7 @@ def decode_slot_by_slot(reference: ReferencePLT, tokens: list[int]) -> list[Tens
     keys = [[[] for _ in range(m.num_layers)] for _ in range(m.num_loops)]
     values = [[[] for _ in range(m.num_layers)] for _ in range(m.num_loops)]
     previous = [torch.zeros(m.hidden_size, dtype=torch.float64) for _ in range(m.num_loops)]
+    chosen: dict[int, list[int]] = {}  # of each layer, at this slot
     all_logits = []
     for slot, token in enumerate(tokens):
         embedding = reference.model.embed_tokens.weight[token]
@@ -109,8 +120,16 @@ def decode_slot_by_slot(reference: ReferencePLT, tokens: list[int]) -> list[Tens
                         y[head] = g * look(loop, m.window_keys) + (1 - g) * look(0, None)
                 h = h + attention.o_proj(y.flatten())
                 x = layer.post_attention_layernorm(h)
-                out = layer.mlp(x.view(1, 1, -1)) if m.is_moe else (layer.mlp(x),)
-                h = h + out[0].flatten()
+                if m.is_moe:
+                    scores = layer.mlp.gate(x).softmax(-1)
+                    if loop == 0 or m.moe_loop_routing == "independent":
+                        bias = getattr(layer.mlp.gate, "e_score_correction_bias", 0.0)
+                        order = sorted(range(len(scores)), key=(scores + bias).tolist().__getitem__)
+                        chosen[index] = order[-(m.moe_top_k or 0) :]
+                    total = sum(scores[e] for e in chosen[index])
+                    h = h + sum(scores[e] / total * layer.mlp.experts[e](x) for e in chosen[index])
+                else:
+                    h = h + layer.mlp(x)
             outputs.append(h)
         previous = [reference.model.norm(h) if m.normalize_per_loop else h for h in outputs]
         all_logits.append(reference.lm_head(reference.model.norm(outputs[-1])))
@@ -120,7 +139,8 @@ def decode_slot_by_slot(reference: ReferencePLT, tokens: list[int]) -> list[Tens
 @pytest.mark.parametrize(
     "name",
     ["row1_vanilla", "row2_loop2", "row3_clp", "row4_shared_kv", "row5_plt2", "row6_plt3"]
-    + ["norm_and_scales", "dense_row5_plt2"],
+    + ["norm_and_scales", "dense_row5_plt2", "expert_bias", "shared_routing_loop2"]
+    + ["shared_routing_plt2", "shared_routing_plt3"],
 )
 @torch.no_grad()
 def test_equals_decoding_slot_by_slot(name: str) -> None:
@@ -156,3 +176,46 @@ def test_gate_multiplies_the_local_window() -> None:
     for layer in reference.model.layers:
         layer.self_attn.plt_gate.bias.fill_(-1e4)  # g = 0: now only loop 1's K and V count
     assert (reference(tokens).logits - expected).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_shared_routing_uses_the_experts_of_loop_1() -> None:
+    """Of the same slot, not of the one that the shift brings; independent loops choose others."""
+    model = small_model(**ALL["shared_routing_plt3"])
+    reference = random_reference(model)
+    tokens = torch.randint(0, model.vocab_size, (2, 15), generator=torch.Generator().manual_seed(1))
+    routers = reference(tokens).routers
+    assert [(r.loop, r.layer) for r in routers] == [(1, 1), (1, 2), (2, 1), (2, 2), (3, 1), (3, 2)]
+    for record in routers[2:]:
+        assert torch.equal(record.experts, routers[record.layer - 1].experts)
+        assert not torch.equal(record.logits, routers[record.layer - 1].logits)
+    independent = ReferencePLT(model.model_copy(update={"moe_loop_routing": "independent"}))
+    independent.double().load_state_dict(reference.state_dict())
+    own = independent(tokens).routers
+    assert torch.equal(own[0].experts, routers[0].experts)
+    assert not torch.equal(own[2].experts.sort(-1).values, routers[2].experts.sort(-1).values)
+
+
+@torch.no_grad()
+def test_shared_routing_survives_scores_of_zero() -> None:
+    """Loop 2 may find all of loop 1's experts so unlikely that their scores are 0 in float32."""
+    router = random_reference(small_model(**ALL["shared_routing_plt2"])).float().model.layers[0]
+    x = torch.zeros(1, 24)
+    x[0, 0] = 1.0
+    router.mlp.gate.weight.zero_()
+    router.mlp.gate.weight[:, 0] = torch.tensor([0.0, 200.0, 0.0, 1.0, 0.0, 0.0])
+    _, experts, weights = router.mlp.gate.choose(x, torch.tensor([[2, 3]]))
+    assert experts.tolist() == [[2, 3]]
+    assert weights[0].tolist() == pytest.approx([1 / (1 + math.e), math.e / (1 + math.e)], rel=1e-6)
+
+
+def test_only_loop_1_is_balanced_when_it_alone_chooses() -> None:
+    """The auxiliary loss is loop 1's with the whole coefficient; the z loss averages all loops."""
+    model = small_model(**ALL["shared_routing_plt3"])
+    reference = random_reference(model)
+    tokens = torch.randint(0, model.vocab_size, (2, 15), generator=torch.Generator().manual_seed(1))
+    out = reference(tokens)
+    balance = sum(load_balancing_loss(record, model) for record in out.routers[:2])
+    z = sum(record.logits.logsumexp(-1).square().mean() for record in out.routers) / 3
+    expected = model.moe_aux_loss_coeff * balance + model.moe_z_loss_coeff * z
+    assert torch.allclose(router_loss(out, model), expected, rtol=1e-12)
