@@ -49,7 +49,8 @@ class PLTLayer(TransformerLayer):
         if not self.is_moe_layer:
             return self._forward_mlp(hidden_sbd), Lent(kept, None)
         router = self.mlp.router
-        router.enter(at, lent.experts if lent else None, self.stats)
+        chooses = at.loop <= self.plt.choosing_loops
+        router.enter(at, lent.experts if lent else None, self.stats, chooses)
         hidden_sbd = self._forward_mlp(hidden_sbd)
         return hidden_sbd, Lent(kept, router.chosen)
 

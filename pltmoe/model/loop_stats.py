@@ -13,7 +13,10 @@ from pltmoe.config.model import ModelConfig
 
 
 class LoopStats(nn.Module):
-    """Accumulators of one layer, each with the loop as first axis. Never saved in a checkpoint."""
+    """Accumulators of one layer, each with the loop as first axis. Never saved in a checkpoint.
+
+    Balance (``expert_counts``, ``aux_loss``) is only of the loops that choose experts.
+    """
 
     expert_counts: Tensor
     aux_loss: Tensor
@@ -28,20 +31,21 @@ class LoopStats(nn.Module):
         super().__init__()
         shapes: dict[str, tuple[int, ...]] = {}
         if model.is_moe:
-            shapes["expert_counts"] = (model.num_experts or 0,)
-            for name in ("aux_loss", "z_loss", "router_calls", "overlap", "routed_tokens"):
-                shapes[name] = ()
+            shapes["expert_counts"] = (model.choosing_loops, model.num_experts or 0)
+            shapes["aux_loss"] = (model.choosing_loops,)
+            for name in ("z_loss", "router_calls", "overlap", "routed_tokens"):
+                shapes[name] = (model.num_loops,)
         if model.gated_swa:
-            shapes["gate_sum"] = shapes["gate_count"] = ()
+            shapes["gate_sum"] = shapes["gate_count"] = (model.num_loops,)
         for name, shape in shapes.items():
-            zeros = torch.zeros((model.num_loops, *shape), dtype=torch.float32, device=device)
+            zeros = torch.zeros(shape, dtype=torch.float32, device=device)
             self.register_buffer(name, zeros, persistent=False)
 
     @torch.no_grad()
     def add_routing(
         self,
         loop: int,
-        aux_loss: Tensor,
+        aux_loss: Tensor | None,
         z_loss: Tensor,
         routing_map: Tensor,
         first_map: Tensor,
@@ -51,15 +55,17 @@ class LoopStats(nn.Module):
 
         Args:
             loop: counts from 1.
-            aux_loss: this rank's share of the balancing loss, without its coefficient.
+            aux_loss: this rank's share of the balancing loss, without its coefficient; None in a
+                loop that takes loop 1's experts.
             z_loss: this rank's share of the z-loss.
-            routing_map: chosen experts [t, e] of this rank's tokens.
+            routing_map: experts [t, e] that this loop chose, or would have chosen.
             first_map: loop 1's.
             ranks: how many ranks share the call (each sees its own slots).
         """
         index, tokens = loop - 1, routing_map.size(0)
-        self.expert_counts[index] += routing_map.sum(0).float()
-        self.aux_loss[index] += aux_loss
+        if aux_loss is not None:
+            self.expert_counts[index] += routing_map.sum(0).float()
+            self.aux_loss[index] += aux_loss
         self.z_loss[index] += z_loss
         self.router_calls[index] += 1 / ranks
         both = (routing_map & first_map).sum() / routing_map.sum()
@@ -101,7 +107,8 @@ def loop_metrics(stats: dict[str, Tensor]) -> dict[str, float]:
     """Turn summed statistics into named metrics; loops and layers count from 1.
 
     ``moe/load_imbalance`` is the busiest expert's tokens over the mean (1 = perfectly even);
-    ``moe/expert_overlap/loop_l`` the share of loop 1's experts that loop l picks for the same slot;
+    ``moe/expert_overlap/loop_l`` the share of loop 1's experts that loop l picks for the same slot
+    (with shared routing: would pick, and the two before are of loop 1 only);
     ``moe/aux_loss`` and ``moe/z_loss`` are without their coefficients; ``plt/gate_mean`` is the
     weight of the local window.
     """
@@ -110,7 +117,7 @@ def loop_metrics(stats: dict[str, Tensor]) -> dict[str, float]:
         counts = stats["expert_counts"]
         found["moe/load_imbalance"] = counts.amax(-1) / counts.mean(-1).clamp(min=1e-9)
         calls = stats["router_calls"].clamp(min=1)
-        found["moe/aux_loss"] = stats["aux_loss"] / calls
+        found["moe/aux_loss"] = stats["aux_loss"] / calls[:, : stats["aux_loss"].size(1)]
         found["moe/z_loss"] = stats["z_loss"] / calls
         found["moe/expert_overlap"] = stats["overlap"] / stats["routed_tokens"].clamp(min=1)
     if "gate_sum" in stats:

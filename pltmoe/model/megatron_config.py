@@ -67,8 +67,10 @@ def transformer_config(
 def _moe_fields(model: ModelConfig, params_dtype: torch.dtype) -> dict[str, Any]:
     if not model.is_moe:
         return {}
-    # The router of a layer runs once per loop: dividing by L averages its losses over loops.
-    aux, z = model.moe_aux_loss_coeff / model.num_loops, model.moe_z_loss_coeff / model.num_loops
+    # The router of a layer runs once per loop: dividing averages its losses over the loops that
+    # have them.
+    aux = model.moe_aux_loss_coeff / model.choosing_loops
+    z = model.moe_z_loss_coeff / model.num_loops
     return {
         "num_moe_experts": model.num_experts,
         "moe_router_topk": model.moe_top_k,

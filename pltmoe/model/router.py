@@ -1,10 +1,13 @@
 """The router of a looped layer: Megatron's top-k router, run once per loop.
 
-It differs from ``TopKRouter`` in four ways. Scores and weights are computed in at least float32
+It differs from ``TopKRouter`` in five ways. Scores and weights are computed in at least float32
 *and* in float64 when the model is (Megatron rounds them to float32, which would hide errors below
-1e-7 from the tests). The aux-loss-free expert bias works with softmax scores. And it knows its
-loop, for the statistics; the losses of all loops are averaged by their coefficients
-(megatron_config.py), and ``local_tokens_per_expert`` collects the counts of all loops.
+1e-7 from the tests). The aux-loss-free expert bias works with softmax scores. It knows its loop,
+for the statistics; the losses of the loops are averaged by their coefficients
+(megatron_config.py), and ``local_tokens_per_expert`` collects the counts of the loops that choose.
+With shared routing (``moe_loop_routing``) only loop 1 chooses; later loops take its routing map,
+which comes to them as an argument (block.py), and weigh its experts by their own logits. They have
+a z loss, but nothing to balance.
 
 And its losses are the same number on every layout. For a micro batch of t tokens, n of them with a
 loss, top-k of E experts, c_e the tokens that chose expert e, p and x a token's scores and logits:
@@ -42,21 +45,25 @@ class LoopRouter(TopKRouter):
         self.chosen: Tensor | None = None
         """Routing map [t, e] of the last forward pass."""
         self._at: Pass | None = None
+        self._chooses = True
         self._first_map: Tensor | None = None
         self._stats: list[LoopStats] = []  # in a list: not a submodule, the layer owns it
 
-    def enter(self, at: Pass, first_map: Tensor | None, stats: LoopStats) -> None:
+    def enter(self, at: Pass, first_map: Tensor | None, stats: LoopStats, chooses: bool) -> None:
         """Say what the next forward pass belongs to.
 
         Args:
             at: loop and micro batch.
             first_map: loop 1's routing map [t, e] of the same tokens, or None in loop 1.
             stats: where to record it.
+            chooses: whether this loop chooses experts, or takes loop 1's.
         """
+        assert chooses or first_map is not None, "loop 1 comes first"
         self._at, self._first_map, self._stats = at, first_map, [stats]
+        self._chooses = chooses
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Choose experts.
+        """Choose experts, or weigh those of loop 1.
 
         Args:
             logits: [s, b, e].
@@ -67,37 +74,78 @@ class LoopRouter(TopKRouter):
         """
         assert padding_mask is None, "sequences are packed, never padded"
         logits = logits.view(-1, self.config.num_moe_experts)
-        scores = at_least_float32(logits).softmax(-1)
-        choice = scores if self.expert_bias is None else scores + self.expert_bias
-        experts = choice.topk(self.topk, dim=-1).indices
-        weights = scores.gather(-1, experts)
-        weights = (weights / weights.sum(-1, keepdim=True)).type_as(logits)
-        probs = torch.zeros_like(logits).scatter(1, experts, weights)
-        routing_map = torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True)
+        scores = None
+        if self._chooses:
+            scores = at_least_float32(logits).softmax(-1)
+            probs, routing_map = self._choose(logits, scores)
+        else:
+            probs, routing_map = self._weigh_first(logits)
         self.chosen = routing_map
         if self.training and torch.is_grad_enabled() and self._at is not None:
             probs = self._add_losses(probs, logits, scores, routing_map)
-        if not is_recomputing():
+        if self._chooses and not is_recomputing():
             self._apply_expert_bias(routing_map)
         return probs, routing_map
 
+    def _best(self, scores: Tensor) -> Tensor:
+        choice = scores if self.expert_bias is None else scores + self.expert_bias
+        return choice.topk(self.topk, dim=-1).indices
+
+    def _choose(self, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        experts = self._best(scores)
+        weights = scores.gather(-1, experts)
+        weights = (weights / weights.sum(-1, keepdim=True)).type_as(logits)
+        probs = torch.zeros_like(logits).scatter(1, experts, weights)
+        return probs, _map_of(experts, logits)
+
+    def _weigh_first(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Weigh loop 1's experts: a softmax over them, as if their scores were renormalised."""
+        assert self._first_map is not None
+        masked = at_least_float32(logits).masked_fill(~self._first_map, float("-inf"))
+        return masked.softmax(-1).type_as(logits), self._first_map
+
     def _add_losses(
-        self, probs: Tensor, logits: Tensor, scores: Tensor, routing_map: Tensor
+        self, probs: Tensor, logits: Tensor, scores: Tensor | None, routing_map: Tensor
     ) -> Tensor:
-        """Hang this rank's share of the router losses on ``probs``, and record it."""
+        """Hang this rank's share of the router losses on ``probs``, and record it.
+
+        Without ``scores``, in a loop that does not choose, there is no balancing loss.
+        """
         assert self._at is not None
         counts, _, tokens = get_tokens_per_expert_and_token_count(
             routing_map, self.tp_cp_group, self.topk
         )
-        share = counts.to(scores.dtype) / (self.topk * tokens)
-        aux_loss = scores.size(-1) * (share * scores.sum(0) / tokens).sum()
+        aux_loss = None
+        if scores is not None:
+            share = counts.to(scores.dtype) / (self.topk * tokens)
+            aux_loss = scores.size(-1) * (share * scores.sum(0) / tokens).sum()
         z_loss = at_least_float32(logits).logsumexp(-1).square().sum() / tokens
         if not is_recomputing():
-            first = routing_map if self._first_map is None else self._first_map
-            self._stats[0].add_routing(
-                self._at.loop, aux_loss, z_loss, routing_map, first, self.tp_cp_group.size()
-            )
+            self._record(logits, aux_loss, z_loss, routing_map)
         a, z = self.config.moe_aux_loss_coeff, self.config.moe_z_loss_coeff or 0.0
-        if a == z == 0:
+        if aux_loss is None:
+            loss = z * z_loss
+        else:
+            loss = a * aux_loss + z * z_loss
+        if z == 0 and (a == 0 or aux_loss is None):
             return probs
-        return MoEAuxLossAutoScaler.apply(probs, (a * aux_loss + z * z_loss) * self._at.loss_tokens)
+        return MoEAuxLossAutoScaler.apply(probs, loss * self._at.loss_tokens)
+
+    @torch.no_grad()
+    def _record(
+        self, logits: Tensor, aux_loss: Tensor | None, z_loss: Tensor, routing_map: Tensor
+    ) -> None:
+        """Take statistics; a loop that does not choose is asked what it would have chosen."""
+        assert self._at is not None
+        first = routing_map if self._first_map is None else self._first_map
+        own = routing_map
+        if not self._chooses:
+            own = _map_of(self._best(at_least_float32(logits).softmax(-1)), logits)
+        self._stats[0].add_routing(
+            self._at.loop, aux_loss, z_loss, own, first, self.tp_cp_group.size()
+        )
+
+
+def _map_of(experts: Tensor, logits: Tensor) -> Tensor:
+    """Return the routing map [t, e] of the chosen experts [t, top_k]."""
+    return torch.zeros_like(logits, dtype=torch.bool).scatter(1, experts, True)

@@ -37,6 +37,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "tied": {"num_loops": 2, **PLT, "tied_embeddings": True},
     "expert_bias": {"num_loops": 2, **PLT, "moe_expert_bias_update_rate": 1e-3},
     "router_losses": {"num_loops": 3, **PLT, "moe_aux_loss_coeff": 0.1, "moe_z_loss_coeff": 0.01},
+    "shared_routing_loop2": {"num_loops": 2, "moe_loop_routing": "shared"},
+    "shared_routing_plt2": {"num_loops": 2, **PLT, "moe_loop_routing": "shared"},
+    "shared_routing_plt3": {
+        "num_loops": 3,
+        **PLT,
+        "normalize_per_loop": True,
+        "moe_aux_loss_coeff": 0.1,
+        "moe_z_loss_coeff": 0.01,
+        "moe_expert_bias_update_rate": 1e-3,
+        "moe_loop_routing": "shared",
+    },
 }
 ALL: dict[str, dict[str, Any]] = {
     **ROWS,

@@ -45,6 +45,26 @@ def test_statistics_name_loops_and_layers_from_one(build: Callable[..., Any]) ->
     assert abs(metrics["moe/aux_loss/loop_2"] - sum(per_layer) / 2) < 1e-9
 
 
+def test_statistics_of_shared_routing(build: Callable[..., Any]) -> None:
+    """Balance is loop 1's; the overlap says what later loops would have chosen themselves."""
+    model, plt, expected = run_both(
+        build, moe_loop_routing="shared", moe_expert_bias_update_rate=1e-3
+    )
+    metrics = loop_metrics(collect_loop_stats(plt.layers))
+    assert not {n for n in metrics if n.startswith(("moe/load", "moe/aux")) and "loop_1" not in n}
+    assert "moe/aux_loss/loop_1/layer_02" in metrics
+    for record in expected.routers:
+        where = f"loop_{record.loop}/layer_{record.layer:02d}"
+        z = record.logits.logsumexp(-1).square().mean()
+        assert abs(metrics[f"moe/z_loss/{where}"] - z) < 1e-4
+        bias = plt.layers[record.layer - 1].mlp.router.expert_bias
+        own = (record.logits.softmax(-1) + bias).topk(model.moe_top_k).indices
+        share = (record.experts[:, :, None] == own[:, None, :]).any(-1).double().mean()
+        if record.loop > 1:
+            assert abs(metrics[f"moe/expert_overlap/{where}"] - share) < 1e-5
+            assert share < 0.95
+
+
 def test_statistics_add_up_and_reset(build: Callable[..., Any]) -> None:
     model, plt, _ = run_both(build)
     tokens = torch.zeros(1, 8, dtype=torch.long)
@@ -71,6 +91,15 @@ def test_expert_bias_counts_tokens_of_all_loops(build: Callable[..., Any]) -> No
         )
         assert torch.equal(layer.mlp.router.local_tokens_per_expert.long(), counts)
         assert counts.sum() == model.num_loops * 32 * model.moe_top_k
+
+
+def test_expert_bias_counts_loop_1_when_it_alone_chooses(build: Callable[..., Any]) -> None:
+    model, plt, expected = run_both(
+        build, moe_loop_routing="shared", moe_expert_bias_update_rate=1e-3
+    )
+    for layer, record in zip(plt.layers, expected.routers[:2], strict=True):
+        counts = torch.bincount(record.experts.flatten(), minlength=model.num_experts)
+        assert torch.equal(layer.mlp.router.local_tokens_per_expert.long(), counts)
 
 
 def test_expert_bias_moves_towards_balance(build: Callable[..., Any]) -> None:
