@@ -1,0 +1,377 @@
+"""Prompts into the cache: loop 1 over every slot, later loops over the last slots only, exactly.
+
+Later loops see the past only through loop 1's keys and values, which loop 1 has left for every
+slot, and through their own last w - 1 slots. What the last slot's logits and the rings need of
+N layers therefore begins N (w - 1) slots before the end; each loop before it one slot and another
+N (w - 1) earlier:
+
+    slot        0 ................................................ n
+    loop 1      #################################################      every slot
+    loop 2                                    ###################      2 (N (w - 1)) + 2
+    loop 3                                             ##########      N (w - 1) + 1
+
+Slots at the front of such a suffix see too little and hold wrong values; nothing that is kept
+depends on them. Logits and caches are those of running every loop over every slot.
+
+Rows of all sequences lie one after another (no padding); only attention goes sequence by sequence.
+Long prompts run in pieces (``chunk_slots`` rows at a time), so memory does not grow with them.
+
+Letters: b sequences, t rows, a rows of one piece of one sequence, d hidden, h query heads, g KV
+heads, n slots, w slots of a window, k head size, N layers, j experts of a row (top-k), v
+vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pltmoe.config import ModelConfig
+from pltmoe.errors import DataError
+from pltmoe.inference.cache import StaticCache
+from pltmoe.inference.model import PLTDecoder, Routes
+
+CHUNK_SLOTS = 8192
+"""Rows that run through the stack together."""
+MASK_ROWS = 1024
+"""Query rows of one explicit mask."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """Slots from ``start`` to before ``stop`` of one sequence; windows reach to ``local_from``."""
+
+    sequence: int
+    start: int
+    stop: int
+    local_from: int
+
+    def __len__(self) -> int:
+        """Return the number of slots."""
+        return self.stop - self.start
+
+
+@dataclass
+class _Rows:
+    """What a loop leaves for the next one, of one sequence from slot ``start`` on."""
+
+    start: int
+    h_ad: Tensor
+    chosen: Tensor | None
+    """Shared routing: loop 1's experts [a, N, j]."""
+
+
+def slots_needed(m: ModelConfig, outputs: int = 1, keys_cached: bool = False) -> list[int | None]:
+    """Return how many of the last slots each loop must run; None: every slot.
+
+    Args:
+        m: the model.
+        outputs: last slots whose logits are wanted.
+        keys_cached: the keys and values of all loops that keep them all are there already (the
+            cache was cut back), only rings and hidden vectors have to be found again.
+    """
+    if not m.share_first_loop_kv and not keys_cached:
+        return [None] * m.num_loops
+    reach = m.num_layers * (m.window_keys - 1) if m.gated_swa else 0
+    needed = [reach + outputs]
+    for _ in range(m.num_loops - 1):
+        needed.insert(0, reach + needed[0] + (1 if m.cross_loop_shift else 0))
+    if not keys_cached:
+        return [None, *needed[1:]]
+    return [needed[0] - reach, *needed[1:]]
+
+
+@torch.no_grad()
+def prefill(
+    decoder: PLTDecoder,
+    cache: StaticCache,
+    prompts: Sequence[Sequence[int]],
+    outputs: int = 1,
+    chunk_slots: int = CHUNK_SLOTS,
+) -> Tensor:
+    """Append one prompt to each sequence of the cache, also to one that holds something already.
+
+    Args:
+        decoder: the model.
+        cache: filled in place; ``lengths_b`` grows by each prompt's length.
+        prompts: token ids, one non-empty list per sequence, of any lengths.
+        outputs: logits of so many last slots; every prompt must be as long.
+        chunk_slots: rows that run together.
+
+    Returns:
+        Logits [b, v] of the last slot, or [b, outputs, v] with ``outputs`` > 1.
+
+    Raises:
+        DataError: an empty prompt, or one that does not fit into the cache.
+    """
+    past = cache.lengths_b.tolist()
+    _check(cache, prompts, past, outputs)
+    whole = [
+        Span(index, start, start + len(prompt), 0)
+        for index, (start, prompt) in enumerate(zip(past, prompts, strict=True))
+    ]
+    run = _Prefill(decoder, cache, whole, prompts, chunk_slots)
+    h_bod = run.all_loops(slots_needed(decoder.m, outputs), outputs)
+    cache.lengths_b.copy_(torch.tensor([span.stop for span in whole]))
+    logits = decoder.logits(h_bod)
+    return logits[:, 0] if outputs == 1 else logits
+
+
+@torch.no_grad()
+def cut_back(
+    decoder: PLTDecoder, cache: StaticCache, texts: Sequence[Sequence[int]], length: int
+) -> None:
+    """Cut every sequence of the cache back to its first ``length`` slots, exactly.
+
+    Loop 1's keys and values stay. The rings and hidden vectors of that time are gone, so the last
+    slots before ``length`` run again: 1 + L N (w - 1) and a few, not the text.
+
+    Args:
+        decoder: the model.
+        cache: changed in place.
+        texts: what each sequence holds: at least ``length`` token ids.
+        length: slots to keep.
+
+    Raises:
+        DataError: a sequence is shorter.
+    """
+    if any(held < length for held in cache.lengths_b.tolist()) or min(map(len, texts)) < length:
+        raise DataError(f"the cache cannot be cut back to {length} slots: a sequence is shorter")
+    m = decoder.m
+    if length == 0 or m.num_loops == 1:
+        cache.lengths_b.fill_(length)
+        cache.handed_on_bld.mul_(min(length, 1))
+        return
+    needed = slots_needed(m, keys_cached=True)
+    first = max(length - (needed[0] or 0), 0)
+    if first == 0:
+        cache.handed_on_bld.zero_()
+    whole = [Span(index, first, length, 0) for index in range(cache.batch)]
+    tails = [list(text[first:length]) for text in texts]
+    # What the first rows would read of the slot before is not there; nothing kept depends on it.
+    _Prefill(decoder, cache, whole, tails, CHUNK_SLOTS, stale=first > 0).all_loops(needed, 1)
+    cache.lengths_b.fill_(length)
+
+
+def _check(
+    cache: StaticCache, prompts: Sequence[Sequence[int]], past: list[int], outputs: int
+) -> None:
+    if len(prompts) != cache.batch:
+        raise DataError(f"{len(prompts)} prompts for a cache of {cache.batch} sequences")
+    for index, (prompt, start) in enumerate(zip(prompts, past, strict=True)):
+        if len(prompt) < max(outputs, 1):
+            raise DataError(f"prompt {index + 1} is empty or too short: {len(prompt)} tokens")
+        if start + len(prompt) > cache.capacity:
+            raise DataError(
+                f"prompt {index + 1} needs {start + len(prompt)} slots, but the cache has "
+                f"{cache.capacity}: make it larger"
+            )
+
+
+class _Prefill:
+    """One call: loop after loop over its spans, chunk after chunk."""
+
+    def __init__(
+        self,
+        decoder: PLTDecoder,
+        cache: StaticCache,
+        whole: list[Span],
+        prompts: Sequence[Sequence[int]],
+        chunk_slots: int,
+        stale: bool = False,
+    ):
+        self.decoder, self.cache, self.whole = decoder, cache, whole
+        self.chunk_slots, self.stale = chunk_slots, stale
+        device = cache.lengths_b.device
+        self.prompts = [torch.as_tensor(prompt, device=device) for prompt in prompts]
+
+    def all_loops(self, needed: list[int | None], outputs: int) -> Tensor:
+        """Run all loops; return H_L of the last slots [b, outputs, d]."""
+        rows: list[_Rows] = []
+        for loop, slots in enumerate(needed, start=1):
+            spans = [self._suffix(span, slots, loop) for span in self.whole]
+            following = needed[loop] if loop < len(needed) else outputs
+            shift = self.decoder.m.cross_loop_shift
+            keep = None if following is None else following + (1 if shift else 0)
+            rows = self._loop(loop, spans, rows, keep)
+        return torch.stack([r.h_ad[-outputs:] for r in rows])
+
+    def _suffix(self, whole: Span, slots: int | None, loop: int) -> Span:
+        start = whole.start if slots is None else max(whole.start, whole.stop - slots)
+        begins_fresh = start > whole.start or (self.stale and start > 0)
+        return Span(whole.sequence, start, whole.stop, start if begins_fresh else 0)
+
+    def _loop(
+        self, loop: int, spans: list[Span], before: list[_Rows], keep: int | None
+    ) -> list[_Rows]:
+        """Run one loop over spans; return what the next one needs: the last ``keep`` slots."""
+        inputs = [self._input(loop, span, before) for span in spans]
+        lent = [self._lent(span, before) for span in spans]
+        h_parts: list[list[Tensor]] = [[] for _ in spans]
+        chosen_parts: list[list[Tensor]] = [[] for _ in spans]
+        for chunk in _chunks(spans, self.chunk_slots):
+            cut = [slice(s.start - spans[s.sequence].start, s.stop - spans[s.sequence].start)
+                   for s in chunk]  # fmt: skip
+            x_td = torch.cat([inputs[s.sequence][c] for s, c in zip(chunk, cut, strict=True)])
+            routes = self._routes(loop, chunk, cut, lent)
+            h_td = self._stack(loop, chunk, x_td, routes)
+            sizes = [len(s) for s in chunk]
+            for s, h in zip(chunk, h_td.split(sizes), strict=True):
+                h_parts[s.sequence].append(h)
+            if routes.kept:
+                for s, c in zip(chunk, torch.stack(routes.kept, 1).split(sizes), strict=True):
+                    chosen_parts[s.sequence].append(c)
+        return [
+            _tail(span, torch.cat(h), torch.cat(c) if c else _chosen(span, before), keep)
+            for span, h, c in zip(spans, h_parts, chosen_parts, strict=True)
+        ]
+
+    def _input(self, loop: int, span: Span, before: list[_Rows]) -> Tensor:
+        """Return a loop's input [a, d] and keep what it handed on at the last slot."""
+        decoder, cache = self.decoder, self.cache
+        if loop > 1 and not decoder.m.cross_loop_shift:
+            rows = before[span.sequence]
+            return rows.h_ad[span.start - rows.start :]
+        first = span.start - self.whole[span.sequence].start
+        e_ad = decoder.embed(self.prompts[span.sequence][first:])
+        if loop == 1:
+            return e_ad
+        rows = before[span.sequence]
+        handed_on_ad = decoder.hand_on(rows.h_ad)
+        earlier_d = cache.handed_on_bld[span.sequence, loop - 2]
+        padded = torch.cat([earlier_d[None], handed_on_ad])  # row i: slot rows.start + i - 1
+        moved_ad = padded[span.start - rows.start : -1]
+        earlier_d.copy_(handed_on_ad[-1])
+        return decoder.between_loops(e_ad, moved_ad)
+
+    def _lent(self, span: Span, before: list[_Rows]) -> Tensor | None:
+        chosen = before[span.sequence].chosen if before else None
+        return None if chosen is None else chosen[span.start - before[span.sequence].start :]
+
+    def _routes(
+        self, loop: int, chunk: list[Span], cut: list[slice], lent: list[Tensor | None]
+    ) -> Routes:
+        if not self.decoder.shares_routing:
+            return Routes()
+        if loop == 1:
+            return Routes(keep=True)
+        parts = [lent[s.sequence][c] for s, c in zip(chunk, cut, strict=True)]  # type: ignore[index]
+        return Routes(lent=list(torch.cat(parts).unbind(1)))
+
+    def _stack(self, loop: int, chunk: list[Span], x_td: Tensor, routes: Routes) -> Tensor:
+        slots = [torch.arange(s.start, s.stop, device=x_td.device) for s in chunk]
+        rope = self.decoder.rope(torch.cat(slots))
+        attend = _SpanAttention(self.cache, loop, chunk)
+        return self.decoder.stack(x_td, rope, attend, routes)
+
+
+class _SpanAttention:
+    """Attention of the rows of some spans in one loop; writes the cache."""
+
+    def __init__(self, cache: StaticCache, loop: int, spans: list[Span]):
+        self.cache, self.loop, self.spans = cache, loop, spans
+
+    def __call__(
+        self, layer: int, q_thk: Tensor, k_tgk: Tensor, v_tgk: Tensor, gate_th: Tensor | None
+    ) -> Tensor:
+        parts, start = [], 0
+        for span in self.spans:
+            rows = slice(start, start + len(span))
+            q, k, v = (x[rows].transpose(0, 1)[None] for x in (q_thk, k_tgk, v_tgk))
+            y = self._everything(layer, span, q, k, v)
+            if self.loop > 1 and gate_th is not None:
+                gate = gate_th[rows].t()[None, ..., None]
+                y = torch.lerp(y, self._window(layer, span, q, k, v), gate)
+            parts.append(y[0].transpose(0, 1))
+            start += len(span)
+        return torch.cat(parts)
+
+    def _everything(self, layer: int, span: Span, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        all_k, all_v = (x[span.sequence, None] for x in self.cache.full(layer, self.loop))
+        if self.loop == 1 or not self.cache.m.share_first_loop_kv:
+            all_k[:, :, span.start : span.stop] = k
+            all_v[:, :, span.start : span.stop] = v
+        return attend_causally(q, all_k[:, :, : span.stop], all_v[:, :, : span.stop])
+
+    def _window(self, layer: int, span: Span, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend to the last w slots of this loop; keep the last of them in the ring."""
+        size, reach = self.cache.window, self.cache.m.window_keys
+        ring_k = self.cache.ring_k[layer][span.sequence, self.loop - 2]
+        ring_v = self.cache.ring_v[layer][span.sequence, self.loop - 2]
+        first = max(span.local_from, span.start - (reach - 1))
+        past = torch.arange(first, span.start, device=q.device) % size
+        keys = torch.cat([ring_k[:, past][None], k], 2)
+        values = torch.cat([ring_v[:, past][None], v], 2)
+        kept = torch.arange(max(span.start, span.stop - size), span.stop, device=q.device)
+        ring_k[:, kept % size] = k[0, :, kept - span.start]
+        ring_v[:, kept % size] = v[0, :, kept - span.start]
+        return attend_in_window(q, keys, values, reach)
+
+
+def attend_causally(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor) -> Tensor:
+    """Attend from the last ``a`` of ``n`` slots to all slots up to each."""
+    rows, slots = q_1hak.size(2), k_1gnk.size(2)
+    grouped = q_1hak.size(1) != k_1gnk.size(1)
+    if rows == slots or rows == 1:
+        return F.scaled_dot_product_attention(
+            q_1hak, k_1gnk, v_1gnk, is_causal=rows > 1, enable_gqa=grouped
+        )
+    return attend_in_window(q_1hak, k_1gnk, v_1gnk, slots)
+
+
+def attend_in_window(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor, window_keys: int) -> Tensor:
+    """Attend from the last ``a`` of ``n`` slots to the last ``window_keys`` up to each."""
+    rows, slots = q_1hak.size(2), k_1gnk.size(2)
+    repeat = q_1hak.size(1) // k_1gnk.size(1)
+    if repeat > 1:  # masked grouped attention falls back to a slow kernel on GPUs
+        k_1gnk, v_1gnk = (x.repeat_interleave(repeat, 1) for x in (k_1gnk, v_1gnk))
+    past, parts = slots - rows, []
+    step = max(256, window_keys) if window_keys < slots else MASK_ROWS
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        first = max(past + start - (window_keys - 1), 0)
+        query = torch.arange(past + start, past + stop, device=q_1hak.device)[:, None]
+        distance = query - torch.arange(first, past + stop, device=q_1hak.device)
+        keys = slice(first, past + stop)
+        parts.append(
+            F.scaled_dot_product_attention(
+                q_1hak[:, :, start:stop],
+                k_1gnk[:, :, keys],
+                v_1gnk[:, :, keys],
+                attn_mask=(distance >= 0) & (distance < window_keys),
+            )
+        )
+    return torch.cat(parts, 2)
+
+
+def _chunks(spans: list[Span], size: int) -> list[list[Span]]:
+    """Cut spans into groups of at most ``size`` rows; pieces of one sequence stay in order."""
+    groups: list[list[Span]] = [[]]
+    room = size
+    for span in spans:
+        start = span.start
+        while start < span.stop:
+            if room == 0:
+                groups.append([])
+                room = size
+            stop = min(span.stop, start + room)
+            groups[-1].append(Span(span.sequence, start, stop, span.local_from))
+            room -= stop - start
+            start = stop
+    return groups
+
+
+def _chosen(span: Span, before: list[_Rows]) -> Tensor | None:
+    """Later loops hand loop 1's choice on to the loop after them."""
+    if not before or before[span.sequence].chosen is None:
+        return None
+    rows = before[span.sequence]
+    return rows.chosen[span.start - rows.start :]  # type: ignore[index]
+
+
+def _tail(span: Span, h_ad: Tensor, chosen: Tensor | None, keep: int | None) -> _Rows:
+    first = 0 if keep is None else max(len(span) - keep, 0)
+    chosen = None if chosen is None else chosen[first:]
+    return _Rows(span.start + first, h_ad[first:], chosen)
