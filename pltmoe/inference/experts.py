@@ -10,11 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+FP8 = torch.float8_e4m3fn
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def experts(
-    x_td: Tensor, expert_te: Tensor, weight_te: Tensor, gate_up_e2fd: Tensor, down_edf: Tensor
+    x_td: Tensor,
+    expert_te: Tensor,
+    weight_te: Tensor,
+    gate_up_e2fd: Tensor,
+    down_edf: Tensor,
+    gate_up_scale_e2f: Tensor | None = None,
+    down_scale_ed: Tensor | None = None,
 ) -> Tensor:
     """Return ``sum over top-k of weight * down(silu(gate(x)) * up(x))`` [t, d].
 
@@ -24,7 +31,12 @@ def experts(
         weight_te: their weights [t, top_k].
         gate_up_e2fd: gate (first f rows) and up projection of every expert [e, 2f, d].
         down_edf: down projection of every expert [e, d, f].
+        gate_up_scale_e2f: factors of the rows of FP8 weights (``quantize``), float32.
+        down_scale_ed: likewise.
     """
+    if gate_up_scale_e2f is not None and down_scale_ed is not None:
+        gate_up_e2fd = dequantize(gate_up_e2fd, gate_up_scale_e2f, x_td.dtype)
+        down_edf = dequantize(down_edf, down_scale_ed, x_td.dtype)
     t, top_k = expert_te.shape
     expert_r, order = expert_te.flatten().sort()
     # Not bincount: it reads its result's size back from the GPU, which a CUDA graph cannot hold.
@@ -47,3 +59,15 @@ def _product(x_rd: Tensor, weight_eod: Tensor, ends_e: Tensor) -> Tensor:
             parts.append(F.linear(x_rd[start:end], weight_eod[expert]))
         start = end
     return torch.cat(parts)
+
+
+def quantize(weight_eoi: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights [e, out, in] in FP8 (e4m3) and the factor of each row [e, out], float32."""
+    largest = torch.finfo(FP8).max
+    scale_eo = weight_eoi.float().abs().amax(-1).clamp(min=1e-12) / largest
+    return (weight_eoi.float() / scale_eo[..., None]).clamp(-largest, largest).to(FP8), scale_eo
+
+
+def dequantize(weight_eoi: Tensor, scale_eo: Tensor, dtype: torch.dtype) -> Tensor:
+    """Undo ``quantize`` up to FP8's rounding."""
+    return (weight_eoi.float() * scale_eo[..., None]).to(dtype)
