@@ -82,7 +82,8 @@ class LoopRouter(TopKRouter):
             probs, routing_map = self._weigh_first(logits)
         self.chosen = routing_map
         if self.training and torch.is_grad_enabled() and self._at is not None:
-            probs = self._add_losses(probs, logits, scores, routing_map)
+            aux_loss = None if scores is None else self._balancing_loss(scores, routing_map)
+            probs = self._add_losses(probs, logits, aux_loss, routing_map)
         if self._chooses and not is_recomputing():
             self._apply_expert_bias(routing_map)
         return probs, routing_map
@@ -104,31 +105,26 @@ class LoopRouter(TopKRouter):
         masked = at_least_float32(logits).masked_fill(~self._first_map, float("-inf"))
         return masked.softmax(-1).type_as(logits), self._first_map
 
-    def _add_losses(
-        self, probs: Tensor, logits: Tensor, scores: Tensor | None, routing_map: Tensor
-    ) -> Tensor:
-        """Hang this rank's share of the router losses on ``probs``, and record it.
-
-        Without ``scores``, in a loop that does not choose, there is no balancing loss.
-        """
-        assert self._at is not None
+    def _balancing_loss(self, scores: Tensor, routing_map: Tensor) -> Tensor:
         counts, _, tokens = get_tokens_per_expert_and_token_count(
             routing_map, self.tp_cp_group, self.topk
         )
-        aux_loss = None
-        if scores is not None:
-            share = counts.to(scores.dtype) / (self.topk * tokens)
-            aux_loss = scores.size(-1) * (share * scores.sum(0) / tokens).sum()
+        share = counts.to(scores.dtype) / (self.topk * tokens)
+        return scores.size(-1) * (share * scores.sum(0) / tokens).sum()
+
+    def _add_losses(
+        self, probs: Tensor, logits: Tensor, aux_loss: Tensor | None, routing_map: Tensor
+    ) -> Tensor:
+        """Hang this rank's share of the router losses on ``probs``, and record it."""
+        assert self._at is not None
+        tokens = logits.size(0) * self.tp_cp_group.size()
         z_loss = at_least_float32(logits).logsumexp(-1).square().sum() / tokens
         if not is_recomputing():
             self._record(logits, aux_loss, z_loss, routing_map)
         a, z = self.config.moe_aux_loss_coeff, self.config.moe_z_loss_coeff or 0.0
-        if aux_loss is None:
-            loss = z * z_loss
-        else:
-            loss = a * aux_loss + z * z_loss
         if z == 0 and (a == 0 or aux_loss is None):
             return probs
+        loss = z * z_loss if aux_loss is None else a * aux_loss + z * z_loss
         return MoEAuxLossAutoScaler.apply(probs, loss * self._at.loss_tokens)
 
     @torch.no_grad()

@@ -30,9 +30,14 @@ _CHANGES: dict[str, dict[str, Any]] = {
     "PLT-2 tied": {"tied_embeddings": True},
     "PLT-2 hidden gate": {"gate_use_hidden_states": True},
     "PLT-3": _PLT3,
+    "loop-2 shared routing": _VANILLA | {"num_loops": 2, "moe_loop_routing": "shared"},
+    "PLT-2 shared routing": {"moe_loop_routing": "shared"},
+    "PLT-3 shared routing": _PLT3 | {"moe_loop_routing": "shared"},
 }
 MODELS = {name: MOE | changes | {"num_layers": 4} for name, changes in _CHANGES.items()} | {
-    f"dense {name}": DENSE | changes | {"num_layers": 4} for name, changes in _CHANGES.items()
+    f"dense {name}": DENSE | changes | {"num_layers": 4}
+    for name, changes in _CHANGES.items()
+    if "moe_loop_routing" not in changes
 }
 """Four layers, four experts; 16 slots, a window of 4 or 7 keys, router losses and biases on."""
 
@@ -81,6 +86,11 @@ TESTED: tuple[tuple[int, str, str, int], ...] = (
     (2, "TP2 x EP2", "PLT-2", 2),
     (2, "TP2 x ETP2", "PLT-3", 2),
     (2, "CP2 x EP2", "PLT-2", 1),
+    (2, "full", "PLT-3 shared routing", 1),
+    (2, "PP2 x selective", "PLT-3 shared routing", 2),
+    (2, "PP2 x V2 x full", "loop-2 shared routing", 2),
+    (2, "TP2 x ETP2", "PLT-3 shared routing", 2),
+    (2, "CP2 x EP2", "PLT-2 shared routing", 2),
     (4, "PP4", "vanilla", 1),
     (4, "PP4", "PLT-2", 4),
     (4, "PP4", "PLT-3", 8),
@@ -109,6 +119,8 @@ TESTED: tuple[tuple[int, str, str, int], ...] = (
     (4, "TP2 x CP2 x EP2 x ETP2", "PLT-2", 1),
     (4, "PP2 x TP2 x EP2", "PLT-3", 2),
     (4, "PP2 x CP2 x EP2", "PLT-2 tied", 2),
+    (4, "PP2 x TP2 x EP2", "PLT-2 shared routing", 2),
+    (4, "PP2 x CP2 x full", "PLT-3 shared routing", 2),
     (8, "PP2 x TP2 x CP2 x EP2", "PLT-2", 2),
 )
 
@@ -129,6 +141,7 @@ TRAINED: tuple[tuple[int, str, str], ...] = (
     (4, "PP2", "PLT-2 tied"),
     (4, "TP2 x CP2", "PLT-2 tied"),
     (4, "PP2 x EP2 x V2", "PLT-3"),
+    (2, "TP2 x EP2", "PLT-2 shared routing"),
 )
 
 MOVED: dict[str, tuple[tuple[int, str], ...]] = {
