@@ -120,23 +120,25 @@ def _split(
         q_ptr, sequence, group, stride_qb, stride_ql, stride_qh, L, PER, K, BLOCK_K, ROWS
     )
     if part < SPLITS:
+        k_at = k_ptr + sequence * stride_kb + group * stride_kg
+        v_at = v_ptr + sequence * stride_vb + group * stride_vg
+        stride_k, stride_v = stride_kn, stride_vn
         start = tl.load(starts_ptr + sequence).to(tl.int32) if HAS_STARTS else 0
-        end = tl.load(lengths_ptr + sequence).to(tl.int32)
-        keys = tl.cdiv(tl.cdiv(end - start, SPLITS), BLOCK_N) * BLOCK_N
+        last = tl.load(lengths_ptr + sequence).to(tl.int32)
+        keys = tl.cdiv(tl.cdiv(last - start, SPLITS), BLOCK_N) * BLOCK_N
         first = start + part * keys
-        acc_qk, top_q, sum_q = _attend(
-            q_qk, scale, k_ptr + sequence * stride_kb + group * stride_kg,
-            v_ptr + sequence * stride_vb + group * stride_vg, stride_kn, stride_vn, first,
-            tl.minimum(first + keys, end), K, BLOCK_K, BLOCK_N, ROWS, PRECISION
-        )  # fmt: skip
+        last = tl.minimum(first + keys, last)
     else:
         later = part - SPLITS
-        acc_qk, top_q, sum_q = _attend(
-            q_qk, scale, wk_ptr + sequence * stride_wb + later * stride_wl + group * stride_wg,
-            wv_ptr + sequence * stride_ub + later * stride_ul + group * stride_ug, stride_wn,
-            stride_un, 0, tl.load(window_lengths_ptr + sequence).to(tl.int32), K, BLOCK_K,
-            BLOCK_N, ROWS, PRECISION
-        )  # fmt: skip
+        k_at = wk_ptr + sequence * stride_wb + later * stride_wl + group * stride_wg
+        v_at = wv_ptr + sequence * stride_ub + later * stride_ul + group * stride_ug
+        stride_k, stride_v = stride_wn, stride_un
+        first = 0
+        last = tl.load(window_lengths_ptr + sequence).to(tl.int32)
+    acc_qk, top_q, sum_q = _attend(
+        q_qk, scale, k_at, v_at, stride_k, stride_v, first, last, K, BLOCK_K, BLOCK_N, ROWS,
+        PRECISION
+    )  # fmt: skip
     row = tl.arange(0, ROWS)
     at_q = (tl.program_id(0).to(tl.int64) * PARTS + part) * ROWS + row
     tl.store(top_ptr + at_q, top_q)
