@@ -42,6 +42,8 @@ class PLTMoEConfig(PreTrainedConfig):
         plt_window_size: ``[left, right]`` as in flash attention: ``[63, 0]`` is 64 keys
             including the current token.
         plt_gate_use_hidden_states: The gate reads the normed hidden state, not the query.
+        plt_gate_norm: The gate has an RMSNorm of its own, on the residual stream, for what it reads
+            (LoopCoder-v2); needs plt_gate_use_hidden_states.
         plt_normalize_per_loop: Apply the final norm to H_{l-1} before it is scaled and shifted.
         plt_emb_scale: Factor on E in the input of later loops.
         plt_hidden_scale: Factor on shift(H_{l-1}) in the input of later loops.
@@ -81,6 +83,7 @@ class PLTMoEConfig(PreTrainedConfig):
         plt_gated_swa: bool = True,
         plt_window_size: list[int] | None = None,
         plt_gate_use_hidden_states: bool = False,
+        plt_gate_norm: bool = False,
         plt_normalize_per_loop: bool = False,
         plt_emb_scale: float = 1.0,
         plt_hidden_scale: float = 1.0,
@@ -115,6 +118,7 @@ class PLTMoEConfig(PreTrainedConfig):
         self.plt_gated_swa = plt_gated_swa and has_later_loops
         self.plt_window_size = list(plt_window_size) if plt_window_size is not None else [63, 0]
         self.plt_gate_use_hidden_states = plt_gate_use_hidden_states
+        self.plt_gate_norm = plt_gate_norm
         self.plt_normalize_per_loop = plt_normalize_per_loop
         self.plt_emb_scale = plt_emb_scale
         self.plt_hidden_scale = plt_hidden_scale
@@ -168,6 +172,10 @@ class PLTMoEConfig(PreTrainedConfig):
             self.plt_gated_swa and not self.plt_share_first_loop_kv,
             "plt_gated_swa needs plt_share_first_loop_kv: the window is mixed with attention over "
             "loop 1's keys and values",
+        )
+        yield (
+            self.plt_gate_norm and not self.plt_gate_use_hidden_states,
+            "plt_gate_norm needs plt_gate_use_hidden_states: the query has its own norm",
         )
         for name, neutral in _NEUTRAL_BETWEEN_LOOPS.items():
             value = getattr(self, name)

@@ -1,8 +1,8 @@
 """Milliseconds per decoded token and cache bytes of exported models, measured side by side.
 
 All models are timed in turn, round after round, so that what else the machine does hits them alike
-and their ratios hold. The loops of an exported PLT still run one after another in ``transformers``;
-its latency here is not that of one-pass decoding.
+and their ratios hold. An exported PLT with the shift decodes all loops of a token in one pass; other
+loops run one after another.
 """
 
 import json

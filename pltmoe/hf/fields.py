@@ -150,6 +150,7 @@ def _refuse_options(fields: Mapping[str, Any], where: str) -> None:
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "norm_topk_prob": True,
+        "plt_gate_norm": False,
     }
     given = dict(fields)
     if fields["model_type"] == "qwen3_moe":

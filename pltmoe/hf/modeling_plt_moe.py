@@ -10,10 +10,16 @@ The whole layer stack f runs L times per token with the same weights:
                  window over this loop's own:  y = g local + (1 - g) global
     logits = head(norm(H_L))
 
+Decoding with a cache, all L loops of a slot are ONE pass of L rows through every layer: loop l of
+slot i needs loop l - 1 of slot i - 1 only. A prompt costs about one loop: when only the last slots'
+outputs are wanted, a later loop runs over the last slots it needs (see slots_needed), with the same
+outputs and the same cache. Without the shift, loops run one after another, also when decoding.
+
 Letters: b sequences, s slots of this call, d hidden, h query heads, g KV heads, k head size,
-n keys, e experts, t tokens. Loops run one after another, also when decoding.
+n keys, e experts, t tokens, L loops (rows of one slot, when decoding).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,26 +48,90 @@ def at_least_float32(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
-class WindowLayer(DynamicLayer):
+def slots_needed(config: PLTMoEConfig, loop: int, outputs: int) -> int:
+    """Return how many of the last slots ``loop`` must run over, for ``outputs`` exact last slots.
+
+    A later loop sees the past through loop 1's keys and values, known everywhere, and through its
+    own window: N layers reach N (w - 1) slots back. The loop before it must give it one slot more
+    (the shift). With at least one output, the windows that the cache keeps are exact too.
+    """
+    reach, shift = 0, int(config.plt_cross_loop_shift)
+    if config.plt_gated_swa:
+        reach = config.num_hidden_layers * (config.window_keys - 1)
+    if loop == 1:  # has its keys and values: only its outputs are wanted
+        return slots_needed(config, 2, outputs) + shift if config.plt_num_loops > 1 else outputs
+    return outputs + reach + (config.plt_num_loops - loop) * (reach + shift)
+
+
+class FullLayer(DynamicLayer):
+    """Keys and values of every slot of one layer in one loop."""
+
+    record_past = False
+
+    def activate_past_recording(self) -> None:
+        """Keep what crop() may ask for, until it is called."""
+        self.record_past = True
+
+    def keep_first(self, num_slots: int) -> None:
+        """Forget all slots but the first ``num_slots``."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[..., :num_slots, :], self.values[..., :num_slots, :]
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Apply ``function`` to what is kept; unlike transformers' methods also to no slots."""
+        if self.is_initialized:
+            self.keys, self.values = function(self.keys), function(self.values)
+
+
+class WindowLayer(FullLayer):
     """Keys and values of the last ``window_keys`` - 1 slots: what the next query can still see."""
 
     is_sliding = True
-    is_croppable = False
 
     def __init__(self, window_keys: int):
         super().__init__()
         self.window_keys = window_keys
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+        self, key_states: Tensor, value_states: Tensor, *args: Any, recorded: int = 0, **kwargs: Any
     ) -> KeyValue:
-        """Return the kept and the new keys and values; keep the last of them."""
+        """Return the kept and the new keys and values; keep the last of them.
+
+        ``recorded``: so many slots more, which crop() may take back.
+        """
         k, v = super().update(key_states, value_states)
-        first_kept = max(k.size(-2) - (self.window_keys - 1), 0)
-        self.keys, self.values = k[..., first_kept:, :], v[..., first_kept:, :]
-        if k.size(-2) > 2 * self.window_keys:  # after a prefill: let go of the long tensors
-            self.keys, self.values = self.keys.clone(), self.values.clone()
+        self._keep(k.size(-2), recorded)
         return k, v
+
+    def drop_last(self, num_slots: int) -> None:
+        """Forget the last ``num_slots``, and what was recorded before them."""
+        if self.is_initialized:
+            self._keep(self.keys.size(-2) - num_slots, 0)
+
+    def _keep(self, stop: int, recorded: int) -> None:
+        before, first = self.keys.size(-2), max(stop - (self.window_keys - 1) - recorded, 0)
+        self.keys, self.values = self.keys[..., first:stop, :], self.values[..., first:stop, :]
+        if before > 2 * (self.window_keys + recorded):  # a prefill: let go of the long tensors
+            self.keys, self.values = self.keys.clone(), self.values.clone()
+
+
+@dataclass
+class Slots:
+    """Consecutive slots of one call: ``past`` slots lie before them.
+
+    positions [b or 1, s] for RoPE; starts [b or 1, s], true where the shift gives zero;
+    valid [b, past + s] without padding, or None; documents [b, past + s] numbers, or None.
+    """
+
+    past: int
+    positions: Tensor
+    starts: Tensor
+    valid: Tensor | None = None
+    documents: Tensor | None = None
+
+    def __len__(self) -> int:
+        """Return s."""
+        return self.positions.size(1)
 
 
 class PLTMoECache(Cache):
@@ -69,19 +139,25 @@ class PLTMoECache(Cache):
 
     Loop 1 keeps every slot. A later loop keeps the window (G-SWA), nothing (shared keys and values
     without a window), or every slot (nothing shared). The cross-loop shift needs one more thing:
-    what each loop but the last hands on at the newest slot, ``last_hidden`` [b, d].
+    what each loop but the last hands on at the newest slot, ``last_hidden`` [b, 1, d].
+
+    ``crop`` is exact for any number of slots. What it needs is kept while recording is on, as
+    assisted decoding switches it on. Otherwise loop 1 is shortened, too, and the model computes the
+    last slots anew before its next call, from their token ids (8 bytes a slot).
     """
 
     def __init__(self, config: PLTMoEConfig):
-        self.num_layers = config.num_hidden_layers
-        layers = [DynamicLayer() for _ in range(self.num_layers)]
+        self.config, self.num_layers = config, config.num_hidden_layers
+        layers: list[FullLayer] = [FullLayer() for _ in range(self.num_layers)]
         for _ in range((config.plt_num_loops - 1) * self.num_layers):
             if config.plt_gated_swa:
                 layers.append(WindowLayer(config.window_keys))
             elif not config.plt_share_first_loop_kv:
-                layers.append(DynamicLayer())
+                layers.append(FullLayer())
         super().__init__(layers=layers)
         self.last_hidden: list[Tensor | None] = [None] * (config.plt_num_loops - 1)
+        self.record: dict[str, Tensor] = {}
+        self.recorded = self.missing = 0
 
     def update(
         self,
@@ -93,12 +169,65 @@ class PLTMoECache(Cache):
         **kwargs: Any,
     ) -> KeyValue:
         """Add keys and values [b, g, s, k] of one layer in one loop; return those to attend to."""
-        return super().update(key_states, value_states, (loop - 1) * self.num_layers + layer_idx)
+        index = (loop - 1) * self.num_layers + layer_idx
+        return super().update(key_states, value_states, index, recorded=self.recorded)
 
-    def exchange_hidden(self, loop: int, newest: Tensor) -> Tensor | None:
-        """Return what ``loop`` handed on at the last slot so far, and keep ``newest`` [b, d]."""
-        previous, self.last_hidden[loop - 1] = self.last_hidden[loop - 1], newest.clone()
-        return previous
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Return the slots so far, those that crop() has left to be computed anew included."""
+        return super().get_seq_length(layer_idx) + (self.missing if layer_idx == 0 else 0)
+
+    def own_slots(self, loop: int) -> int:
+        """Return for how many slots ``loop`` keeps keys and values of its own."""
+        layers = self._layers_of(loop)
+        return layers[0].get_seq_length() if layers else 0
+
+    def forget_window(self, loop: int) -> None:
+        """Begin the window of ``loop`` anew: it goes on after a gap."""
+        for layer in self._layers_of(loop):
+            layer.reset()
+
+    def hidden_before(self, loop: int) -> Tensor | None:
+        """Return what ``loop`` handed on at the last slot so far [b, 1, d], or None."""
+        kept = self.last_hidden[loop - 1]
+        return None if kept is None else kept[:, -1:]
+
+    def keep_hidden(self, loop: int, newest_bsd: Tensor) -> None:
+        """Keep what ``loop`` hands on at the last slot and, recording, what crop() may ask for."""
+        keep, kept = self.recorded + 1, self.last_hidden[loop - 1]
+        newest = newest_bsd[:, -keep:]
+        if kept is not None and keep > newest.size(1):
+            newest = torch.cat([kept.to(newest.device), newest], dim=1)[:, -keep:]
+        self.last_hidden[loop - 1] = newest.clone()
+
+    def note_call(self, ids: Tensor | None, slots: Slots, num_sequences: int) -> None:
+        """Remember what new slots are computed from; ``ids`` [b, s] is None for embeddings."""
+        if self.config.plt_num_loops == 1:
+            return
+        shape, device = (num_sequences, len(slots)), slots.positions.device
+        new = {
+            "ids": torch.full(shape, -1, device=device) if ids is None else ids,
+            "positions": slots.positions.expand(shape),
+            "starts": slots.starts.expand(shape),
+        }
+        for name, x in new.items():
+            kept = self.record.get(name)
+            self.record[name] = x if kept is None else torch.cat([kept, x], dim=1)
+        if slots.documents is not None:
+            self.record["documents"] = slots.documents.expand(num_sequences, -1)
+
+    def note_exact(self, new_slots: int, outputs: int, whole: bool) -> None:
+        """Count the slots that crop() can take back; ``whole``: no loop has left out any slot."""
+        recording = self.layers[0].record_past
+        self.recorded = (self.recorded + new_slots if whole else outputs) if recording else 0
+
+    def take_missing(self, valid: Tensor | None) -> tuple[Tensor, Slots]:
+        """Return token ids [b, s] and slots that crop() has left to be computed anew."""
+        stop = self.get_seq_length()
+        past, self.missing = stop - self.missing, 0
+        ids, positions, starts = (self.record[x][:, past:] for x in ("ids", "positions", "starts"))
+        if valid is not None:
+            valid = valid[:, :stop]
+        return ids, Slots(past, positions, starts, valid, self.record.get("documents"))
 
     def num_bytes(self) -> int:
         """Return the bytes of all keys, values and hidden vectors kept now."""
@@ -106,34 +235,106 @@ class PLTMoECache(Cache):
         kept += [x for x in self.last_hidden if x is not None]
         return sum(x.numel() * x.element_size() for x in kept)
 
+    def paper_bytes(self) -> int:
+        """Return the paper's formula for the slots so far: D n + (L - 1) D w with G-SWA, D n with
+        shared keys and values only, L D n with nothing shared; D: bytes of a slot in all layers.
+
+        ``num_bytes`` differs from it by what the paper leaves out, the L - 1 hidden vectors, and by
+        the newest slot of each window, which is not kept but comes with the next query.
+        """
+        first = self._layers_of(1)
+        stored, config = super().get_seq_length(), self.config
+        if not stored:
+            return 0
+        slot_bytes = sum(x.nbytes for layer in first for x in (layer.keys, layer.values)) // stored
+        later = 0 if config.plt_share_first_loop_kv else stored
+        if config.plt_gated_swa:
+            later = min(config.window_keys, stored)
+        return slot_bytes * (stored + (config.plt_num_loops - 1) * later)
+
     def reset(self) -> None:
         """Forget everything."""
         super().reset()
         self.last_hidden = [None] * len(self.last_hidden)
+        self.record, self.recorded, self.missing = {}, 0, 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Take over the batch order of a beam search."""
-        super().reorder_cache(beam_idx)
-        self._map_hidden(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self._map(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence of the batch."""
-        super().batch_repeat_interleave(repeats)
-        self._map_hidden(lambda x: x.repeat_interleave(repeats, dim=0))
+        self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep some sequences of the batch."""
-        super().batch_select_indices(indices)
-        self._map_hidden(lambda x: x[indices])
+        self._map(lambda x: x[indices.to(x.device)])
 
-    def crop(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: windows and hidden vectors of earlier slots are gone."""
-        raise NotImplementedError(
-            "PLTMoECache cannot be cropped: the later loops keep only their window and the last "
-            "hidden vectors. Assisted decoding is not supported; start again from an empty cache."
-        )
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last slots; ``tokens_to_remove`` is 0 or negative, as in transformers 5.
 
-    def _map_hidden(self, function: Any) -> None:
+        Raises:
+            ValueError: a positive number, more slots than there are, or slots that were given as
+                embeddings and are needed again.
+        """
+        length, dropped = self.get_seq_length(), -tokens_to_remove
+        if dropped < 0 or dropped > length:
+            raise ValueError(
+                f"crop({tokens_to_remove}) of a cache of {length} slots: give the number of slots "
+                f"to remove as a negative number, at least -{length}"
+            )
+        if dropped == length:
+            recording = self.layers[0].record_past
+            self.reset()
+            if recording:
+                self.activate_past_recording()
+            return
+        if not self.missing and dropped <= self.recorded:
+            self._drop_recorded(length - dropped, dropped)
+        elif dropped:
+            self._drop_unrecorded(length - dropped)
+        self.record = {name: x[:, : length - dropped] for name, x in self.record.items()}
+        self.recorded = 0
+
+    def _drop_recorded(self, left: int, dropped: int) -> None:
+        for layer in self.layers:
+            if isinstance(layer, WindowLayer):
+                layer.drop_last(dropped)
+            else:
+                layer.keep_first(left)
+        self._map_hidden(lambda x: x[:, x.size(1) - dropped - 1 : x.size(1) - dropped].clone())
+
+    def _drop_unrecorded(self, left: int) -> None:
+        """Shorten every loop so far that computing the missing slots again makes all exact."""
+        config = self.config
+        missing = 0
+        if config.plt_cross_loop_shift or config.plt_gated_swa:
+            missing = min(left, slots_needed(config, 1, 1))
+            if (self.record["ids"][:, left - missing : left] < 0).any():
+                raise ValueError(
+                    f"crop: the last {missing} slots must be computed again, but were given as "
+                    "inputs_embeds; give input_ids, or call activate_past_recording() beforehand"
+                )
+        self.missing = missing
+        for loop in range(1, config.plt_num_loops + 1):
+            if loop > 1 and config.plt_share_first_loop_kv:
+                self.forget_window(loop)
+                continue
+            again = min(self.missing, slots_needed(config, loop, 1))
+            for layer in self._layers_of(loop):
+                layer.keep_first(left - again)
+        self.last_hidden = [None] * len(self.last_hidden)
+
+    def _layers_of(self, loop: int) -> list[Any]:
+        return self.layers[(loop - 1) * self.num_layers : loop * self.num_layers]
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+        for layer in self.layers:
+            layer.map(function)
+        self._map_hidden(function)
+        self.record = {name: function(x) for name, x in self.record.items()}
+
+    def _map_hidden(self, function: Callable[[Tensor], Tensor]) -> None:
         self.last_hidden = [None if x is None else function(x) for x in self.last_hidden]
 
 
@@ -151,57 +352,58 @@ class Piece:
 
 
 class Visibility:
-    """Which slots the queries of one call see: all before them, less padding and other documents.
+    """Which slots the queries of one loop see: all before them, less padding and other documents.
 
-    Built once per call and shared by all layers and loops. ``everything`` is causal attention, its
-    keys begin at slot 0; ``window`` is the sliding window, its keys begin where a WindowLayer's do.
+    Built once per loop and shared by all layers. ``everything`` is causal attention, its keys begin
+    at slot 0; ``window`` is the sliding window, its keys begin at ``first_kept``.
+
+    Args:
+        slots: of the call; ``skipped`` of them at the beginning are no queries in this loop.
+        first_kept: the first slot whose key the loop's own cache still has.
+        window_keys: None without a window.
     """
 
     def __init__(
-        self,
-        past: int,
-        num_slots: int,
-        window_keys: int | None,
-        device: torch.device,
-        valid: Tensor | None = None,
-        documents: Tensor | None = None,
+        self, slots: Slots, skipped: int = 0, first_kept: int = 0, window_keys: int | None = None
     ):
-        self.past, self.device, self.valid, self.documents = past, device, valid, documents
-        self.everything = self.window = [self._piece(0, num_slots, 0, None)]
-        if window_keys is not None and past + num_slots > window_keys:
-            first_key = max(past - (window_keys - 1), 0)
+        self.slots, self.device = slots, slots.positions.device
+        self.key = (skipped, first_kept, window_keys)
+        first, stop = slots.past + skipped, slots.past + len(slots)
+        self.everything = self.window = [self._piece(first, stop, 0, first, None)]
+        if window_keys is not None and (first_kept > 0 or stop > window_keys):
             step = max(WINDOW_CHUNK, window_keys)
             self.window = [
-                self._piece(start, min(start + step, num_slots), first_key, window_keys)
-                for start in range(0, num_slots, step)
+                self._piece(start, min(start + step, stop), first_kept, first, window_keys)
+                for start in range(first, stop, step)
             ]
 
-    def _piece(self, start: int, stop: int, first_key: int, window_keys: int | None) -> Piece:
-        key_start, key_stop = first_key, self.past + stop
+    def _piece(
+        self, start: int, stop: int, first_key: int, first_query: int, window_keys: int | None
+    ) -> Piece:
+        key_start = first_key
         if window_keys is not None:
-            key_start = max(first_key, self.past + start - (window_keys - 1))
-        queries = slice(start, stop)
-        keys = slice(key_start - first_key, key_stop - first_key)
-        if self.valid is None and self.documents is None:
+            key_start = max(first_key, start - (window_keys - 1))
+        queries = slice(start - first_query, stop - first_query)
+        keys = slice(key_start - first_key, stop - first_key)
+        if self.slots.valid is None and self.slots.documents is None:
             if stop - start == 1:
                 return Piece(queries, keys, None)
-            if window_keys is None and self.past == 0:
+            if key_start == start and (window_keys is None or stop - start <= window_keys):
                 return Piece(queries, keys, None, is_causal=True)
-        query_slots = torch.arange(self.past + start, self.past + stop, device=self.device)
-        key_slots = torch.arange(key_start, key_stop, device=self.device)
+        query_slots = torch.arange(start, stop, device=self.device)
+        key_slots = torch.arange(key_start, stop, device=self.device)
         return Piece(queries, keys, self._mask(query_slots, key_slots, window_keys))
 
     def _mask(self, query_slots: Tensor, key_slots: Tensor, window_keys: int | None) -> Tensor:
+        valid, documents = self.slots.valid, self.slots.documents
         distance = query_slots[:, None] - key_slots[None, :]
         seen = (distance >= 0)[None]
         if window_keys is not None:
             seen = seen & (distance < window_keys)
-        if self.valid is not None:
-            seen = seen & self.valid[:, None, key_slots]
-        if self.documents is not None:
-            seen = seen & (
-                self.documents[:, query_slots, None] == self.documents[:, None, key_slots]
-            )
+        if valid is not None:
+            seen = seen & valid[:, None, key_slots]
+        if documents is not None:
+            seen = seen & (documents[:, query_slots, None] == documents[:, None, key_slots])
         return (seen | (distance == 0)).unsqueeze(1)  # padding sees itself: no empty softmax
 
 
@@ -255,16 +457,23 @@ class PLTMoERMSNorm(nn.Module):
 class PLTMoEGate(nn.Module):
     """g = sigmoid(weight . x + bias): one scalar per head and token, on the local branch."""
 
-    def __init__(self, num_heads: int, size: int):
+    def __init__(self, config: PLTMoEConfig):
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(num_heads, size))
-        self.bias = nn.Parameter(torch.zeros(num_heads))
+        self.reads_hidden = config.plt_gate_use_hidden_states
+        size = config.hidden_size if self.reads_hidden else config.head_dim
+        self.weight = nn.Parameter(torch.zeros(config.num_attention_heads, size))
+        self.bias = nn.Parameter(torch.zeros(config.num_attention_heads))
+        if config.plt_gate_norm:
+            self.gate_norm = PLTMoERMSNorm(size, config.rms_norm_eps)
 
-    def forward(self, q_bhsk: Tensor, x_bsd: Tensor | None) -> Tensor:
-        """Return g [b, h, s, 1] from the query after RoPE or, if given, from hidden states."""
-        if x_bsd is None:
+    def forward(self, q_bhsk: Tensor, x_bsd: Tensor, h_bsd: Tensor) -> Tensor:
+        """Return g [b, h, s, 1] from the query after RoPE, or from hidden states: the layer's
+        normed input x or, with a norm of the gate's own, the residual stream h.
+        """
+        if not self.reads_hidden:
             logit = torch.einsum("bhsk,hk->bhs", q_bhsk, self.weight)
         else:
+            x_bsd = self.gate_norm(h_bsd) if hasattr(self, "gate_norm") else x_bsd
             logit = torch.einsum("bsd,hd->bhs", x_bsd, self.weight)
         return torch.sigmoid(logit + self.bias[:, None]).unsqueeze(-1)
 
@@ -285,49 +494,120 @@ class PLTMoEAttention(nn.Module):
             self.q_norm = PLTMoERMSNorm(size, config.rms_norm_eps)
             self.k_norm = PLTMoERMSNorm(size, config.rms_norm_eps)
         if config.plt_gated_swa:
-            self.plt_gate = PLTMoEGate(heads, hidden if config.plt_gate_use_hidden_states else size)
+            self.plt_gate = PLTMoEGate(config)
 
     def forward(
         self,
         x_bsd: Tensor,
+        h_bsd: Tensor,
         first_kv: KeyValue | None,
-        loop: int,
+        loop: int | None,
         rope: tuple[Tensor, Tensor],
         visibility: Visibility,
         cache: PLTMoECache | None,
     ) -> tuple[Tensor, KeyValue | None]:
-        """Return the output [b, s, d] and, in loop 1, the keys and values of all slots so far."""
+        """Return the output [b, s, d] and, in loop 1, the keys and values of all slots so far.
+
+        Args:
+            x_bsd: The normed input; ``h_bsd`` is the residual stream that it comes from. With
+                ``loop`` None, the s rows are the loops of one slot.
+            first_kv: Loop 1's keys and values, in later loops.
+            loop: From 1; None for all loops at once.
+            rope: Cosines and sines of the slots.
+            visibility: What the queries see.
+            cache: Keys and values of slots before these.
+        """
         q = self._heads(self.q_proj(x_bsd))
         q = rotate(self.q_norm(q) if self.config.use_qk_norm else q, rope)
+        needs_own = loop in (1, None) or self.config.plt_gated_swa
+        k = v = None
+        if needs_own or not self.config.plt_share_first_loop_kv:
+            k, v = self._heads(self.k_proj(x_bsd)), self._heads(self.v_proj(x_bsd))
+            k = rotate(self.k_norm(k) if self.config.use_qk_norm else k, rope)
         kv = None
-        if loop == 1 or not self.config.plt_share_first_loop_kv:
-            kv = self._keys_values(x_bsd, loop, rope, cache)
-            y = self._attend(q, kv, visibility.everything)
+        if loop is None:
+            y, local = self._all_loops(q, k, v, visibility, cache)
         else:
-            y = self._attend(q, first_kv, visibility.everything)
-            if self.config.plt_gated_swa:
-                own = self._keys_values(x_bsd, loop, rope, cache)
-                local = self._attend(q, own, visibility.window)
-                g = self.plt_gate(q, x_bsd if self.config.plt_gate_use_hidden_states else None)
-                y = g * local + (1 - g) * y
-        y_bsd = self.o_proj(y.transpose(1, 2).flatten(2))
-        return y_bsd, kv if loop == 1 else None
+            y, local, kv = self._one_loop(q, k, v, first_kv, loop, visibility, cache)
+        if local is not None:
+            later = slice(1, None) if loop is None else slice(None)  # loop 1 has no gate
+            g = self.plt_gate(q[:, :, later], x_bsd[:, later], h_bsd[:, later])
+            mixed = g * local + (1 - g) * y[:, :, later]
+            y = mixed if loop else torch.cat([y[:, :, :1], mixed], dim=2)
+        return self.o_proj(y.transpose(1, 2).flatten(2)), kv
+
+    def _one_loop(
+        self,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        first_kv: KeyValue | None,
+        loop: int,
+        visibility: Visibility,
+        cache: PLTMoECache | None,
+    ) -> tuple[Tensor, Tensor | None, KeyValue | None]:
+        """Return the global and the local branch and, in loop 1, its keys and values."""
+        own = None
+        if k is not None:
+            own = (k, v) if cache is None else cache.update(k, v, self.layer_idx, loop=loop)
+        if loop == 1 or not self.config.plt_share_first_loop_kv:
+            y = self._attend(q, own, visibility.everything)
+            return y, None, own if loop == 1 else None
+        y = self._attend(q, first_kv, visibility.everything)
+        local = self._attend(q, own, visibility.window) if self.config.plt_gated_swa else None
+        return y, local, None
+
+    def _all_loops(
+        self, q_bhLk: Tensor, k_bgLk: Tensor, v_bgLk: Tensor, visibility: Visibility, cache: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the global branch of all rows of one slot and the local one of the later rows."""
+        config, own = self.config, []
+        owners = config.plt_num_loops
+        if config.plt_share_first_loop_kv and not config.plt_gated_swa:
+            owners = 1
+        for row in range(owners):  # loop 1's keys and values first: all rows see the slot itself
+            k, v = k_bgLk[:, :, row : row + 1], v_bgLk[:, :, row : row + 1]
+            own.append(cache.update(k, v, self.layer_idx, loop=row + 1))
+        if not config.plt_share_first_loop_kv:
+            rows = [
+                self._attend_rows(q_bhLk[:, :, row : row + 1], kv, visibility.everything)
+                for row, kv in enumerate(own)
+            ]
+            return torch.cat(rows, dim=2), None
+        y = self._attend_rows(q_bhLk, own[0], visibility.everything)
+        if not config.plt_gated_swa:
+            return y, None
+        local = [
+            self._attend_rows(q_bhLk[:, :, row : row + 1], own[row], visibility.window)
+            for row in range(1, owners)
+        ]
+        return y, torch.cat(local, dim=2)
+
+    def _attend_rows(self, q_bhrk: Tensor, kv: KeyValue, pieces: list[Piece]) -> Tensor:
+        """Attend with r rows of one slot: they and the heads of a KV head are one set of queries.
+
+        The keys are read once, and not repeated for the query heads.
+        """
+        groups, rows = kv[0].size(1), q_bhrk.size(2)
+        q_bgmk = q_bhrk.unflatten(1, (groups, -1)).flatten(2, 3)
+        y_bgmk = self._attend(q_bgmk, kv, pieces, all_queries=True)
+        return y_bgmk.unflatten(2, (-1, rows)).flatten(1, 2)
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)
 
-    def _keys_values(
-        self, x_bsd: Tensor, loop: int, rope: tuple[Tensor, Tensor], cache: PLTMoECache | None
-    ) -> KeyValue:
-        k, v = self._heads(self.k_proj(x_bsd)), self._heads(self.v_proj(x_bsd))
-        k = rotate(self.k_norm(k) if self.config.use_qk_norm else k, rope)
-        return (k, v) if cache is None else cache.update(k, v, self.layer_idx, loop=loop)
-
-    def _attend(self, q: Tensor, kv: KeyValue, pieces: list[Piece]) -> Tensor:
-        attend = ATTEND[self.config._attn_implementation or "sdpa"]
-        k, v = kv
+    def _attend(
+        self, q: Tensor, kv: KeyValue | None, pieces: list[Piece], all_queries: bool = False
+    ) -> Tensor:
+        assert kv is not None, "loop 1 comes first"
+        attend, (k, v) = ATTEND[self.config._attn_implementation or "sdpa"], kv
         parts = [
-            attend(q[:, :, piece.queries], k[:, :, piece.keys], v[:, :, piece.keys], piece)
+            attend(
+                q if all_queries else q[:, :, piece.queries],
+                k[:, :, piece.keys],
+                v[:, :, piece.keys],
+                piece,
+            )
             for piece in pieces
         ]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
@@ -358,12 +638,16 @@ class PLTMoERouter(nn.Module):
             bias = torch.zeros(config.num_experts, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x_td: Tensor) -> tuple[Tensor, Tensor]:
-        """Return chosen experts [t, top_k] and their weights [t, top_k]."""
+    def forward(self, x_td: Tensor, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return chosen experts [t, top_k] and their weights [t, top_k].
+
+        ``experts``: chosen elsewhere; only their weights are computed from ``x_td``.
+        """
         # In float32 from the logits on, as in training: bf16 logits would choose other experts.
         scores = F.linear(at_least_float32(x_td), at_least_float32(self.weight)).softmax(-1)
-        bias = getattr(self, "e_score_correction_bias", 0.0)
-        experts = (scores + bias).topk(self.top_k, dim=-1).indices
+        if experts is None:
+            bias = getattr(self, "e_score_correction_bias", 0.0)
+            experts = (scores + bias).topk(self.top_k, dim=-1).indices
         weights = scores.gather(-1, experts)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -381,19 +665,24 @@ class PLTMoESparseBlock(nn.Module):
             for _ in range(config.num_experts)
         )
 
-    def forward(self, x_bsd: Tensor) -> Tensor:
-        """Return the weighted sum of the chosen experts' outputs [b, s, d]."""
+    def forward(self, x_bsd: Tensor, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the weighted sum of the chosen experts' outputs [b, s, d], and who was chosen.
+
+        Args:
+            x_bsd: Tokens; when decoding, s are the loops of one slot, and the rows of an expert are
+                one matrix product whatever loop they belong to.
+            experts: [b, s, top_k] from elsewhere; default: the router chooses.
+        """
         x_td = x_bsd.flatten(0, 1)
-        chosen, weights = self.gate(x_td)
+        chosen, weights = self.gate(x_td, None if experts is None else experts.flatten(0, 1))
         order = chosen.flatten().argsort(stable=True)  # all (token, rank) pairs, expert by expert
-        counts = chosen.flatten().bincount(minlength=len(self.experts)).tolist()
+        in_use = torch.stack(chosen.unique(return_counts=True)).tolist()
         out = torch.zeros_like(x_td)
-        for expert, pairs in zip(self.experts, order.split(counts), strict=True):
-            if pairs.numel():
-                token = pairs // chosen.size(-1)
-                y = expert(x_td[token]) * weights.flatten()[pairs, None]
-                out = out.index_add(0, token, y)
-        return out.view_as(x_bsd)
+        for expert, pairs in zip(in_use[0], order.split(in_use[1]), strict=True):
+            token = pairs // chosen.size(-1)
+            y = self.experts[expert](x_td[token]) * weights.flatten()[pairs, None]
+            out.index_add_(0, token, y)
+        return out.view_as(x_bsd), chosen.unflatten(0, x_bsd.shape[:2])
 
 
 class PLTMoEDecoderLayer(GradientCheckpointingLayer):
@@ -418,14 +707,20 @@ class PLTMoEDecoderLayer(GradientCheckpointingLayer):
         h_bsd: Tensor,
         first_k: Tensor | None,
         first_v: Tensor | None,
-        loop: int,
+        experts: Tensor | None,
+        loop: int | None,
         rope: tuple[Tensor, Tensor],
         visibility: Visibility,
         past_key_values: PLTMoECache | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return the residual stream and, in loop 1, keys and values of all slots so far."""
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """Return the residual stream; in loop 1, keys and values of all slots so far; the experts
+        chosen [b, s, top_k].
+
+        ``experts`` given: the tokens go to these. ``loop`` None: the rows are one slot's loops.
+        """
         y, kv = self.self_attn(
             self.input_layernorm(h_bsd),
+            h_bsd,
             (first_k, first_v),
             loop,
             rope,
@@ -433,8 +728,12 @@ class PLTMoEDecoderLayer(GradientCheckpointingLayer):
             past_key_values,
         )
         h_bsd = h_bsd + y
-        h_bsd = h_bsd + self.mlp(self.post_attention_layernorm(h_bsd))
-        return h_bsd, *(kv or (None, None))
+        x_bsd = self.post_attention_layernorm(h_bsd)
+        if isinstance(self.mlp, PLTMoESparseBlock):
+            y, experts = self.mlp(x_bsd, experts)
+        else:
+            y = self.mlp(x_bsd)
+        return h_bsd + y, *(kv or (None, None)), experts
 
 
 class PLTMoEPreTrainedModel(PreTrainedModel):
@@ -449,7 +748,6 @@ class PLTMoEPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = False
     _supports_flex_attn = False
     _keep_in_fp32_modules_strict = ["e_score_correction_bias"]
-    _is_stateful = True  # the cache cannot be rolled back: generate() refuses assisted decoding
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -487,6 +785,7 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        outputs_to_keep: int = 0,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Run all loops over the new slots.
@@ -501,6 +800,8 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
             output_hidden_states: return ``num_loops * (num_layers + 1)`` tensors, loop after
                 loop: the loop's input, then every layer's output; the very last one is normed.
             output_attentions: not supported.
+            outputs_to_keep: return the last so many slots only (0: all). The later loops then run
+                over the last slots they need, unless ``output_hidden_states`` asks for all.
 
         Raises:
             ValueError: contradicting or unsupported arguments.
@@ -512,18 +813,21 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
         past = cache.get_seq_length() if cache is not None else 0
         valid = self._valid_slots(attention_mask, past + e_bsd.size(1))
         positions = self._positions(position_ids, valid, past, e_bsd)
-        documents = None
-        if position_ids is not None and attention_mask is None and past == 0:
-            numbers = (positions == 0).cumsum(-1)
-            documents = numbers if (numbers > 1).any() else None
-        window = self.config.window_keys if self.config.plt_gated_swa else None
-        visibility = Visibility(past, e_bsd.size(1), window, e_bsd.device, valid, documents)
-        starts = self._starts(positions, valid, past)
+        packed = position_ids is not None and attention_mask is None
+        documents = self._documents(positions, cache, past, packed)
+        slots = Slots(past, positions, self._starts(positions, valid, past), valid, documents)
+        if cache is not None:
+            self._make_up_for_crop(cache, valid)
+            cache.note_call(input_ids, slots, e_bsd.size(0))
         states: list[Tensor] | None = [] if self._wants_states(output_hidden_states) else None
-        h_bsd = self._run_loops(e_bsd, starts, positions, visibility, cache, states)
-        h_bsd = self.norm(h_bsd)
+        if states is None and cache is not None and self._can_run_all_loops_at_once(e_bsd):
+            h_bsd = self._run_all_loops_at_once(e_bsd, slots, cache)
+        else:
+            outputs = outputs_to_keep if states is None else 0
+            h_bsd = self._run_loops(e_bsd, slots, cache, states, outputs)
+        h_bsd = self.norm(h_bsd[:, -outputs_to_keep:])
         if states is not None:
-            states[-1] = h_bsd
+            states[-1] = self.norm(states[-1])
         return BaseModelOutputWithPast(
             last_hidden_state=h_bsd,
             past_key_values=cache,
@@ -533,29 +837,36 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
     def _run_loops(
         self,
         e_bsd: Tensor,
-        starts: Tensor,
-        positions: Tensor,
-        visibility: Visibility,
+        slots: Slots,
         cache: PLTMoECache | None,
-        states: list[Tensor] | None,
+        states: list[Tensor] | None = None,
+        outputs: int = 0,
     ) -> Tensor:
-        config, h_bsd = self.config, e_bsd
-        rope = self._rope(positions, e_bsd.dtype)
+        """Return H_L of the new slots, loop after loop; with ``outputs``, the last so many suffice
+        (the others may be missing or wrong).
+        """
+        h_bsd = e_bsd
+        skips = self._skips(slots, cache, outputs)
+        if cache is not None:
+            cache.note_exact(len(slots), outputs or len(slots), whole=not any(skips))
+        cos, sin = self._rope(slots.positions, e_bsd.dtype)
         first_kv: list[KeyValue] = []
-        for loop in range(1, config.plt_num_loops + 1):
-            if loop > 1 and config.plt_cross_loop_shift:
-                handed_on = self.norm(h_bsd) if config.plt_normalize_per_loop else h_bsd
-                moved = self._shift(handed_on, starts, loop - 1, cache)
-                h_bsd = config.plt_emb_scale * e_bsd + config.plt_hidden_scale * moved
+        visibility = None
+        for loop, skip in enumerate(skips, start=1):
+            if loop > 1:
+                ahead = skip - skips[loop - 2]
+                h_bsd = self._next_input(e_bsd, h_bsd, skip, ahead, slots.starts, loop, cache)
+            visibility = self._visibility(slots, loop, skip, cache, visibility)
             if states is not None:
                 states.append(h_bsd)
             for index, layer in enumerate(self.layers):
                 lent = first_kv[index] if loop > 1 else (None, None)
-                h_bsd, k, v = layer(
+                h_bsd, k, v, _ = layer(
                     h_bsd,
                     *lent,
+                    None,
                     loop=loop,
-                    rope=rope,
+                    rope=(cos[:, :, skip:], sin[:, :, skip:]),
                     visibility=visibility,
                     past_key_values=cache,
                 )
@@ -565,13 +876,109 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
                     states.append(h_bsd)
         return h_bsd
 
-    def _shift(self, h_bsd: Tensor, starts: Tensor, loop: int, cache: PLTMoECache | None) -> Tensor:
-        """Move every vector one slot to the right; the first slot of a document gets zeros."""
-        before = cache.exchange_hidden(loop, h_bsd[:, -1]) if cache is not None else None
-        if before is None:
-            before = torch.zeros_like(h_bsd[:, 0])
-        moved = torch.cat([before[:, None].to(h_bsd.device), h_bsd[:, :-1]], dim=1)
-        return moved.masked_fill(starts.unsqueeze(-1), 0.0)
+    def _skips(self, slots: Slots, cache: PLTMoECache | None, outputs: int) -> list[int]:
+        """Return for each loop how many of the new slots, from the first, it may leave out.
+
+        Loops with all keys and values of their own need every slot, except those they still have
+        after a crop.
+        """
+        config, skips = self.config, [0]
+        for loop in range(2, config.plt_num_loops + 1):
+            skip = 0
+            if not config.plt_share_first_loop_kv:
+                skip = cache.own_slots(loop) - slots.past if cache is not None else 0
+            elif outputs:
+                skip = max(len(slots) - slots_needed(config, loop, outputs), 0)
+            if skip and cache is not None and config.plt_gated_swa:
+                cache.forget_window(loop)
+            skips.append(skip)
+        return skips
+
+    def _visibility(
+        self,
+        slots: Slots,
+        loop: int,
+        skip: int,
+        cache: PLTMoECache | None,
+        before: Visibility | None,
+    ) -> Visibility:
+        """Return what the queries of ``loop`` see; loop 1 has no window."""
+        window = self.config.window_keys if self.config.plt_gated_swa and loop > 1 else None
+        first_kept = slots.past + skip
+        if cache is not None and window is not None:
+            first_kept -= cache.own_slots(loop)
+        if before is not None and before.key == (skip, first_kept, window):
+            return before
+        return Visibility(slots, skip, first_kept, window)
+
+    def _can_run_all_loops_at_once(self, e_bsd: Tensor) -> bool:
+        """One new slot: its loops need each other at the slot before only, if there is a shift."""
+        return e_bsd.size(1) == 1 and self.config.plt_cross_loop_shift
+
+    def _run_all_loops_at_once(self, e_b1d: Tensor, slots: Slots, cache: PLTMoECache) -> Tensor:
+        """Return H_L of one new slot [b, 1, d]: one pass of L rows through every layer."""
+        config = self.config
+        rows = [e_b1d]
+        for loop in range(1, config.plt_num_loops):
+            before = cache.hidden_before(loop)
+            before = torch.zeros_like(e_b1d) if before is None else before.to(e_b1d.device)
+            rows.append(self._mix(e_b1d, before.masked_fill(slots.starts.unsqueeze(-1), 0.0)))
+        cache.note_exact(1, 1, whole=True)
+        visibility = self._visibility(slots, 2, 0, cache, None)
+        rope, h_bLd = self._rope(slots.positions, e_b1d.dtype), torch.cat(rows, dim=1)
+        for layer in self.layers:
+            h_bLd, *_ = layer(
+                h_bLd,
+                None,
+                None,
+                None,
+                loop=None,
+                rope=rope,
+                visibility=visibility,
+                past_key_values=cache,
+            )
+        handed_on = self.norm(h_bLd[:, :-1]) if config.plt_normalize_per_loop else h_bLd
+        for loop in range(1, config.plt_num_loops):
+            cache.keep_hidden(loop, handed_on[:, loop - 1 : loop])
+        return h_bLd[:, -1:]
+
+    def _make_up_for_crop(self, cache: PLTMoECache, valid: Tensor | None) -> None:
+        """Compute the slots again that PLTMoECache.crop has left out."""
+        if cache.missing:
+            ids, slots = cache.take_missing(valid)
+            self._run_loops(self.embed_tokens(ids), slots, cache, outputs=1)
+            cache.recorded = 0
+
+    def _next_input(
+        self,
+        e_bsd: Tensor,
+        h_bsd: Tensor,
+        skip: int,
+        ahead: int,
+        starts: Tensor,
+        loop: int,
+        cache: PLTMoECache | None,
+    ) -> Tensor:
+        """Return the input of ``loop`` > 1 at the slots from ``skip`` on.
+
+        ``h_bsd`` is the loop before, which began ``ahead`` slots earlier.
+        """
+        config = self.config
+        if not config.plt_cross_loop_shift:
+            return h_bsd[:, ahead:]
+        h_bsd = h_bsd[:, max(ahead - 1, 0) :]
+        h_bsd = self.norm(h_bsd) if config.plt_normalize_per_loop else h_bsd
+        before = cache.hidden_before(loop - 1) if cache is not None else None
+        if cache is not None:
+            cache.keep_hidden(loop - 1, h_bsd)
+        moved = h_bsd[:, :-1]
+        if ahead == 0:
+            before = torch.zeros_like(h_bsd[:, :1]) if before is None else before.to(h_bsd.device)
+            moved = torch.cat([before, moved], dim=1)
+        return self._mix(e_bsd[:, skip:], moved.masked_fill(starts[:, skip:, None], 0.0))
+
+    def _mix(self, e_bsd: Tensor, moved_bsd: Tensor) -> Tensor:
+        return self.config.plt_emb_scale * e_bsd + self.config.plt_hidden_scale * moved_bsd
 
     def _rope(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Return cos and sin [b or 1, 1, s, k]; angles are float32, as in other implementations."""
@@ -632,6 +1039,17 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
         return position_ids[:, -num_slots:]
 
     @staticmethod
+    def _documents(
+        positions: Tensor, cache: PLTMoECache | None, past: int, packed: bool
+    ) -> Tensor | None:
+        """Return the document number of each slot [b or 1, past + s], or None if there is one."""
+        begins = (positions == 0).long().cumsum(-1)
+        kept = cache.record.get("documents") if cache is not None else None
+        if kept is not None:
+            return torch.cat([kept, (kept[:, -1:] + begins).expand(kept.size(0), -1)], dim=1)
+        return begins if packed and past == 0 and (begins > 1).any() else None
+
+    @staticmethod
     def _starts(positions: Tensor, valid: Tensor | None, past: int) -> Tensor:
         """Return bool [b or 1, s]: true where the shift gives zero."""
         starts = positions == 0
@@ -685,11 +1103,12 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            # indices may ask for any slot
+            outputs_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             return_dict=True,
         )
-        keep = logits_to_keep
-        keep = slice(-keep or None, None) if isinstance(keep, int) else keep
-        logits = self.lm_head(out.last_hidden_state[:, keep])
+        kept = slice(None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
             loss = next_token_loss(logits, labels, kwargs.get("num_items_in_batch"))

@@ -182,6 +182,9 @@ def test_cache_size_is_the_papers(name, slots):
     elements = slots * m.num_layers * 2 * m.num_kv_heads * m.head_dim
     elements += (m.num_loops - 1) * m.hidden_size if m.cross_loop_shift else 0
     assert cache.num_bytes() == 8 * elements
+    slot_bytes = 8 * m.num_layers * 2 * m.num_kv_heads * m.head_dim
+    newest_of_windows = m.num_loops - 1 if m.gated_swa else 0
+    assert cache.paper_bytes() == (slots + newest_of_windows) * slot_bytes
 
 
 def test_what_the_cache_cannot_do_is_refused():
@@ -189,9 +192,5 @@ def test_what_the_cache_cannot_do_is_refused():
     prompt = tokens(1, 6)
     with pytest.raises(ValueError, match="DynamicCache; this model needs PLTMoECache"):
         model(prompt, past_key_values=DynamicCache())
-    with pytest.raises(NotImplementedError, match="cannot be cropped"):
-        PLTMoECache(model.config).crop(-1)
     with pytest.raises(ValueError, match="cache_implementation='static' is not supported"):
         generate(model, prompt, cache_implementation="static")
-    with pytest.raises(ValueError, match="assisted generation is not supported"):
-        generate(model, prompt, prompt_lookup_num_tokens=2)
