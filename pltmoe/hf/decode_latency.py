@@ -1,8 +1,8 @@
 """Milliseconds per decoded token and cache bytes of exported models, measured side by side.
 
 All models are timed in turn, round after round, so that what else the machine does hits them alike
-and their ratios hold. An exported PLT with the shift decodes all loops of a token in one pass; other
-loops run one after another.
+and their ratios hold. An exported PLT with the shift decodes all loops of a token in one pass;
+other loops run one after another.
 """
 
 import json
