@@ -1,0 +1,151 @@
+"""Kernels against their plain versions: the cases, run by the interpreter here, by tests/gpu there.
+
+TRITON_INTERPRET=1 python -m tests.unit.inference.kernel_cases
+
+prints the largest error of every case, relative to the largest value, as JSON. The interpreter has
+to be chosen before Triton is imported, so test_kernels.py starts this as a process of its own.
+"""
+
+import json
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pltmoe.inference import attention as plain_attention
+from pltmoe.inference import experts as plain_experts
+
+# b, L, h, g, k, n, w; lengths: unequal, one slot, a full cache; windows: full or not yet.
+ATTENTION: dict[str, dict[str, Any]] = {
+    "plt2_gqa": {"L": 2, "h": 4, "g": 2},
+    "plt3_gqa": {"L": 3, "h": 8, "g": 2},
+    "plt2_mha": {"L": 2, "h": 3, "g": 3},
+    "vanilla": {"L": 1, "h": 4, "g": 2},
+    "shared_kv_without_window": {"L": 2, "h": 4, "g": 2, "window": False},
+    "padded_left": {"L": 2, "h": 4, "g": 2, "starts": (0, 4, 90)},
+    "window_not_full": {"L": 2, "h": 4, "g": 2, "w": 64, "lengths": (1, 7, 40)},
+    "odd_head_size": {"L": 2, "h": 4, "g": 2, "k": 24},
+    "cache_of_a_larger_tensor": {"L": 2, "h": 4, "g": 2, "sliced": True},
+}
+SPLITS = (1, 3)
+EXPERTS: dict[str, dict[str, Any]] = {
+    "one_row": {"t": 1, "e": 8},
+    "most_unused": {"t": 3, "e": 64},
+    "one_expert_gets_all_rows": {"t": 40, "e": 4, "top_k": 1, "only": 2},
+    "two_blocks_of_an_expert": {"t": 40, "e": 3},
+    "odd_sizes": {"t": 5, "e": 5, "top_k": 3, "d": 40, "f": 24},
+    "all_used": {"t": 24, "e": 4, "top_k": 4},
+    "blocks_of_64": {"t": 96, "e": 4, "top_k": 2},
+    "fp8_weights": {"t": 6, "e": 4, "fp8": True},
+}
+
+
+def attention_inputs(
+    device: str, dtype: torch.dtype, L: int, h: int, g: int, k: int = 16, n: int = 150,
+    w: int = 20, lengths: tuple[int, ...] = (1, 150, 97), starts: tuple[int, ...] | None = None,
+    window: bool = True, sliced: bool = False,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Random arguments of decode_attention; slots that must not be read hold NaN."""
+    generator, b = torch.Generator(device).manual_seed(1), len(lengths)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+
+    if sliced:  # one layer of a cache [b, n, layers, g, k]
+        k_bgnk, v_bgnk = (random(b, n, 2, g, k)[:, :, 1].transpose(1, 2) for _ in range(2))
+    else:
+        k_bgnk, v_bgnk = random(b, g, n, k), random(b, g, n, k)
+    length_b = torch.tensor(lengths, device=device)
+    if starts is not None:
+        length_b = length_b.clamp(min=max(starts) + 1)
+    start_b = None if starts is None else torch.tensor(starts, device=device)
+    used_b = (length_b - (0 if start_b is None else start_b)).clamp(max=w)
+    slot = torch.arange(n, device=device)
+    for i in range(b):
+        outside = (slot >= length_b[i]) | (slot < (0 if start_b is None else start_b[i]))
+        k_bgnk[i, :, outside] = v_bgnk[i, :, outside] = float("nan")
+    arguments = [random(b, L, h, k), k_bgnk, v_bgnk, length_b, start_b]
+    if window:
+        wk, wv = random(b, L - 1, g, w, k), random(b, L - 1, g, w, k)
+        arguments += [wk, wv, used_b, torch.rand(b, L, h, device=device).to(dtype)]
+    return tuple(arguments)
+
+
+def expert_inputs(
+    device: str, dtype: torch.dtype, t: int, e: int, top_k: int = 2, d: int = 48, f: int = 32,
+    only: int | None = None, fp8: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """Random arguments of experts; weights of unused experts are NaN: they must not be read."""
+    torch.manual_seed(2)
+    expert_te = torch.rand(t, e).argsort(-1)[:, :top_k]
+    if only is not None:
+        expert_te = torch.full_like(expert_te, only)
+    x_td, weight_te = torch.randn(t, d), torch.rand(t, top_k)
+    gate_up, down = torch.randn(e, 2 * f, d) / d**0.5, torch.randn(e, d, f) / f**0.5
+    unused = [i for i in range(e) if i not in expert_te]
+    values = [x_td.to(dtype), expert_te, weight_te.to(dtype)]
+    if fp8:
+        (gate_up, gate_up_scale), (down, down_scale) = map(plain_experts.quantize, (gate_up, down))
+        values += [gate_up, down, gate_up_scale, down_scale]
+    else:
+        gate_up[unused] = down[unused] = float("nan")
+        values += [gate_up.to(dtype), down.to(dtype)]
+    return tuple(value.to(device) for value in values)
+
+
+def relative_error(got: Tensor, expected: Tensor) -> float:
+    """Return the largest error, relative to the largest expected value; NaN stays NaN."""
+    return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
+
+
+def attention_error(name: str, splits: int | None, device: str, dtype: torch.dtype) -> float:
+    """Compare one case with the plain version in float64."""
+    from pltmoe.inference.kernels.decode_attention import decode_attention
+
+    inputs = attention_inputs(device, dtype, **ATTENTION[name])
+    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+    exact[1:3] = [x.nan_to_num() for x in exact[1:3]]  # the plain version multiplies by zero
+    expected = plain_attention.decode_attention(*exact)
+    return relative_error(decode_attention(*inputs, splits=splits), expected)
+
+
+def expert_error(name: str, device: str, dtype: torch.dtype) -> float:
+    """Compare one case with the plain version, in float64 unless the weights are FP8."""
+    from pltmoe.inference.kernels.experts import experts
+
+    inputs = expert_inputs(device, dtype, **EXPERTS[name])
+    exact = [x.double() if x.dtype in (dtype, torch.float32) else x for x in inputs]
+    if EXPERTS[name].get("fp8"):
+        exact = [x.float() if x.dtype == torch.float64 else x for x in exact]
+    return relative_error(experts(*inputs), plain_experts.experts(*exact))
+
+
+def _let_the_interpreter_count() -> None:
+    """NumPy 2.4 and later refuse ``int`` of an array of one element, Triton 3.6 asks for it."""
+    from triton.runtime import interpreter
+
+    original = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        original(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+def main() -> None:
+    """Run every case on the CPU."""
+    assert os.environ.get("TRITON_INTERPRET") == "1"
+    _let_the_interpreter_count()
+    errors = {
+        f"{name}-{splits}": attention_error(name, splits, "cpu", torch.float32)
+        for name in ATTENTION
+        for splits in SPLITS
+    }
+    errors |= {name: expert_error(name, "cpu", torch.float32) for name in EXPERTS}
+    print(json.dumps(errors))
+
+
+if __name__ == "__main__":
+    main()

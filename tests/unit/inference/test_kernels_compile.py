@@ -1,0 +1,92 @@
+"""The kernels compile for an H200 on a machine without a GPU: no spilled registers, fast loads.
+
+Numbers come from the interpreter (test_kernels.py) and from a GPU (tests/gpu); this is what a
+compiler alone can say, for the shapes of the 1.7B/40B model in bf16.
+"""
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+triton = pytest.importorskip("triton")
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from pltmoe.inference.kernels import decode_attention, experts  # noqa: E402
+from pltmoe.inference.kernels.tiles import DOWN, GATE_UP, Tile  # noqa: E402
+
+H200 = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY_BYTES = 227 * 1024
+TYPES = {
+    "lengths_ptr": "*i64", "starts_ptr": "*i64", "window_lengths_ptr": "*i64", "acc_ptr": "*fp32",
+    "top_ptr": "*fp32", "sum_ptr": "*fp32", "expert_ptr": "*i64", "block_expert_ptr": "*i32",
+    "block_row_ptr": "*i32", "scale_ptr": "*fp32", "scale": "fp32",
+}  # fmt: skip
+HEADS = {"G": 4, "L": 2, "PER": 4, "K": 128, "BLOCK_K": 128, "ROWS": 16}
+ATTEND = HEADS | {"BLOCK_N": decode_attention.BLOCK_N, "HAS_STARTS": True, "PRECISION": "tf32"}
+PARTS = {"SPLITS": 16, "PARTS": 17}
+
+
+def compiled(kernel: Any, constants: dict[str, Any], weight: str = "*bf16", **options: int) -> Any:
+    """Compile for the H200; pointers and strides are multiples of 16, as torch allocates them."""
+    types, attributes = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        types[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        if name == "weight_ptr":
+            types[name] = weight
+        if name in constants:
+            types[name] = "constexpr"
+        elif name.endswith("_ptr") or name.startswith("stride_"):
+            attributes[index,] = [["tt.divisibility", 16]]
+    values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    return triton.compile(ASTSource(kernel, types, values, attributes), H200, options)
+
+
+def assert_fits(binary: Any, tmp_path: Path) -> None:
+    """No spills (LOCAL, STACK), and shared memory for at least one program per processor."""
+    (tmp_path / "cubin").write_bytes(binary.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.check_output([tool, "-res-usage", tmp_path / "cubin"], text=True)
+    assert re.findall(r"(STACK|LOCAL):(\d+)", usage) == [("STACK", "0"), ("LOCAL", "0")]
+    assert binary.metadata.shared <= SHARED_MEMORY_BYTES
+
+
+def assert_streams(binary: Any) -> None:
+    """Loads are asynchronous copies of 16 bytes, and products use tensor cores."""
+    assert "cp.async.cg" in binary.asm["ptx"]
+    assert "cp.async.ca" not in binary.asm["ptx"], "a copy of fewer than 16 bytes"
+    assert "mma.sync" in binary.asm["ptx"] or "wgmma" in binary.asm["ptx"]
+
+
+@pytest.mark.parametrize("name", ["_one_pass", "_split"])
+def test_attention(name: str, tmp_path: Path) -> None:
+    constants = ATTEND | ({"WINDOWS": True} if name == "_one_pass" else PARTS)
+    kernel = getattr(decode_attention, name)
+    binary = compiled(kernel, constants, num_warps=4, num_stages=3)
+    assert_fits(binary, tmp_path)
+    assert_streams(binary)
+    assert binary.metadata.shared <= SHARED_MEMORY_BYTES // 2, "two programs per processor"
+
+
+def test_the_small_kernels(tmp_path: Path) -> None:
+    constants = HEADS | PARTS | {"BLOCK_S": 16, "WINDOWS": True}
+    assert_fits(compiled(decode_attention._combine, constants, num_warps=2), tmp_path)
+    sizes = {"EXPERTS": 256, "BINS": 512, "CHUNK": 1024, "BLOCK_M": 16}
+    assert_fits(compiled(experts._route, sizes, num_warps=4), tmp_path)
+
+
+@pytest.mark.parametrize("weight", ["*bf16", "*fp8e4nv"])
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("name, tile", [("_gate_up", GATE_UP[0]), ("_down", DOWN[0])])
+def test_experts(name: str, tile: Tile, block_m: int, weight: str, tmp_path: Path) -> None:
+    constants = tile.arguments() | {"D": 2048, "F": 1024, "TOP_K": 8, "BLOCK_M": block_m}
+    constants |= {"SCALED": weight != "*bf16", "PRECISION": "tf32"}
+    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+    kernel = getattr(experts, name)
+    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    binary = compiled(kernel, constants, weight, **options)
+    assert_fits(binary, tmp_path)
+    assert_streams(binary)
