@@ -132,7 +132,7 @@ def layer_bytes(z: Sizes, loop: int) -> LayerBytes:
         projections=_projections(z, loop),
         attention=_attention(z, loop),
         feed_forward=_experts(z) if z.m.is_moe else _dense(z),
-        dispatch=_dispatch(z) if z.m.is_moe else 0,
+        dispatch=_dispatch(z, loop) if z.m.is_moe else 0,
     )
 
 
@@ -178,9 +178,12 @@ def left_by_layer(z: Sizes, recompute: str) -> float:
     """Return what router and dispatcher of a layer remember of their last pass, on top.
 
     Once per layer, whatever is under way: the weights of all experts in fp32; routing map and token
-    numbers too where they are not kept for backward anyway.
+    numbers too where they are not kept for backward anyway. A last loop that takes loop 1's experts
+    keeps its weights for backward, and its routing map is lent.
     """
     experts, top_k = z.m.num_experts or 0, z.m.moe_top_k or 0
+    if z.m.choosing_loops < z.m.num_loops:
+        return z.r * (4 * experts + 8 * top_k if recompute == "full" else 0)
     return z.r * (4 * experts + (experts + 8 * top_k if recompute == "full" else 0))
 
 
@@ -305,10 +308,12 @@ def _experts(z: Sizes) -> float:
     return _received(z) * (2 + 1) * width * z.e  # gate and up, their weighted product
 
 
-def _dispatch(z: Sizes) -> float:
+def _dispatch(z: Sizes, loop: int) -> float:
     experts, top_k = z.m.num_experts or 0, z.m.moe_top_k or 0
     # Logits and scores in fp32, routing map in bytes; chosen experts (int64), weights, their sum.
     router = z.r * (experts * (4 + 4 + 1) + top_k * (8 + 4) + 4)
+    if loop > z.m.choosing_loops:  # logits, weights; loop 1's routing map, and what is not in it
+        router = z.r * experts * (4 + 4 + 1)
     if z.m.moe_aux_loss_coeff or z.m.moe_z_loss_coeff:
         router += 4 * z.r  # logsumexp of the z loss
     order = 8 * z.r * (experts + top_k)  # sort order of the whole routing map, token numbers

@@ -44,6 +44,11 @@ CASES = {
     "moe-shared-kv": (MOE | SHARED, 2, 96),
     "moe-plt2": (MOE | PLT, 3, 128),
     "moe-plt3": (MOE | PLT | {"num_loops": 3}, 1, 256),
+    "moe-plt3-shared-routing": (
+        MOE | PLT | {"num_loops": 3, "num_experts": 64, "moe_loop_routing": "shared"},
+        1,
+        128,
+    ),
     "moe-gate-hidden": (MOE | PLT | {"gate_use_hidden_states": True}, 1, 128),
 }
 
