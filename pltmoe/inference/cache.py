@@ -68,7 +68,7 @@ class StaticCache:
 
     def num_bytes(self) -> int:
         """Return the bytes of keys, values and hidden vectors."""
-        return sum(x.numel() * x.element_size() for x in self._tensors())
+        return sum(x.numel() * x.element_size() for x in self.tensors())
 
     def reset(self) -> None:
         """Forget everything: a new batch begins."""
@@ -77,9 +77,10 @@ class StaticCache:
 
     def reorder(self, source_b: Tensor) -> None:
         """Let sequence i continue what sequence ``source_b[i]`` was (beam search, copies)."""
-        for x in (*self._tensors(), self.lengths_b):
+        for x in (*self.tensors(), self.lengths_b):
             x.copy_(x.index_select(0, source_b.to(x.device)))
 
-    def _tensors(self) -> list[Tensor]:
+    def tensors(self) -> list[Tensor]:
+        """Return keys, values and hidden vectors."""
         full = [x for pair in self._full for x in pair]
         return [*full, *self.ring_k, *self.ring_v, self.handed_on_bld]
