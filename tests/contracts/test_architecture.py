@@ -33,6 +33,8 @@ MAY_IMPORT = {
 ALSO = {
     # Two verbs that go from a checkpoint to Hugging Face and back.
     "pltmoe/hf": {"checkpoint", "runtime"},
+    # Loads exported folders by the name table.
+    "pltmoe/inference": {"hf"},
 }
 LONG_FILES = {
     # Travels with exported weights as one file, because transformers loads it alone.
