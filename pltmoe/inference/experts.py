@@ -12,6 +12,8 @@ from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GROUPED_BYTES = 16
+"""grouped_mm wants rows that are multiples of this."""
 
 
 def experts(
@@ -51,7 +53,8 @@ def experts(
 
 def _product(x_rd: Tensor, weight_eod: Tensor, ends_e: Tensor) -> Tensor:
     """Multiply the rows of each expert, sorted by expert, with its weight [e, out, in]."""
-    if x_rd.dtype in GROUPED_DTYPES:
+    row_bytes = (size * x_rd.element_size() for size in weight_eod.shape[1:])
+    if x_rd.dtype in GROUPED_DTYPES and not any(size % GROUPED_BYTES for size in row_bytes):
         return F.grouped_mm(x_rd, weight_eod.transpose(1, 2), offs=ends_e)
     parts, start = [], 0
     for expert, end in enumerate(ends_e.tolist()):

@@ -35,6 +35,7 @@ EXPERTS: dict[str, dict[str, Any]] = {
     "one_expert_gets_all_rows": {"t": 40, "e": 4, "top_k": 1, "only": 2},
     "two_blocks_of_an_expert": {"t": 40, "e": 3},
     "odd_sizes": {"t": 5, "e": 5, "top_k": 3, "d": 40, "f": 24},
+    "rows_not_of_16_bytes": {"t": 5, "e": 5, "d": 20, "f": 12},
     "all_used": {"t": 24, "e": 4, "top_k": 4},
     "blocks_of_64": {"t": 96, "e": 4, "top_k": 2},
     "fp8_weights": {"t": 6, "e": 4, "fp8": True},
