@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.launch import Ranks, stand_in_for_cuda
+from tests.launch import Nursery, Ranks, stand_in_for_cuda
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -23,8 +23,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
         stand_in_for_cuda()
 
 
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """Forks the ranks of all modules; started by the first."""
+    forks = Nursery()
+    yield forks
+    forks.close()
+
+
 @pytest.fixture(scope="module")
-def warm_ranks() -> Iterator[Callable[..., list[Any]]]:
+def warm_ranks(nursery: Nursery) -> Iterator[Callable[..., list[Any]]]:
     """``warm_ranks(nprocs, "module:function", timeout_s=..., **kwargs)`` on processes kept warm.
 
     Use it for many small cases; ``run_distributed`` where a fresh process matters. They end with
@@ -35,7 +43,7 @@ def warm_ranks() -> Iterator[Callable[..., list[Any]]]:
     kept: dict[int, Ranks] = {}
 
     def call(nprocs: int, target: str, **kwargs: Any) -> list[Any]:
-        return kept.setdefault(nprocs, Ranks(nprocs)).run(target, **kwargs)
+        return kept.setdefault(nprocs, Ranks(nprocs, nursery=nursery)).run(target, **kwargs)
 
     yield call
     for ranks in kept.values():

@@ -1,6 +1,7 @@
 """What test_launch.py runs on its ranks."""
 
 import os
+import signal
 import sys
 import time
 
@@ -34,6 +35,12 @@ def die_on(rank: int) -> None:
     if int(os.environ["RANK"]) == rank:
         sys.stdout.flush()
         os._exit(7)
+
+
+def kill_on(rank: int) -> None:
+    """One rank is killed."""
+    if int(os.environ["RANK"]) == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def sleep(seconds: float) -> None:

@@ -29,12 +29,16 @@ def test_results_in_rank_order_from_the_same_processes_then_a_failure_with_its_t
         assert ranks.run(f"{CASES}:variable", name="OMP_NUM_THREADS") == ["1", "1"]
 
 
-def test_dead_and_hanging_ranks_are_named():
-    with Ranks(2, megatron=False) as ranks:
+@pytest.mark.parametrize("forked", [False, True], ids=["started", "forked"])
+def test_dead_and_hanging_ranks_are_named(forked, nursery):
+    with Ranks(2, megatron=False, nursery=nursery if forked else None) as ranks:
+        assert [r[:2] for r in ranks.run(f"{CASES}:sum_of_ranks", scale=1)] == [(0, 1.0), (1, 1.0)]
         with pytest.raises(RankError, match="rank 1 died with exit status 7"):
             ranks.run(f"{CASES}:die_on", rank=1)
         with pytest.raises(RankError, match="no answer after 2 s[^$]*rank 0: still running"):
             ranks.run(f"{CASES}:sleep", seconds=100, timeout_s=2)
+        with pytest.raises(RankError, match="rank 0 died with exit status -9"):
+            ranks.run(f"{CASES}:kill_on", rank=0)
 
 
 def test_fresh_ranks_have_megatron_without_a_gpu():

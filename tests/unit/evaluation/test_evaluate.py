@@ -143,6 +143,13 @@ def tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
 
 
+def test_local_tasks_need_a_text(exports, tmp_path):
+    arguments = ("--tasks", "local", "--model", exports["plt2"], "--output", tmp_path / "x.json")
+    done = tool(*arguments, HF_HUB_OFFLINE="1")
+    assert "error: --tasks local: is made from a text of yours: --text FILE" in done.stderr
+    assert done.returncode == 1
+
+
 def test_the_tool_works_without_a_network_and_logs_to_the_run(exports, text, tmp_path):
     """Local list, HF_HUB_OFFLINE, scores into a run in SQLite that a run directory belongs to."""
     from pltmoe.tracking.delivery import Delivery
