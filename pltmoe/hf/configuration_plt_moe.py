@@ -47,6 +47,8 @@ class PLTMoEConfig(PreTrainedConfig):
         plt_normalize_per_loop: Apply the final norm to H_{l-1} before it is scaled and shifted.
         plt_emb_scale: Factor on E in the input of later loops.
         plt_hidden_scale: Factor on shift(H_{l-1}) in the input of later loops.
+        plt_loop_routing: ``independent``: each loop chooses its experts. ``shared``: later loops
+            use those that loop 1 chose for the same slot and layer, weighted by their own scores.
 
     Raises:
         ValueError: fields that contradict each other; the message names them.
@@ -87,6 +89,7 @@ class PLTMoEConfig(PreTrainedConfig):
         plt_normalize_per_loop: bool = False,
         plt_emb_scale: float = 1.0,
         plt_hidden_scale: float = 1.0,
+        plt_loop_routing: str = "independent",
         pad_token_id: int | None = None,
         bos_token_id: int | None = None,
         eos_token_id: int | list[int] | None = None,
@@ -122,6 +125,7 @@ class PLTMoEConfig(PreTrainedConfig):
         self.plt_normalize_per_loop = plt_normalize_per_loop
         self.plt_emb_scale = plt_emb_scale
         self.plt_hidden_scale = plt_hidden_scale
+        self.plt_loop_routing = plt_loop_routing if has_later_loops else "independent"
         super().__init__(
             tie_word_embeddings=tie_word_embeddings,
             pad_token_id=pad_token_id,
@@ -176,6 +180,15 @@ class PLTMoEConfig(PreTrainedConfig):
         yield (
             self.plt_gate_norm and not self.plt_gate_use_hidden_states,
             "plt_gate_norm needs plt_gate_use_hidden_states: the query has its own norm",
+        )
+        routing = self.plt_loop_routing
+        yield (
+            routing not in ("independent", "shared"),
+            f"plt_loop_routing ({routing}) must be independent or shared",
+        )
+        yield (
+            routing == "shared" and not experts,
+            "plt_loop_routing (shared) needs num_experts: a dense model has none to choose",
         )
         for name, neutral in _NEUTRAL_BETWEEN_LOOPS.items():
             value = getattr(self, name)

@@ -36,6 +36,7 @@ LOOP_FIELDS = {
     "normalize_per_loop": "plt_normalize_per_loop",
     "emb_scale": "plt_emb_scale",
     "hidden_scale": "plt_hidden_scale",
+    "moe_loop_routing": "plt_loop_routing",
     "qk_norm": "use_qk_norm",
 }
 """Fields that only ``plt_moe`` has; ``plt_window_size`` and the router's are handled apart."""
@@ -114,7 +115,8 @@ def from_hf_fields(fields: Mapping[str, Any], where: str = "config.json") -> Mod
     names = SAME_MEANING | (MOE_FIELDS if is_moe else {"ffn_hidden_size": "intermediate_size"})
     if kind == "plt_moe":
         names = names | LOOP_FIELDS
-    optional = {hf for hf in ("initializer_range", "router_aux_loss_coef", "tie_word_embeddings")}
+    optional = {"initializer_range", "router_aux_loss_coef", "tie_word_embeddings"}
+    optional.add("plt_loop_routing")  # exports of before it was there
     if missing := [hf for hf in names.values() if hf not in fields and hf not in optional]:
         raise ConversionError(f"{where}: field missing: {missing[0]}")
     tree = {ours: fields[hf] for ours, hf in names.items() if hf in fields}

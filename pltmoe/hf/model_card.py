@@ -111,6 +111,8 @@ def _facts(manifest: Manifest, dtype: str) -> list[tuple[str, str]]:
     elif m.num_loops > 1:
         own = "loop 1's" if m.share_first_loop_kv else "their own"
         facts.append(("later loops", f"{own} keys and values"))
+    if m.moe_loop_routing == "shared":
+        facts.append(("experts of later loops", "loop 1's of the same slot, by their own weights"))
     return facts + [
         ("vocabulary", f"{m.vocab_size:,}"),
         ("trained with", f"{config.data.sequence_length:,} slots per sequence"),

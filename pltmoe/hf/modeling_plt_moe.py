@@ -628,26 +628,42 @@ class PLTMoEMLP(nn.Module):
 
 
 class PLTMoERouter(nn.Module):
-    """Softmax scores; top-k chosen by score + expert bias, weighted by the scores."""
+    """Softmax scores; top-k chosen by score + expert bias, weighted by the scores.
+
+    With shared routing the experts that loop 1 chose for a slot serve its later loops too; each
+    loop's own scores weight them.
+    """
 
     def __init__(self, config: PLTMoEConfig):
         super().__init__()
+        self.is_shared = config.plt_loop_routing == "shared"
         self.top_k, self.renormalise = config.num_experts_per_tok, config.norm_topk_prob
         self.weight = nn.Parameter(torch.zeros(config.num_experts, config.hidden_size))
         if config.use_expert_bias:
             bias = torch.zeros(config.num_experts, dtype=torch.float32)
             self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(self, x_td: Tensor, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_td: Tensor, experts: Tensor | None = None, rows: int = 1
+    ) -> tuple[Tensor, Tensor]:
         """Return chosen experts [t, top_k] and their weights [t, top_k].
 
-        ``experts``: chosen elsewhere; only their weights are computed from ``x_td``.
+        Args:
+            x_td: Tokens.
+            experts: Chosen elsewhere; only their weights are computed from ``x_td``.
+            rows: With shared routing, each ``rows`` tokens go where the first of them does.
         """
         # In float32 from the logits on, as in training: bf16 logits would choose other experts.
-        scores = F.linear(at_least_float32(x_td), at_least_float32(self.weight)).softmax(-1)
+        logits = F.linear(at_least_float32(x_td), at_least_float32(self.weight))
+        scores = logits.softmax(-1)
         if experts is None:
             bias = getattr(self, "e_score_correction_bias", 0.0)
-            experts = (scores + bias).topk(self.top_k, dim=-1).indices
+            rows = rows if self.is_shared else 1
+            experts = (scores[::rows] + bias).topk(self.top_k, dim=-1).indices
+            experts = experts.repeat_interleave(rows, dim=0) if rows > 1 else experts
+        if self.is_shared and self.renormalise:
+            # The same as below, but never 0 / 0: all of loop 1's experts may be unlikely later.
+            return experts, logits.gather(-1, experts).softmax(-1).to(x_td.dtype)
         weights = scores.gather(-1, experts)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -665,16 +681,19 @@ class PLTMoESparseBlock(nn.Module):
             for _ in range(config.num_experts)
         )
 
-    def forward(self, x_bsd: Tensor, experts: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_bsd: Tensor, experts: Tensor | None = None, is_one_slot: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Return the weighted sum of the chosen experts' outputs [b, s, d], and who was chosen.
 
         Args:
             x_bsd: Tokens; when decoding, s are the loops of one slot, and the rows of an expert are
                 one matrix product whatever loop they belong to.
             experts: [b, s, top_k] from elsewhere; default: the router chooses.
+            is_one_slot: Whether the s tokens are the loops of one slot.
         """
-        x_td = x_bsd.flatten(0, 1)
-        chosen, weights = self.gate(x_td, None if experts is None else experts.flatten(0, 1))
+        x_td, rows = x_bsd.flatten(0, 1), x_bsd.size(1) if is_one_slot else 1
+        chosen, weights = self.gate(x_td, None if experts is None else experts.flatten(0, 1), rows)
         order = chosen.flatten().argsort(stable=True)  # all (token, rank) pairs, expert by expert
         in_use = torch.stack(chosen.unique(return_counts=True)).tolist()
         out = torch.zeros_like(x_td)
@@ -730,7 +749,7 @@ class PLTMoEDecoderLayer(GradientCheckpointingLayer):
         h_bsd = h_bsd + y
         x_bsd = self.post_attention_layernorm(h_bsd)
         if isinstance(self.mlp, PLTMoESparseBlock):
-            y, experts = self.mlp(x_bsd, experts)
+            y, experts = self.mlp(x_bsd, experts, is_one_slot=loop is None)
         else:
             y = self.mlp(x_bsd)
         return h_bsd + y, *(kv or (None, None)), experts
@@ -851,6 +870,8 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
             cache.note_exact(len(slots), outputs or len(slots), whole=not any(skips))
         cos, sin = self._rope(slots.positions, e_bsd.dtype)
         first_kv: list[KeyValue] = []
+        first_experts: list[Tensor | None] = []
+        shares_routing = self.config.plt_loop_routing == "shared"
         visibility = None
         for loop, skip in enumerate(skips, start=1):
             if loop > 1:
@@ -861,10 +882,11 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
                 states.append(h_bsd)
             for index, layer in enumerate(self.layers):
                 lent = first_kv[index] if loop > 1 else (None, None)
-                h_bsd, k, v, _ = layer(
+                routed = first_experts[index] if loop > 1 and shares_routing else None
+                h_bsd, k, v, experts = layer(
                     h_bsd,
                     *lent,
-                    None,
+                    routed[:, skip:] if routed is not None else None,
                     loop=loop,
                     rope=(cos[:, :, skip:], sin[:, :, skip:]),
                     visibility=visibility,
@@ -872,6 +894,7 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
                 )
                 if loop == 1:
                     first_kv.append((k, v))
+                    first_experts.append(experts)
                 if states is not None:
                     states.append(h_bsd)
         return h_bsd

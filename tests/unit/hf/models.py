@@ -41,6 +41,11 @@ MODELS: dict[str, dict[str, Any]] = {
     "plt2_window_of_one": _MOE | _PLT2 | {"window_keys": 1},
     "plt2_gate_hidden": _MOE | _PLT2 | {"gate_use_hidden_states": True},
     "plt2_expert_bias": _MOE | _PLT2 | {"moe_expert_bias_update_rate": 0.001},
+    "plt3_shared_routing": _MOE
+    | _PLT3
+    | _NORMED
+    | {"moe_expert_bias_update_rate": 0.001, "moe_loop_routing": "shared"},
+    "loop2_shared_routing": _MOE | _LOOP2 | {"moe_loop_routing": "shared"},
     "plt2_no_qk_norm": _MOE | _PLT2 | {"qk_norm": False},
     "loop3": _MOE | {"num_loops": 3},
     "clp3_normed": _MOE | _CLP | {"num_loops": 3} | _NORMED,

@@ -90,6 +90,13 @@ def test_a_missing_field_is_named():
         from_hf_fields(fields)
 
 
+def test_exports_of_before_shared_routing_are_read():
+    fields = to_hf_fields(small_model("plt2"))
+    del fields["plt_loop_routing"]
+    assert from_hf_fields(fields) == small_model("plt2")
+    assert PLTMoEConfig(**fields).plt_loop_routing == "independent"
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -102,6 +109,11 @@ def test_a_missing_field_is_named():
         ({"moe_intermediate_size": None}, "moe_intermediate_size"),
         ({"num_key_value_heads": 3}, "num_key_value_heads"),
         ({"hidden_act": "relu"}, "hidden_act"),
+        ({"plt_loop_routing": "some"}, r"plt_loop_routing \(some\) must be independent or shared"),
+        (
+            {"plt_loop_routing": "shared", "num_experts": 0, "intermediate_size": 8},
+            "needs num_experts: a dense model has none to choose",
+        ),
     ],
 )
 def test_the_configuration_refuses_contradictions(changes, message):
