@@ -1,55 +1,282 @@
-"""Continue text with an exported model, through `transformers` alone.
+"""Continue text with an exported model, all loops of a token in one pass (pltmoe/inference).
 
-python tools/generate.py --model DIR --prompt "def read_lines(path):"
+python tools/generate.py --model DIR                                  type prompts, an empty line
+                                                                      continues the last text
+python tools/generate.py --model DIR --prompt "def read_lines(path):" --prompt "import os"
+python tools/generate.py --model DIR --prompts-file prompts.txt       one prompt per line, or .jsonl
+echo "import os" | python tools/generate.py --model DIR               the whole input is one prompt
+
+One prompt is printed as it is made; of several, the first is, and the others follow. Times go to
+stderr at the end.
 """
 
 import argparse
 import json
 import os
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
+
+from pltmoe.errors import ConfigError, ConversionError, DataError
+from pltmoe.inference.engine import Engine, Timing
+from pltmoe.inference.sampling import SamplingOptions
+from pltmoe.inference.text import TextStream
+from pltmoe.inference.weights import describe_folder
+from pltmoe.runtime.command_line import run_tool
+
+ENGINES = ("pltmoe", "transformers")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the command line asks of every prompt."""
+
+    options: SamplingOptions
+    stop: tuple[str, ...]
+
+
+class Writer:
+    """Prints texts while they come: the first at once, each other one when its turn comes."""
+
+    def __init__(self, prompts: Sequence[str]):
+        self._prompts, self._turn = prompts, 0
+        self._waiting = [""] * len(prompts)
+        self._finished: set[int] = set()
+        self._bold = sys.stdout.isatty()
+        self._show_prompt()
+
+    def add(self, index: int, piece: str) -> None:
+        """Print a piece, or keep it until the texts before it are complete."""
+        self._waiting[index] += piece
+        self._flush()
+
+    def finish(self, index: int) -> None:
+        """Mark a text as complete."""
+        self._finished.add(index)
+        self._flush()
+
+    def _flush(self) -> None:
+        while self._turn < len(self._prompts):
+            sys.stdout.write(self._waiting[self._turn])
+            self._waiting[self._turn] = ""
+            if self._turn not in self._finished:
+                break
+            sys.stdout.write("\033[0m\n\n" if self._bold else "\n\n")
+            self._turn += 1
+            self._show_prompt()
+        sys.stdout.flush()
+
+    def _show_prompt(self) -> None:
+        if self._turn < len(self._prompts):
+            sys.stdout.write(self._prompts[self._turn] + ("\033[1m" if self._bold else ""))
+            sys.stdout.flush()
 
 
 def main() -> None:
     """Parse the command line, generate, print."""
+    args = _parser().parse_args()
+    describe_folder(args.model)  # refuse what is no exported model before anything heavy is loaded
+    request = Request(
+        SamplingOptions(
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+        ),
+        tuple(text.encode().decode("unicode_escape") for text in args.stop),
+    )
+    prompts = _prompts(args)
+    if prompts is None and args.output:
+        raise ConfigError("--output needs prompts: --prompt, --prompts-file, or text on stdin")
+    run = _transformers(args) if args.engine == "transformers" else _engine(args)
+    if prompts is None:
+        return _interactive(run, request)
+    texts, timing = run(prompts, request)
+    print(_times(timing), file=sys.stderr)
+    if args.output:
+        samples = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        _write(args.output, json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", type=Path, required=True, help="folder of convert_to_hf.py")
-    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    parser.add_argument("--prompt", action="append", default=[], help="may be repeated")
+    parser.add_argument(
+        "--prompts-file",
+        type=Path,
+        help='one prompt per line; .jsonl: {"prompt": "..."} per line',
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, help="also write prompts and texts as JSON")
-    args = parser.parse_args()
-    if not (args.model / "config.json").is_file():
-        sys.exit(f"error: {args.model} holds no exported model: run tools/convert_to_hf.py")
-
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(args.seed)
-    tokenizer = AutoTokenizer.from_pretrained(
-        args.model, padding_side="left", trust_remote_code=True
+    parser.add_argument("--top-k", type=int, default=0, help="among so many likeliest; 0: all")
+    parser.add_argument("--top-p", type=float, default=1.0, help="among the likeliest of this sum")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first prompt; the next ones count up"
     )
-    model = AutoModelForCausalLM.from_pretrained(args.model, trust_remote_code=True, dtype="auto")
-    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
-    sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature else {}
-    batch = tokenizer(args.prompt, return_tensors="pt", padding=True).to(model.device)
-    ids = model.generate(**batch, max_new_tokens=args.max_new_tokens, **sampling)
-    texts = tokenizer.batch_decode(ids[:, batch["input_ids"].size(1) :], skip_special_tokens=True)
-    samples = [{"prompt": p, "text": t} for p, t in zip(args.prompt, texts, strict=True)]
-    for sample in samples:
-        print(
-            f"{sample['prompt']}\033[1m{sample['text']}\033[0m\n"
-            if sys.stdout.isatty()
-            else f"{sample['prompt']}{sample['text']}\n"
-        )
-    if args.output:
-        temporary = args.output.with_name(args.output.name + ".tmp")
-        temporary.write_text(json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
-        os.replace(temporary, args.output)
+    parser.add_argument(
+        "--stop", action="append", default=[], help=r"end at this text (\n: new line); repeatable"
+    )
+    parser.add_argument("--output", type=Path, help="also write prompts and texts as JSON")
+    parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    parser.add_argument("--max-slots", type=int, help="default: what the model was trained with")
+    parser.add_argument("--max-batch", type=int, default=64, help="prompts that run together")
+    parser.add_argument(
+        "--engine", choices=ENGINES, default="pltmoe", help="transformers: its generate()"
+    )
+    return parser
+
+
+def _prompts(args: argparse.Namespace) -> list[str] | None:
+    """Return the prompts, or None: they will be typed."""
+    prompts = list(args.prompt)
+    if args.prompts_file is not None:
+        prompts += list(_lines(args.prompts_file))
+    elif not prompts:
+        if sys.stdin.isatty():
+            return None
+        prompts = [sys.stdin.read().removesuffix("\n")]
+    if any(not prompt for prompt in prompts) or not prompts:
+        raise DataError("there is nothing to continue: a prompt is empty")
+    return prompts
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--prompts-file {path} cannot be read as text: {error}") from None
+    for number, line in enumerate(lines, start=1):
+        if path.suffix != ".jsonl" or not line.strip():
+            yield from [line] if line.strip() else []
+            continue
+        try:
+            prompt = json.loads(line)["prompt"]
+        except (ValueError, TypeError, KeyError):
+            prompt = None
+        if not isinstance(prompt, str):
+            raise DataError(f'{path}:{number}: expected one JSON object with a text "prompt"')
+        yield prompt
+
+
+Run = Callable[[Sequence[str], Request], tuple[list[str], Timing]]
+
+
+def _tokenizer(folder: Path, **options: Any) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=True, **options)
+    except (OSError, ValueError) as error:
+        raise ConversionError(f"{folder} holds no tokenizer that loads: {error}") from None
+
+
+def _engine(args: argparse.Namespace) -> Run:
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    tokenizer = _tokenizer(args.model)
+    engine = Engine.load(args.model, args.device, dtype, args.max_slots, args.max_batch)
+
+    def run(prompts: Sequence[str], request: Request) -> tuple[list[str], Timing]:
+        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+        options = [
+            replace(request.options, seed=request.options.seed + index)
+            for index in range(len(prompts))
+        ]
+        texts = [TextStream(tokenizer, prompt, request.stop) for prompt in ids]
+        stream, writer = engine.stream(ids, options), Writer(prompts)
+        for new in stream:
+            text = texts[new.index]
+            if new.reason != "stop":
+                writer.add(new.index, text.add(new.token))
+            if text.stopped:
+                stream.stop(new.index)
+            if new.reason is not None or text.stopped:
+                writer.add(new.index, text.finish())
+                writer.finish(new.index)
+        return [text.text for text in texts], stream.timing
+
+    return run
+
+
+def _transformers(args: argparse.Namespace) -> Run:
+    """Return the same through transformers' generate(): what users of the folder have."""
+    from transformers import AutoModelForCausalLM
+
+    if args.stop:
+        raise ConfigError("--stop is for --engine pltmoe; generate() would need its own criteria")
+    tokenizer = _tokenizer(args.model, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(
+        args.model, trust_remote_code=True, dtype=args.dtype or "auto"
+    )
+    model = model.eval().to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def run(prompts: Sequence[str], request: Request) -> tuple[list[str], Timing]:
+        import time
+
+        torch.manual_seed(request.options.seed)
+        o, sampling = request.options, {}
+        if o.temperature:
+            sampling = {"do_sample": True, "temperature": o.temperature}
+            sampling |= {"top_k": o.top_k, "top_p": o.top_p}
+        batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+        start, size = time.perf_counter(), batch["input_ids"].size(1)
+        ids = model.generate(**batch, max_new_tokens=o.max_new_tokens, **sampling)
+        timing = Timing(decode_s=time.perf_counter() - start, steps=ids.size(1) - size)
+        timing.new_tokens = timing.steps * len(prompts)
+        texts = tokenizer.batch_decode(ids[:, size:], skip_special_tokens=True)
+        writer = Writer(prompts)
+        for index, text in enumerate(texts):
+            writer.add(index, text)
+            writer.finish(index)
+        return texts, timing
+
+    return run
+
+
+def _interactive(run: Run, request: Request) -> None:
+    """Read prompts from the terminal until it ends."""
+    print("Type a prompt; an empty line continues the last text, Ctrl-D ends.", file=sys.stderr)
+    last = ""
+    while True:
+        try:
+            typed = input("> ")
+        except (EOFError, KeyboardInterrupt):
+            print(file=sys.stderr)
+            return
+        prompt = typed or last
+        if not prompt:
+            continue
+        try:
+            texts, timing = run([prompt], request)
+        except DataError as error:  # too long, or out of the vocabulary: the next may do
+            print(f"error: {error}", file=sys.stderr)
+            continue
+        last = prompt + texts[0]
+        print(_times(timing), file=sys.stderr)
+
+
+def _times(t: Timing) -> str:
+    return (
+        f"{t.prompt_tokens} prompt tokens in {1e3 * t.prefill_s:.0f} ms, {t.new_tokens} new tokens "
+        f"in {t.decode_s:.2f} s: {t.ms_per_token:.2f} ms per token, "
+        f"{t.tokens_per_second:.1f} tokens/s"
+    )
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main)

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
 
 from pltmoe.config import ModelConfig
 from pltmoe.errors import DataError
@@ -318,15 +319,18 @@ def attend_causally(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(
             q_1hak, k_1gnk, v_1gnk, is_causal=rows > 1, enable_gqa=grouped
         )
-    return attend_in_window(q_1hak, k_1gnk, v_1gnk, slots)
+    if not q_1hak.is_cuda:
+        return attend_in_window(q_1hak, k_1gnk, v_1gnk, slots)
+    k_1hnk, v_1hnk = _for_every_head(q_1hak, k_1gnk, v_1gnk)
+    return F.scaled_dot_product_attention(
+        q_1hak, k_1hnk, v_1hnk, attn_mask=causal_lower_right(rows, slots)
+    )
 
 
 def attend_in_window(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor, window_keys: int) -> Tensor:
     """Attend from the last ``a`` of ``n`` slots to the last ``window_keys`` up to each."""
     rows, slots = q_1hak.size(2), k_1gnk.size(2)
-    repeat = q_1hak.size(1) // k_1gnk.size(1)
-    if repeat > 1:  # masked grouped attention falls back to a slow kernel on GPUs
-        k_1gnk, v_1gnk = (x.repeat_interleave(repeat, 1) for x in (k_1gnk, v_1gnk))
+    k_1hnk, v_1hnk = _for_every_head(q_1hak, k_1gnk, v_1gnk)
     past, parts = slots - rows, []
     step = max(256, window_keys) if window_keys < slots else MASK_ROWS
     for start in range(0, rows, step):
@@ -338,12 +342,20 @@ def attend_in_window(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor, window_keys
         parts.append(
             F.scaled_dot_product_attention(
                 q_1hak[:, :, start:stop],
-                k_1gnk[:, :, keys],
-                v_1gnk[:, :, keys],
+                k_1hnk[:, :, keys],
+                v_1hnk[:, :, keys],
                 attn_mask=(distance >= 0) & (distance < window_keys),
             )
         )
     return torch.cat(parts, 2)
+
+
+def _for_every_head(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor) -> tuple[Tensor, Tensor]:
+    """Repeat KV heads: masked grouped attention falls back to a slow kernel on GPUs."""
+    repeat = q_1hak.size(1) // k_1gnk.size(1)
+    if repeat == 1:
+        return k_1gnk, v_1gnk
+    return k_1gnk.repeat_interleave(repeat, 1), v_1gnk.repeat_interleave(repeat, 1)
 
 
 def _chunks(spans: list[Span], size: int) -> list[list[Span]]:

@@ -1,0 +1,125 @@
+"""Exported folders, also stock ones, become the same model; broken ones are refused by name."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from pltmoe.config.counts import count_parameters
+from pltmoe.errors import ConversionError
+from pltmoe.inference.cache import StaticCache
+from pltmoe.inference.engine import Engine
+from pltmoe.inference.model import PLTDecoder
+from pltmoe.inference.prefill import prefill
+from pltmoe.inference.sampling import SamplingOptions
+from pltmoe.inference.weights import describe_folder, load_weights, random_weights
+from tests.unit.hf.models import pair, small_model
+from tests.unit.hf.test_stock import stock_model
+from tests.unit.inference.folders import MAX_SLOTS, write_folder
+from tests.unit.inference.models import NAMES, model, tokens
+
+
+@torch.no_grad()
+def last_logits(weights, prompts):
+    decoder = PLTDecoder(weights, MAX_SLOTS)
+    cache = StaticCache(weights.model, len(prompts), 40, "cpu", weights.dtype)
+    return prefill(decoder, cache, prompts)
+
+
+@pytest.mark.parametrize("name", ["plt3_normed", "plt2_expert_bias", "tied", "clp", "dense_plt2"])
+@torch.no_grad()
+def test_an_exported_folder_computes_what_transformers_computes_from_it(name, tmp_path):
+    write_folder(tmp_path, model(name), stop_id=7)
+    about = describe_folder(tmp_path)
+    assert (about.max_slots, about.stop_ids, about.dtype) == (MAX_SLOTS, (7,), torch.float32)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True).double().eval()
+    x = tokens(2, 20)
+    found = last_logits(load_weights(tmp_path, dtype=torch.float64), x.tolist())
+    assert (found - theirs(x).logits[:, -1]).abs().max() < 1e-10
+    greedy = Engine.load(tmp_path, "cpu", torch.float64).generate(
+        x.tolist(), SamplingOptions(max_new_tokens=9)
+    )
+    ids = theirs.generate(x, max_new_tokens=9, do_sample=False, eos_token_id=7, pad_token_id=7)
+    for text, row in zip(greedy, ids[:, 20:].tolist(), strict=True):
+        assert text.tokens == row[: len(text.tokens)]
+        assert len(text.tokens) == 9 or row[len(text.tokens)] == 7
+
+
+@pytest.mark.parametrize("name", ["vanilla", "dense_vanilla"])
+@torch.no_grad()
+def test_a_stock_qwen3_folder(name, tmp_path):
+    """As transformers itself saves it; it computes norms in float32, hence the bound."""
+    reference, _ = pair(small_model(name))
+    stock = stock_model(reference.m, reference.state_dict())
+    stock.save_pretrained(tmp_path)
+    assert describe_folder(tmp_path).model.num_loops == 1
+    x = tokens(2, 20)
+    found = last_logits(load_weights(tmp_path), x.tolist())
+    assert (found - stock(x).logits[:, -1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_random_weights_have_every_parameter(name):
+    m = model(name)
+    weights = random_weights(m, "cpu", torch.float32)
+    biases = m.num_layers * m.num_experts if m.moe_expert_bias_update_rate else 0
+    assert weights.num_bytes() == 4 * (count_parameters(m).total + biases)
+    assert torch.isfinite(last_logits(weights, [[1, 2, 3]])).all()
+
+
+def test_routers_stay_wide():
+    """bf16 logits would choose other experts than training did."""
+    layer = random_weights(model("plt2"), "cpu", torch.bfloat16).layers[0]
+    assert layer.router_ed.dtype == torch.float32
+    assert layer.gate_up_efd.dtype == torch.bfloat16
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_folder(tmp_path, model("plt2"))
+    return tmp_path
+
+
+def test_refused_by_name(folder):
+    with pytest.raises(ConversionError, match="holds no exported model"):
+        load_weights(folder / "nowhere")
+    shard = sorted(folder.glob("model-*.safetensors"))[0]
+    kept = folder / "kept"
+    shutil.move(shard, kept)
+    with pytest.raises(ConversionError, match=f"a file of the index is missing: {shard.name}"):
+        load_weights(folder)
+    shard.write_bytes(kept.read_bytes()[:100])
+    with pytest.raises(ConversionError, match="the weights cannot be read"):
+        load_weights(folder)
+    (folder / "model.safetensors.index.json").write_text("{")
+    with pytest.raises(ConversionError, match="json is not JSON"):
+        load_weights(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    with pytest.raises(ConversionError, match="holds no weights: neither"):
+        load_weights(folder)
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ConversionError, match="the weights cannot be read"):
+        load_weights(folder)
+
+
+def test_tensors_that_do_not_fit_the_configuration(folder):
+    state = {k: v for f in folder.glob("*.safetensors") for k, v in load_file(f).items()}
+    (folder / "model.safetensors.index.json").unlink()
+
+    def refused(message, **changes):
+        save_file(state | changes, folder / "model.safetensors")
+        with pytest.raises(ConversionError, match=message):
+            load_weights(folder)
+
+    refused(r"norm.weight has shape \[5\], but the model configuration says \[16\]",
+            **{"model.norm.weight": torch.ones(5)})  # fmt: skip
+    refused("tensor unknown to the model configuration", extra=torch.ones(2))
+    del state["model.norm.weight"]
+    refused("tensor missing: model.norm.weight")
+    fields = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(fields | {"dtype": "int8"}))
+    with pytest.raises(ConversionError, match="is not a floating point type of torch"):
+        load_weights(folder)
