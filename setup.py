@@ -37,7 +37,15 @@ EXTRAS = {
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     # math: checks the answers of the MATH benchmark.
     "eval": ["lm-eval[math]>=0.4.13,<0.5", "accelerate>=1.10"],
-    "test": ["pytest>=9", "pytest-xdist>=3.8", "hypothesis>=6.100", "ruff>=0.17"],
+    # transformers[serving], openai: an exported model behind `transformers serve`, and its client.
+    "test": [
+        "pytest>=9",
+        "pytest-xdist>=3.8",
+        "hypothesis>=6.100",
+        "ruff>=0.17",
+        "transformers[serving]>=5,<6",
+        "openai>=1.98",
+    ],
 }
 
 setup(

@@ -57,6 +57,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_plt_moe.PLTMoEConfig",
     "AutoModel": "modeling_plt_moe.PLTMoEModel",
     "AutoModelForCausalLM": "modeling_plt_moe.PLTMoEForCausalLM",
+    # `transformers serve` asks for this first, and otherwise only finds classes of its own package.
+    "AutoModelForDecision": "modeling_plt_moe.PLTMoEForCausalLM",
 }
 
 

@@ -43,6 +43,13 @@ WINDOW_CHUNK = 256
 """Queries per piece of the sliding window: masks cost s * (window + chunk), not s * s."""
 
 
+_NO_CONTINUOUS_BATCHING = (
+    "continuous batching (generate_batch) is not supported: transformers' paged cache has no place "
+    "for the windows and hidden vectors of the later loops. Use generate() with a left-padded "
+    "batch, or `transformers serve` without --continuous-batching"
+)
+
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Promote half precision; float64 stays float64."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -1142,6 +1149,23 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
             hidden_states=out.hidden_states,
         )
 
+    @property
+    def init_continuous_batching(self) -> Any:
+        """Absent: `transformers serve --continuous-batching` then takes generate()."""
+        raise AttributeError(_NO_CONTINUOUS_BATCHING)
+
+    def continuous_batching_context_manager(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse, see generate_batch."""
+        raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
+
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: transformers' paged cache has no place for the later loops.
+
+        Raises:
+            NotImplementedError: always; generate() takes batches.
+        """
+        raise NotImplementedError(_NO_CONTINUOUS_BATCHING)
+
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict, *args: Any, **kwargs: Any
     ) -> None:
@@ -1152,7 +1176,9 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
                 f"cache_implementation={kind!r} is not supported: this model brings its own cache"
             )
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            model_kwargs["past_key_values"] = PLTMoECache(self.config)
+            model_kwargs["past_key_values"] = cache = PLTMoECache(self.config)
+            if generation_config.is_assistant:  # its guesses are taken back
+                cache.activate_past_recording()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
