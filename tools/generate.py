@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -220,8 +221,6 @@ def _transformers(args: argparse.Namespace) -> Run:
     model = model.eval().to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
     def run(prompts: Sequence[str], request: Request) -> tuple[list[str], Timing]:
-        import time
-
         torch.manual_seed(request.options.seed)
         o, sampling = request.options, {}
         if o.temperature:

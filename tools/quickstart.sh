@@ -80,7 +80,7 @@ for model in vanilla loop2 plt2; do
     fi
 done
 
-step "generate text from PLT-2 with transformers"
+step "generate text from PLT-2, both loops of a token in one pass"
 $python tools/generate.py --model "$out/hf/plt2" --output "$out/generated.json" \
     --prompt "def read_lines(path):" --prompt "class Error(Exception):" --prompt "import os"
 
