@@ -74,6 +74,10 @@ def test_what_does_not_decide_the_result_may_change(check, changes):
         ({"data__reset_position_ids": True}, "data.reset_position_ids: checkpoint False"),
         ({"data__train": [{"path": "b"}]}, "data.train: checkpoint .*'text'.*, config .*'b'"),
         ({"model": MOE | {"num_layers": 3}}, "model.num_layers: checkpoint 2, config 3"),
+        (
+            {"model": MOE | {"moe_loop_routing": "shared"}},
+            "model.moe_loop_routing: checkpoint independent, config shared",
+        ),
         ({"model": MOE | {"rope_theta": 5.0}}, "model.rope_theta: checkpoint 10000.0, config 5.0"),
     ],
 )

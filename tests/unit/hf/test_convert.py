@@ -106,6 +106,21 @@ def test_the_export_computes_what_the_megatron_model_computes(plt_run, plt_expor
     check_against_megatron(plt_run, plt_export.folder)
 
 
+def test_shared_routing_is_exported_and_comes_back(tmp_path, tokenizer_model):
+    """The weights look the same; the folder, its card and the way back must say it."""
+    m = model_of("plt3_shared_routing", moe_z_loss_coeff=0.01)
+    checkpoint = write_checkpoint(tmp_path / "run", m, tokenizer_model)
+    export = export_checkpoint(checkpoint, tmp_path / "hf", QUIET)
+    assert isinstance(export.checked, Verification) and export.checked.max_difference < 1e-10
+    check_against_megatron(tmp_path / "run", export.folder)
+    assert json.loads((export.folder / "config.json").read_text())["plt_loop_routing"] == "shared"
+    assert "| experts of later loops | loop 1's" in (export.folder / "README.md").read_text()
+    import_folder(export.folder, tmp_path / "back", run_config(m), progress=False)
+    independent = m.model_copy(update={"moe_loop_routing": "independent"})
+    with pytest.raises(ConversionError, match="moe_loop_routing: folder shared, config independ"):
+        import_folder(export.folder, tmp_path / "other", run_config(independent))
+
+
 def test_shards_are_small_and_indexed(plt_export):
     shards = sorted(plt_export.folder.glob("model-*.safetensors"))
     assert len(shards) > 2

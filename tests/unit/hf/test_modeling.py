@@ -49,7 +49,7 @@ def test_no_logit_depends_on_a_later_token(name):
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("name", ["plt3_normed", "loop2", "dense_plt2"])
+@pytest.mark.parametrize("name", ["plt3_normed", "loop2", "dense_plt2", "plt3_shared_routing"])
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
     """Loop 1's keys and values leave the checkpointed region and come back in later loops."""
     _, model = pair(small_model(name))
@@ -142,3 +142,14 @@ def test_refusals_say_what_to_do():
         model(x, attention_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="does not support|flash"):
         hf_model(small_model("plt2"), attn_implementation="flash_attention_2")
+
+
+@torch.no_grad()
+def test_shared_routing_survives_scores_of_zero():
+    """A later loop may find all of loop 1's experts so unlikely that their scores are 0."""
+    router = hf_model(small_model("loop2_shared_routing")).model.layers[0].mlp.gate
+    router.weight.zero_()
+    router.weight[:, 0] = torch.tensor([0.0, 200.0, 0.0, 1.0])
+    x = torch.eye(16)[:1]
+    _, weights = router(x, torch.tensor([[2, 3]]))
+    assert weights[0].tolist() == pytest.approx([0.26894, 0.73106], abs=1e-5)
