@@ -1,45 +1,137 @@
-"""Time decoding of exported models, side by side in one run, and measure their caches.
+"""Measure decoding: time per token, cache, expert and memory traffic, prefill; or exported models.
 
-python tools/benchmark_decode.py --model vanilla=DIR --model plt2=DIR --output decode.json
+    python tools/benchmark_decode.py
+        vanilla, vanilla loop-2, + CLP, + shared KV, PLT-2, PLT-3 at one size and the headline pair,
+        with random weights, beside the paper's ratios; on a CPU with scaled-down sizes
+    python tools/benchmark_decode.py --compare none --config configs/plt_moe_1b_7b.yaml
+        any configuration
+    python tools/benchmark_decode.py --model vanilla=DIR --model plt2=DIR --output decode.json
+        exported folders, side by side, for tools/compare_runs.py --decode
+
+Writes decode.json, decode.md and decode.png into --output; runs of the same device, versions and
+commit add to what is there, so that a machine can be used for short whiles.
 """
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
-from pltmoe.hf.decode_latency import DecodeSetup, measure_decode, write_decode
+import torch
+
+from pltmoe.inference.benchmark.exported import DecodeSetup, measure_exported
+from pltmoe.inference.benchmark.measure import Setup, measure
+from pltmoe.inference.benchmark.report import JSON_FILE, MARKDOWN_FILE, add_run, write_json
+from pltmoe.inference.benchmark.suite import ABLATION, HEADLINE, candidates
+from pltmoe.reports.decode import plot_decode
 from pltmoe.runtime.command_line import run_tool
+from pltmoe.runtime.devices import device, parameter_dtype
+from pltmoe.runtime.versions import commit, versions
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+GROUPS = {"ablation": ABLATION, "headline": HEADLINE}
+SCALED_DOWN = Setup((1, 4, 16, 32, 64), 4096, 16, 5, (1024, 4096, 8192), 1)
+"""For a CPU, with suite.SCALED_DOWN."""
 
 
 def main() -> None:
-    """Parse the command line, measure, print a table."""
-    default = DecodeSetup()
+    """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", action="append", required=True, metavar="NAME=DIR")
-    parser.add_argument("--output", type=Path, required=True, help="JSON file to write")
-    parser.add_argument("--batch", type=int, default=default.batch)
-    parser.add_argument("--prompt-tokens", type=int, default=default.prompt_tokens)
-    parser.add_argument("--new-tokens", type=int, default=default.new_tokens)
-    parser.add_argument("--rounds", type=int, default=default.rounds)
+    parser.add_argument("--output", type=Path, help="folder; with --model: JSON file")
+    random = parser.add_argument_group("random weights")
+    random.add_argument("--compare", default="ablation,headline", help="of these, or none")
+    random.add_argument("--config", action="append", type=Path, default=[], help="YAML of a run")
+    random.add_argument("--only", action="append", default=[], help="name of a model; repeat")
+    random.add_argument("--scaled-down", action="store_true", help="small sizes; always on a CPU")
+    random.add_argument("--context", type=int, help="slots in the cache before decoding (4096)")
+    random.add_argument("--batches", type=_numbers, help="e.g. 1,4,16 (1..256); none: 0")
+    random.add_argument("--prefill", type=_numbers, help="prompt lengths (1k..32k); none: 0")
+    exported = parser.add_argument_group("exported folders")
+    exported.add_argument("--model", action="append", default=[], metavar="NAME=DIR")
+    exported.add_argument("--batch", type=int, default=DecodeSetup.batch)
+    exported.add_argument("--prompt-tokens", type=int, default=DecodeSetup.prompt_tokens)
+    parser.add_argument("--new-tokens", type=int, help="tokens decoded in a round")
+    parser.add_argument("--rounds", type=int, help="rounds; the median counts")
     args = parser.parse_args()
+    if args.model:
+        _exported(args, parser)
+    else:
+        _random(args, parser)
+
+
+def _exported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     models = {}
     for item in args.model:
         name, equals, folder = item.partition("=")
         if not (name and equals and folder):
             parser.error(f"--model {item}: expected NAME=DIR")
         models[name] = Path(folder)
-    setup = DecodeSetup(args.batch, args.prompt_tokens, args.new_tokens, args.rounds)
-    results = measure_decode(models, setup)
-    write_decode(results, shlex.join(["python", *sys.argv]), args.output)
+    if args.output is None:
+        parser.error("--model needs --output, the JSON file to write")
+    new_tokens, rounds = args.new_tokens or DecodeSetup.new_tokens, args.rounds
+    setup = DecodeSetup(args.batch, args.prompt_tokens, new_tokens, rounds or DecodeSetup.rounds)
+    results = measure_exported(models, setup, _where())
+    write_json(args.output, results)
     for name, result in results.items():
         print(
             f"{name:24s} {result['ms_per_token']:9.2f} ms/token   cache "
             f"{result['cache_bytes_per_sequence'] / 1024:9.1f} KiB/sequence   "
             f"batch {result['batch']}, context {result['context']}, {result['device']}"
         )
+
+
+def _random(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    names = [name for name in args.compare.split(",") if name != "none"]
+    if unknown := sorted(set(names) - set(GROUPS)):
+        parser.error(f"unknown comparison {unknown[0]}; there are {', '.join(GROUPS)}, none")
+    scaled_down = args.scaled_down or not torch.cuda.is_available()
+    groups = [GROUPS[name] for name in names]
+    models = candidates(REPOSITORY / "configs", groups, args.config, scaled_down)
+    if unknown := sorted(set(args.only) - {c.name for c in models}):
+        parser.error(f"--only {unknown[0]}: there are {', '.join(c.name for c in models)}")
+    models = [c for c in models if not args.only or c.name in args.only]
+    if not models:
+        parser.error("--compare none needs a --config")
+    setup, output = _setup(args, scaled_down), args.output or REPOSITORY / "runs/benchmark_decode"
+    dtype = parameter_dtype("auto")
+    result = measure(models, setup, device(), dtype)
+    scale = "scaled-down models; the targets are for one H200 and the paper's sizes"
+    about = {"dtype": str(dtype).removeprefix("torch."), "commit": commit()}
+    about["scale"] = scale if scaled_down else "the models of the configurations"
+    tree = add_run(output, result, models, setup, _where() | about)
+    plot_decode(tree, output / "decode.png")
+    print((output / MARKDOWN_FILE).read_text())
+    print(f"wrote {output / JSON_FILE}, {MARKDOWN_FILE}, decode.png")
+
+
+def _setup(args: argparse.Namespace, scaled_down: bool) -> Setup:
+    given = {
+        "batches": args.batches,
+        "context": args.context,
+        "new_tokens": args.new_tokens,
+        "rounds": args.rounds,
+        "prefill_tokens": args.prefill,
+    }
+    default = SCALED_DOWN if scaled_down else Setup()
+    return Setup(**vars(default) | {name: x for name, x in given.items() if x is not None})
+
+
+def _where() -> dict[str, Any]:
+    """Say where and how: every figure stands beside this."""
+    name = f"CPU ({torch.get_num_threads()} of {os.cpu_count()} cores used)"
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else name,
+        "versions": versions(),
+        "command": shlex.join(["python", *sys.argv]),
+    }
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(number for item in text.split(",") if (number := int(item)) > 0)
 
 
 if __name__ == "__main__":

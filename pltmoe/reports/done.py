@@ -140,13 +140,13 @@ def _decode_statement(runs: Sequence[Run], extras: Extras) -> str:
     if command := entry.get("command"):
         text += f", by `{command}`"
     text += f". The paper's ratio is {paper.LATENCY_RANGE}."
-    if "benchmark_decode" in (command or "") and any(
-        r.config.model.num_loops > 1 for r in measured
-    ):
-        text += (
-            " The loops ran one after another there; one forward pass for all loops of a token, "
-            "which the cross-loop shift makes possible, is not what was timed."
-        )
+    looped = [r for r in measured if r.config.model.num_loops > 1]
+    at_once = [r.name for r in looped if extras.decode[r.name].get("passes") == 1]
+    in_turn = [r.name for r in looped if r.name not in at_once]
+    if at_once:
+        text += f" All loops of a token were one forward pass in {' and '.join(at_once)}."
+    if in_turn:
+        text += f" The loops ran one after another in {' and '.join(in_turn)}."
     return text
 
 
