@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from pltmoe.config.counts import kv_cache_bytes
+from pltmoe.errors import DataError
 from pltmoe.inference import prefill as prefill_module
 from pltmoe.inference.cache import StaticCache
 from pltmoe.inference.prefill import cut_back, prefill, slots_needed
@@ -148,3 +149,19 @@ def test_a_full_cache_harms_no_neighbour():
         found = decoder.step(torch.stack([x[0, slot], x[1, slot]]), cache)
         assert close(found[1], reference(x).logits[1, slot])
     assert cache.lengths_b.tolist() == [8, 8]
+
+
+@torch.no_grad()
+def test_prompts_that_do_not_fit_are_refused():
+    _, decoder = pair("plt2")
+    cache = cache_of(decoder, 2, capacity=8)
+    for prompts, message in (
+        ([[1, 2]], "1 prompts for a cache of 2 sequences"),
+        ([[1], []], "prompt 2 is empty or too short: 0 tokens"),
+        ([[1], [1] * 9], "prompt 2 needs 9 slots, but the cache has 8: make it larger"),
+    ):
+        with pytest.raises(DataError, match=message):
+            prefill(decoder, cache, prompts)
+    prefill(decoder, cache, [[1, 2], [1, 2, 3]])
+    with pytest.raises(DataError, match="the cache cannot be cut back to 3 slots"):
+        cut_back(decoder, cache, [[1, 2], [1, 2, 3]], 3)
