@@ -53,15 +53,23 @@ def experts(
 
 def _product(x_rd: Tensor, weight_eod: Tensor, ends_e: Tensor) -> Tensor:
     """Multiply the rows of each expert, sorted by expert, with its weight [e, out, in]."""
-    row_bytes = (size * x_rd.element_size() for size in weight_eod.shape[1:])
-    if x_rd.dtype in GROUPED_DTYPES and not any(size % GROUPED_BYTES for size in row_bytes):
+    if _is_grouped(x_rd, weight_eod):
         return F.grouped_mm(x_rd, weight_eod.transpose(1, 2), offs=ends_e)
-    parts, start = [], 0
-    for expert, end in enumerate(ends_e.tolist()):
-        if end > start:
-            parts.append(F.linear(x_rd[start:end], weight_eod[expert]))
-        start = end
-    return torch.cat(parts)
+    ends = ends_e.tolist()
+    used = [e for e, (start, end) in enumerate(zip([0, *ends], ends, strict=False)) if end > start]
+    parts = x_rd.split([ends[e] - (ends[e - 1] if e else 0) for e in used])
+    return torch.cat([F.linear(x, weight_eod[e]) for e, x in zip(used, parts, strict=True)])
+
+
+def _is_grouped(x_rd: Tensor, weight_eod: Tensor) -> bool:
+    """Whether the library's grouped product can do it, and is worth it.
+
+    On a CPU it calls a product for every expert, used or not.
+    """
+    row_bytes = (size * x_rd.element_size() for size in weight_eod.shape[1:])
+    if x_rd.dtype not in GROUPED_DTYPES or any(size % GROUPED_BYTES for size in row_bytes):
+        return False
+    return x_rd.is_cuda or 4 * x_rd.size(0) > weight_eod.size(0)
 
 
 def quantize(weight_eoi: Tensor) -> tuple[Tensor, Tensor]:
