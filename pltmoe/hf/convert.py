@@ -201,6 +201,11 @@ def _write_configuration(
     (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
     transformers.GenerationConfig(**ids).save_pretrained(folder)
     if fields["model_type"] == "plt_moe":
-        for module in (configuration_plt_moe, modeling_plt_moe):
-            source = Path(str(module.__file__))
-            shutil.copyfile(source, folder / source.name)
+        copy_model_code(folder)
+
+
+def copy_model_code(folder: Path) -> None:
+    """Put the files that transformers runs the model with into ``folder``."""
+    for module in (configuration_plt_moe, modeling_plt_moe):
+        source = Path(str(module.__file__))
+        shutil.copyfile(source, folder / source.name)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,37 +20,12 @@ from pltmoe.config import ModelConfig, RunConfig
 from pltmoe.errors import ConversionError
 from pltmoe.hf.checkpoint_tensors import stored_key
 from pltmoe.hf.fields import from_hf_fields
+from pltmoe.hf.folder_tensors import FolderTensors
 from pltmoe.hf.mapping import Row, check_names, rows, without_tied_head
-from pltmoe.hf.shards import INDEX
 from pltmoe.runtime import distributed
 
 _TRAINING_ONLY = {"init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"}
 _LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
-
-
-class FolderTensors:
-    """The tensors of a Hugging Face folder by name, read one at a time.
-
-    Raises:
-        ConversionError: no safetensors files, or unreadable ones.
-    """
-
-    def __init__(self, folder: Path, stack: ExitStack):
-        self._file_of: dict[str, Any] = {}
-        for path in _safetensors_files(folder):
-            try:
-                opened = stack.enter_context(safe_open(path, framework="pt"))
-            except (OSError, SafetensorError) as error:
-                raise ConversionError(f"{path}: cannot be read ({error})") from None
-            self._file_of |= dict.fromkeys(opened.keys(), opened)
-
-    def names(self) -> list[str]:
-        """Return all names."""
-        return list(self._file_of)
-
-    def read(self, row: Row) -> Tensor:
-        """Return one Megatron tensor, put together."""
-        return row.join({name: self._file_of[name].get_tensor(name) for name in row.hf})
 
 
 def import_folder(
@@ -125,20 +99,6 @@ def _differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
         if name not in ignored and a != b:
             differ.append(f"model.{name}: folder {a}, config {b}")
     return differ
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        except (ValueError, KeyError) as error:
-            raise ConversionError(f"{index}: not a safetensors index ({error})") from None
-        return [folder / name for name in sorted(names)]
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    raise ConversionError(f"{folder}: neither {INDEX} nor model.safetensors")
 
 
 def _stored_dtype(row: Row, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
