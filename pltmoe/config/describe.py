@@ -5,6 +5,9 @@ from pltmoe.config.model import ModelConfig
 
 def variant(m: ModelConfig) -> str:
     """Return the row of the paper's ablation that a model is: vanilla, loop-2, loop-2 + CLP, ..."""
+    if m.moe_loop_routing == "shared":  # not the paper's
+        own = m.model_copy(update={"moe_loop_routing": "independent"})
+        return f"{variant(own)}, shared routing"
     if m.num_loops == 1:
         return "vanilla"
     if m.cross_loop_shift and m.share_first_loop_kv and m.gated_swa:
@@ -22,5 +25,5 @@ def describe_model(m: ModelConfig) -> str:
     words = [layers, *(name for name, on in flags.items() if on)]
     words += ["norm per loop"] if m.normalize_per_loop else []
     words += [f"{m.num_experts} experts, top-{m.moe_top_k}" if m.is_moe else "dense"]
-    words += ["chosen by loop 1"] if m.moe_loop_routing == "shared" else []
+    words += ["shared routing"] if m.moe_loop_routing == "shared" else []
     return ", ".join(words)
