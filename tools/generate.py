@@ -129,6 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="also write prompts and texts as JSON")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
+    parser.add_argument("--fp8", action="store_true", help="experts in FP8 (GPU: 8.9 or newer)")
     parser.add_argument("--max-slots", type=int, help="default: what the model was trained with")
     parser.add_argument("--max-batch", type=int, default=64, help="prompts that run together")
     parser.add_argument(
@@ -184,7 +185,9 @@ def _tokenizer(folder: Path, **options: Any) -> Any:
 def _engine(args: argparse.Namespace) -> Run:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     tokenizer = _tokenizer(args.model)
-    engine = Engine.load(args.model, args.device, dtype, args.max_slots, args.max_batch)
+    engine = Engine.load(
+        args.model, args.device, dtype, args.max_slots, args.max_batch, fp8=args.fp8
+    )
 
     def run(prompts: Sequence[str], request: Request) -> tuple[list[str], Timing]:
         ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
@@ -212,8 +215,8 @@ def _transformers(args: argparse.Namespace) -> Run:
     """Return the same through transformers' generate(): what users of the folder have."""
     from transformers import AutoModelForCausalLM
 
-    if args.stop:
-        raise ConfigError("--stop is for --engine pltmoe; generate() would need its own criteria")
+    if args.stop or args.fp8:
+        raise ConfigError("--stop and --fp8 are for --engine pltmoe, not for transformers")
     tokenizer = _tokenizer(args.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(
         args.model, trust_remote_code=True, dtype=args.dtype or "auto"

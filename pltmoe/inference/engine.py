@@ -16,19 +16,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pltmoe.config import ModelConfig
 from pltmoe.config.describe import describe_model
-from pltmoe.errors import ConfigError, DataError
+from pltmoe.errors import ConfigError, DataError, EngineError
 from pltmoe.inference.cache import StaticCache
 from pltmoe.inference.kernels import choose_kernels
 from pltmoe.inference.model import Kernels, PLTDecoder
 from pltmoe.inference.prefill import prefill
 from pltmoe.inference.sampling import Plan, Sampler, SamplingOptions
-from pltmoe.inference.weights import Weights, describe_folder, load_weights
+from pltmoe.inference.weights import Weights, describe_folder, load_weights, quantize_experts
 
 logger = logging.getLogger(__name__)
 
 CAPACITY_STEP = 64
 """Caches are this many slots, or a multiple: prompts of about one length share a CUDA graph."""
+FP8_CAPABILITY = (8, 9)
 MAX_BATCH = 64
 """Prompts that run together; more wait."""
 
@@ -187,6 +189,7 @@ class Engine:
         dtype: torch.dtype | None = None,
         max_slots: int | None = None,
         max_batch: int = MAX_BATCH,
+        fp8: bool = False,
     ) -> "Engine":
         """Load an exported folder.
 
@@ -196,23 +199,31 @@ class Engine:
             dtype: default: as stored.
             max_slots: longest text; default: what the model was trained with.
             max_batch: prompts that run together.
+            fp8: keep the experts' weights in FP8.
 
         Raises:
             ConversionError: the folder holds no such model.
+            EngineError: FP8 on a device, or of a model, that has none.
         """
         about = describe_folder(folder)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if fp8:
+            check_fp8(about.model, device)
         weights = load_weights(folder, device, dtype)
+        if fp8:
+            quantize_experts(weights)
         return cls(weights, max_slots or about.max_slots, about.stop_ids, max_batch=max_batch)
 
     def describe(self) -> str:
         """Return one line: what runs, where, and with which kernels."""
         weights = self.decoder.weights
         graph = "CUDA graph" if weights.device.type == "cuda" else "no graph on a CPU"
+        dtype = str(weights.dtype).removeprefix("torch.")
+        fp8 = ", experts in FP8" if weights.layers[0].gate_up_scale_ef is not None else ""
         return (
-            f"engine: {describe_model(weights.model)}; {str(weights.dtype).removeprefix('torch.')} "
-            f"on {weights.device}, {weights.num_bytes() / 2**30:.2f} GiB of weights; attention and "
-            f"experts: {self.decoder.kernels.reason}; {graph}"
+            f"engine: {describe_model(weights.model)}; {dtype}{fp8} on {weights.device}, "
+            f"{weights.num_bytes() / 2**30:.2f} GiB of weights; attention and experts: "
+            f"{self.decoder.kernels.reason}; {graph}"
         )
 
     def generate(
@@ -286,6 +297,20 @@ class Engine:
                 f"tokens need {slots} slots, but the model is set to {self.max_slots}: shorten "
                 "them, or raise max_slots (more than it was trained with is at your own risk)"
             )
+
+
+def check_fp8(m: ModelConfig, device: torch.device) -> None:
+    """Refuse FP8 experts where there are no experts or the device cannot read FP8.
+
+    Raises:
+        EngineError: says which.
+    """
+    if not m.is_moe:
+        raise EngineError("FP8 is for the weights of experts; this model is dense")
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < FP8_CAPABILITY:
+        raise EngineError(
+            f"FP8 weights need a GPU of compute capability 8.9 or newer; this is {device}"
+        )
 
 
 class Stream(Iterator[NewToken]):

@@ -201,7 +201,13 @@ class PLTDecoder:
         top_k = self.m.moe_top_k or 1
         expert_tj, weight_tj = routes.choose(logits_te, layer.router_bias_e, top_k, index)
         return self.kernels.experts(
-            x_td, expert_tj, weight_tj.to(x_td.dtype), layer.gate_up_efd, layer.down_edf
+            x_td,
+            expert_tj,
+            weight_tj.to(x_td.dtype),
+            layer.gate_up_efd,
+            layer.down_edf,
+            layer.gate_up_scale_ef,
+            layer.down_scale_ed,
         )
 
     def _norm(self, x: Tensor, weight_d: Tensor) -> Tensor:

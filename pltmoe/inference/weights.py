@@ -29,8 +29,11 @@ from pltmoe.errors import ConversionError
 from pltmoe.hf.fields import from_hf_fields
 from pltmoe.hf.mapping import Row, check_names, rows, without_tied_head
 from pltmoe.hf.shards import INDEX
+from pltmoe.inference.experts import FP8, quantize
 
 SINGLE_FILE = "model.safetensors"
+QUANTIZED_TOGETHER = 8
+"""Experts: their float32 copies must fit beside a model that fills the device."""
 
 
 @dataclass
@@ -54,6 +57,9 @@ class LayerWeights:
     gate_up_efd: Tensor | None = None
     """Experts: gate rows, then up rows [e, 2f, d]."""
     down_edf: Tensor | None = None
+    gate_up_scale_ef: Tensor | None = None
+    """Experts in FP8: factor of each row [e, 2f], float32."""
+    down_scale_ed: Tensor | None = None
 
 
 @dataclass
@@ -209,6 +215,27 @@ def random_weights(
             if bias is not None:
                 bias.zero_()
     return weights
+
+
+def quantize_experts(weights: Weights) -> None:
+    """Turn the experts, nearly all weights of a large model, into FP8 (e4m3, a factor per row).
+
+    In place, a few experts at a time: never more than one layer's experts are there twice. Other
+    matrices and all activations stay as they are.
+    """
+    for layer in weights.layers:
+        for name, scale_name in (
+            ("gate_up_efd", "gate_up_scale_ef"),
+            ("down_edf", "down_scale_ed"),
+        ):
+            wide = getattr(layer, name)
+            packed = torch.empty_like(wide, dtype=FP8)
+            scale = torch.empty(wide.shape[:2], dtype=torch.float32, device=wide.device)
+            for some in torch.arange(wide.size(0)).split(QUANTIZED_TOGETHER):
+                part = slice(int(some[0]), int(some[-1]) + 1)
+                packed[part], scale[part] = quantize(wide[part])
+            setattr(layer, name, packed)
+            setattr(layer, scale_name, scale)
 
 
 def pack(

@@ -165,7 +165,8 @@ def test_errors_are_one_line(exported, tmp_path, monkeypatch):
         ("expected one JSON object with a text", ["--model", exported, "--prompts-file", bad]),
         ("temperature (-1.0) must be 0 or more", ["--model", exported, "--temperature", -1, *one]),
         ("shorten them, or raise max_slots", ["--model", exported, "--max-new-tokens", 99, *one]),
-        ("--stop is for --engine pltmoe",
+        ("FP8 weights need a GPU", ["--model", exported, "--fp8", "--device", "cpu", *one]),
+        ("--stop and --fp8 are for --engine pltmoe",
          ["--model", exported, "--engine", "transformers", "--stop", "x", *one]),
     ):  # fmt: skip
         code = generate(monkeypatch, *arguments)

@@ -9,13 +9,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pltmoe.config.counts import count_parameters
-from pltmoe.errors import ConversionError
+from pltmoe.errors import ConversionError, EngineError
 from pltmoe.inference.cache import StaticCache
-from pltmoe.inference.engine import Engine
+from pltmoe.inference.engine import Engine, check_fp8
+from pltmoe.inference.experts import dequantize
 from pltmoe.inference.model import PLTDecoder
 from pltmoe.inference.prefill import prefill
 from pltmoe.inference.sampling import SamplingOptions
-from pltmoe.inference.weights import describe_folder, load_weights, random_weights
+from pltmoe.inference.weights import describe_folder, load_weights, quantize_experts, random_weights
 from tests.unit.hf.models import pair, small_model
 from tests.unit.hf.test_stock import stock_model
 from tests.unit.inference.folders import MAX_SLOTS, write_folder
@@ -75,6 +76,35 @@ def test_routers_stay_wide():
     layer = random_weights(model("plt2"), "cpu", torch.bfloat16).layers[0]
     assert layer.router_ed.dtype == torch.float32
     assert layer.gate_up_efd.dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_experts_in_fp8_compute_what_their_rounded_weights_compute():
+    """Prefill and decoding use the factors of the rows; FP8 itself is 3 bits of mantissa."""
+    m = model("plt2")
+    exact, packed = (random_weights(m, "cpu", torch.float64) for _ in range(2))
+    before = packed.num_bytes()
+    quantize_experts(packed)
+    assert packed.num_bytes() < 0.7 * before
+    rounded = random_weights(m, "cpu", torch.float64)
+    for layer, fp8 in zip(rounded.layers, packed.layers, strict=True):
+        layer.gate_up_efd = dequantize(fp8.gate_up_efd, fp8.gate_up_scale_ef, torch.float64)
+        layer.down_edf = dequantize(fp8.down_edf, fp8.down_scale_ed, torch.float64)
+    logits = []
+    for weights in (exact, rounded, packed):
+        decoder = PLTDecoder(weights, MAX_SLOTS)
+        cache = StaticCache(m, 2, 40, "cpu", torch.float64)
+        first = prefill(decoder, cache, tokens(2, 20).tolist())
+        logits.append(torch.stack([first, decoder.step(torch.tensor([1, 2]), cache)]))
+    assert (logits[1] - logits[2]).abs().max() < 1e-12
+    assert 0 < (logits[0] - logits[2]).abs().max() < 0.2 * logits[0].abs().max()
+
+
+def test_fp8_is_refused_where_it_is_not():
+    with pytest.raises(EngineError, match="FP8 is for the weights of experts"):
+        check_fp8(model("dense_plt2"), torch.device("cuda"))
+    with pytest.raises(EngineError, match="FP8 weights need a GPU of compute capability"):
+        check_fp8(model("plt2"), torch.device("cpu"))
 
 
 @pytest.fixture
