@@ -47,6 +47,12 @@ def _pretrain(model: str) -> str:
     )
 
 
+def _decoding(name: str, what: str, options: str) -> Part:
+    """One share of the decode benchmark; all of them add to $WORK/decode/decode.json."""
+    command = f"{{python}} tools/benchmark_decode.py --output $WORK/decode {options}"
+    return Part(f"decode-{name}", what, (command,))
+
+
 PARTS = (
     Part("tests", "tests/gpu", ("{python} -m pytest tests/gpu -q -rs --durations 5",)),
     Part(
@@ -63,7 +69,7 @@ PARTS = (
     ),
     Part(
         "decode",
-        "decoding of the three exported models with transformers",
+        "decoding of the three exported models through the engine",
         (
             *(
                 f"rm -rf $WORK/hf/{m} && {{python}} tools/convert_to_hf.py "
@@ -73,6 +79,27 @@ PARTS = (
             "{python} tools/benchmark_decode.py --output $WORK/decode.json "
             + " ".join(f"--model {m}=$WORK/hf/{m}" for m in MODELS),
         ),
+    ),
+    _decoding(
+        "one-size",
+        "680M/13B: vanilla, loop-2, + CLP, + shared KV, PLT-2, PLT-3, batch 1 to 32",
+        "--compare ablation --batches 1,4,16,32 --prefill 0",
+    ),
+    _decoding(
+        "one-size-large",
+        "the same, batch 64 to 256",
+        "--compare ablation --batches 64,128,256 --prefill 0",
+    ),
+    _decoding("prefill", "the same, prefill of 1k to 32k", "--compare ablation --batches 0"),
+    _decoding(
+        "headline-vanilla",
+        "vanilla 2.5B/60B, batch 1 to 256, prefill",
+        "--compare headline --only 'vanilla 2.5B/60B'",
+    ),
+    _decoding(
+        "headline-plt",
+        "PLT-2 1.7B/40B, both routings, batch 1 to 256, prefill; the ratios",
+        "--compare headline --only 'PLT-2 1.7B/40B' --only 'PLT-2 1.7B/40B, shared routing'",
     ),
 )
 
@@ -168,7 +195,18 @@ def _summary(name: str, work: Path, output: str) -> str:
         return closing[-1] if closing else "no closing line"
     if name == "train":
         return _train_table(work)
+    if name.startswith("decode-"):
+        return _decode_section(name, work)
     return _decode_table(work)
+
+
+def _decode_section(name: str, work: Path) -> str:
+    """Return the ratios so far; with the last part, all that the decode benchmark wrote."""
+    text = (work / "decode" / "decode.md").read_text()
+    text = re.sub(r"^#", "###", text, flags=re.MULTILINE)
+    if name == PARTS[-1].name:
+        return text
+    return text[text.index("#### The paper's ratios") :].split("\n#### ")[0]
 
 
 def _decode_table(work: Path) -> str:

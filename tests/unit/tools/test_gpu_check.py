@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -85,3 +87,36 @@ def test_tables_of_what_was_measured(gpu_check: ModuleType, tmp_path: Path) -> N
     rows = gpu_check._summary("train", tmp_path, "").splitlines()
     assert rows[0] == "| model | loss | validation loss | tokens/s per GPU | peak GiB |"
     assert rows[2:] == [f"| {m} | 2.000 | 3.000 | 1,000 | 1.50 |" for m in gpu_check.MODELS]
+
+
+def test_the_decode_parts_show_the_ratios_and_the_last_one_everything(
+    gpu_check: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "decode").mkdir()
+    (tmp_path / "decode/decode.md").write_text(
+        "# Decoding\n\n## The paper's ratios\n\nratios\n\n## one size\n\ntimes\n"
+    )
+    first = gpu_check._summary("decode-one-size", tmp_path, "")
+    assert "ratios" in first and "times" not in first
+    last = gpu_check._summary(gpu_check.PARTS[-1].name, tmp_path, "")
+    assert "times" in last and "#### one size" in last
+
+
+def test_the_decode_parts_name_models_and_options_that_exist(gpu_check: ModuleType) -> None:
+    """A part that fails at the command line would waste a lent machine."""
+    from pltmoe.inference.benchmark.suite import ABLATION, HEADLINE, candidates
+
+    names = {c.name for c in candidates(REPOSITORY / "configs", [ABLATION, HEADLINE])}
+    parts = [part for part in gpu_check.PARTS if part.name.startswith("decode-")]
+    help_text = subprocess.run(
+        [sys.executable, "tools/benchmark_decode.py", "--help"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert parts
+    for part in parts:
+        words = shlex.split(part.commands[0])
+        assert {w for w in words if w.startswith("--")} <= set(re.findall(r"--[a-z-]+", help_text))
+        only = [words[i + 1] for i, word in enumerate(words) if word == "--only"]
+        assert set(only) <= names
