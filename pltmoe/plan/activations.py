@@ -132,7 +132,7 @@ def layer_bytes(z: Sizes, loop: int) -> LayerBytes:
         projections=_projections(z, loop),
         attention=_attention(z, loop),
         feed_forward=_experts(z) if z.m.is_moe else _dense(z),
-        dispatch=_dispatch(z, loop) if z.m.is_moe else 0,
+        dispatch=_dispatch(z) if z.m.is_moe else 0,
     )
 
 
@@ -308,12 +308,11 @@ def _experts(z: Sizes) -> float:
     return _received(z) * (2 + 1) * width * z.e  # gate and up, their weighted product
 
 
-def _dispatch(z: Sizes, loop: int) -> float:
+def _dispatch(z: Sizes) -> float:
     experts, top_k = z.m.num_experts or 0, z.m.moe_top_k or 0
     # Logits and scores in fp32, routing map in bytes; chosen experts (int64), weights, their sum.
+    # About as much where loop 1's experts are taken: a mask instead of the routing map.
     router = z.r * (experts * (4 + 4 + 1) + top_k * (8 + 4) + 4)
-    if loop > z.m.choosing_loops:  # logits, weights; loop 1's routing map, and what is not in it
-        router = z.r * experts * (4 + 4 + 1)
     if z.m.moe_aux_loss_coeff or z.m.moe_z_loss_coeff:
         router += 4 * z.r  # logsumexp of the z loss
     order = 8 * z.r * (experts + top_k)  # sort order of the whole routing map, token numbers

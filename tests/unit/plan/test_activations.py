@@ -90,3 +90,15 @@ def test_activation_bytes_are_what_the_model_keeps(groups, case, dtype, recomput
     m = model_from_dict(tree)
     real = measured(m, b, s, dtype, recompute, groups)
     assert planned(m, b, s, dtype.itemsize, recompute) == pytest.approx(real, rel=0.05)
+
+
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_what_shared_routing_saves_is_what_the_model_saves(groups, recompute):
+    """Little, so that the comparison of the whole would not see it."""
+    tree, b, s = CASES["moe-plt3-shared-routing"]
+    shared = model_from_dict(tree)
+    independent = shared.model_copy(update={"moe_loop_routing": "independent"})
+    real = [measured(m, b, s, torch.float32, recompute, groups) for m in (independent, shared)]
+    plan = [planned(m, b, s, 4, recompute) for m in (independent, shared)]
+    assert plan[0] - plan[1] == pytest.approx(real[0] - real[1], rel=0.05)
+    assert plan[1] < plan[0]
