@@ -57,6 +57,17 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+ABLATION = ["vanilla", "loop2", "clp", "shared", "plt2", "plt3_normed"]
+"""One of each row of the paper's ablation."""
+
+EVERY_KIND = [
+    *ABLATION, "loop3", "clp3_normed", "plt2_no_shift", "plt2_window_of_one", "plt2_mha",
+    "plt2_gate_hidden", "plt2_expert_bias", "plt3_shared_routing", "dense_plt2",
+    "dense_plt3_normed",
+]  # fmt: skip
+"""All that differs in decoding: no shift, normed, MHA, gates on both inputs, routing, dense."""
+
+
 def small_model(name: str, **changes: Any) -> ModelConfig:
     """Return the model section called ``name``, with ``changes``."""
     return model_from_dict(_BASE | MODELS[name] | changes)

@@ -6,10 +6,9 @@ from transformers import DynamicCache
 
 from pltmoe.hf import modeling_plt_moe
 from pltmoe.hf.modeling_plt_moe import PLTMoECache, PLTMoEModel
-from tests.unit.hf.models import MODELS, pair, small_model
+from tests.unit.hf.models import ABLATION, EVERY_KIND, MODELS, pair, small_model
 
 NEW_TOKENS = 7
-PADDED = ["vanilla", "loop2", "clp", "shared", "plt3_normed", "plt2_window_of_one", "dense_plt2"]
 
 
 @pytest.fixture(autouse=True)
@@ -54,18 +53,22 @@ def test_greedy_with_and_without_cache(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", PADDED)
+@pytest.mark.parametrize("name", EVERY_KIND)
 def test_a_left_padded_batch_generates_what_each_row_does_alone(name):
-    """Padding is not attended to, positions and the shift begin at the first real token."""
+    """Padding is not attended to, positions and the shift begin at the first real token.
+
+    The longest prompt is longer than what the later loops run over.
+    """
     reference, model = pair(small_model(name))
-    prompts = [tokens(1, s, seed=s) for s in (7, 1, 4)]
+    prompts = [tokens(1, s, seed=s) for s in (23, 1, 4)]
     ids, mask = left_padded(prompts)
     generated = generate(model, ids, attention_mask=mask)
     for prompt, row in zip(prompts, generated, strict=True):
         assert_greedy(reference, prompt, row[None])
     assert torch.equal(generate(model, ids, attention_mask=mask, use_cache=False), generated)
-    chunked = generate(model, ids, attention_mask=mask, prefill_chunk_size=3)
-    assert torch.equal(chunked, generated)
+    for size in (3, 20):
+        chunked = generate(model, ids, attention_mask=mask, prefill_chunk_size=size)
+        assert torch.equal(chunked, generated)
 
 
 @torch.no_grad()
@@ -134,17 +137,18 @@ def test_right_padding_leaves_real_tokens_alone():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["plt3_normed", "clp", "loop2", "shared"])
+@pytest.mark.parametrize("name", EVERY_KIND)
 def test_beam_search_reorders_every_part_of_the_cache(name):
     _, model = pair(small_model(name))
-    prompt = tokens(2, 6)
+    prompt = tokens(2, 19)
     with_cache = generate(model, prompt, num_beams=3)
     assert torch.equal(with_cache, generate(model, prompt, num_beams=3, use_cache=False))
 
 
 @torch.no_grad()
-def test_cache_repeats_and_selects_sequences():
-    _, model = pair(small_model("plt3_normed"))
+@pytest.mark.parametrize("name", [*ABLATION, "plt2_window_of_one"])
+def test_cache_repeats_and_selects_sequences(name):
+    _, model = pair(small_model(name))
     ids, more = tokens(2, 6), tokens(4, 3, seed=9)
     cache = PLTMoECache(model.config)
     model(ids, past_key_values=cache)
@@ -161,9 +165,10 @@ def test_cache_repeats_and_selects_sequences():
 
 
 @torch.no_grad()
-def test_a_conversation_continues_in_the_same_cache():
-    reference, model = pair(small_model("plt3_normed"))
-    cache, prompt = PLTMoECache(model.config), tokens(1, 6)
+@pytest.mark.parametrize("name", EVERY_KIND)
+def test_a_conversation_continues_in_the_same_cache(name):
+    reference, model = pair(small_model(name))
+    cache, prompt = PLTMoECache(model.config), tokens(1, 25)
     first = generate(model, prompt, past_key_values=cache)
     longer = torch.cat([prompt, first, tokens(1, 3, seed=5)], 1)
     assert_greedy(reference, longer, generate(model, longer, past_key_values=cache))

@@ -103,7 +103,7 @@ def assert_same_cache(found, expected):
 
 @torch.no_grad()
 @pytest.mark.parametrize("outputs", [1, 3])
-@pytest.mark.parametrize("sizes", [[40], [3, 37], [25, 2, 13]])
+@pytest.mark.parametrize("sizes", [[40], [25, 2, 13]])
 @pytest.mark.parametrize("name", MODELS)
 def test_suffix_prefill_is_exact(name, sizes, outputs, monkeypatch):
     """At once and in chunks: the same last logits and the same cache as computing every slot."""
