@@ -44,10 +44,14 @@ class Kernels:
 class Attend(Protocol):
     """Stores keys and values of the rows of one layer and attends from the rows."""
 
+    def rows_after(self, layer: int) -> Tensor | None:
+        """Return which of the rows go on after a layer's keys and values; None: all."""
+        ...
+
     def __call__(
         self, layer: int, q_thk: Tensor, k_tgk: Tensor, v_tgk: Tensor, gate_th: Tensor | None
     ) -> Tensor:
-        """Return y [t, h, k]."""
+        """Return y [t, h, k] of the rows that go on."""
         ...
 
 
@@ -66,6 +70,11 @@ class Routes:
     ):
         self.rows_per_slot, self.lent, self.keep = rows_per_slot, lent, keep
         self.kept: list[Tensor] = []
+        self._row_t: Tensor | None = None
+
+    def go_on_with(self, row_t: Tensor) -> None:
+        """Leave rows out from here on: ``row_t`` are those that stay."""
+        self._row_t = row_t if self._row_t is None else self._row_t[row_t]
 
     def choose(
         self, logits_te: Tensor, bias_e: Tensor | None, top_k: int, layer: int
@@ -73,6 +82,7 @@ class Routes:
         """Return experts [t, j] and weights [t, j] in the logits' precision."""
         if self.lent is not None:
             expert_tj = self.lent[layer]
+            expert_tj = expert_tj if self._row_t is None else expert_tj[self._row_t]
             return expert_tj, logits_te.gather(-1, expert_tj).softmax(-1)
         first_te = logits_te[:: self.rows_per_slot]
         scores = first_te if bias_e is None else first_te.softmax(-1) + bias_e
@@ -127,9 +137,14 @@ class PLTDecoder:
         return self.m.emb_scale * e + self.m.hidden_scale * handed_on
 
     def stack(self, h_td: Tensor, rope: Rope, attend: Attend, routes: Routes) -> Tensor:
-        """Run all layers over rows."""
+        """Run all layers over rows; return those that went on to the end."""
         for index, layer in enumerate(self.weights.layers):
-            h_td = h_td + self._attention(h_td, index, layer, rope, attend)
+            y_td = self._attention(h_td, index, layer, rope, attend)
+            row_t = attend.rows_after(index)
+            if row_t is not None:
+                h_td, rope = h_td[row_t], (rope[0][row_t], rope[1][row_t])
+                routes.go_on_with(row_t)
+            h_td = h_td + y_td
             x_td = self._norm(h_td, layer.post_norm_d)
             h_td = h_td + self._feed_forward(x_td, index, layer, routes)
         return h_td
@@ -225,6 +240,10 @@ class _StepAttention:
         self.ring_slot_b = slot_b % cache.window
         self.ring_lengths_b = self.lengths_b.clamp(max=cache.window)
         self.lengths_bL = self.lengths_b.repeat_interleave(rows)
+
+    def rows_after(self, layer: int) -> Tensor | None:
+        """Return None: every row goes on."""
+        return None
 
     def __call__(
         self, layer: int, q_thk: Tensor, k_tgk: Tensor, v_tgk: Tensor, gate_th: Tensor | None

@@ -11,7 +11,8 @@ N (w - 1) earlier:
     loop 3                                             ##########      N (w - 1) + 1
 
 Slots at the front of such a suffix see too little and hold wrong values; nothing that is kept
-depends on them. Logits and caches are those of running every loop over every slot.
+depends on them, and w - 1 of them are left out after every layer. Logits and caches are those of
+running every loop over every slot.
 
 Rows of all sequences lie one after another (no padding); only attention goes sequence by sequence.
 Long prompts run in pieces (``chunk_slots`` rows at a time), so memory does not grow with them.
@@ -22,7 +23,7 @@ vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -194,9 +195,10 @@ class _Prefill:
         for loop, slots in enumerate(needed, start=1):
             spans = [self._suffix(span, slots, loop) for span in self.whole]
             following = needed[loop] if loop < len(needed) else outputs
-            shift = self.decoder.m.cross_loop_shift
+            shift = self.decoder.m.cross_loop_shift and loop < len(needed)
             keep = None if following is None else following + (1 if shift else 0)
-            rows = self._loop(loop, spans, rows, keep)
+            narrow = keep if slots is not None and loop > 1 else None
+            rows = self._loop(loop, spans, rows, keep, narrow)
         return torch.stack([r.h_ad[-outputs:] for r in rows])
 
     def _suffix(self, whole: Span, slots: int | None, loop: int) -> Span:
@@ -205,9 +207,17 @@ class _Prefill:
         return Span(whole.sequence, start, whole.stop, start if begins_fresh else 0)
 
     def _loop(
-        self, loop: int, spans: list[Span], before: list[_Rows], keep: int | None
+        self,
+        loop: int,
+        spans: list[Span],
+        before: list[_Rows],
+        keep: int | None,
+        narrow: int | None,
     ) -> list[_Rows]:
-        """Run one loop over spans; return what the next one needs: the last ``keep`` slots."""
+        """Run one loop over spans; return what the next one needs: the last ``keep`` slots.
+
+        ``narrow`` is how many outputs are wanted where the layers may leave slots out.
+        """
         inputs = [self._input(loop, span, before) for span in spans]
         lent = [self._lent(span, before) for span in spans]
         h_parts: list[list[Tensor]] = [[] for _ in spans]
@@ -217,11 +227,12 @@ class _Prefill:
                    for s in chunk]  # fmt: skip
             x_td = torch.cat([inputs[s.sequence][c] for s, c in zip(chunk, cut, strict=True)])
             routes = self._routes(loop, chunk, cut, lent)
-            h_td = self._stack(loop, chunk, x_td, routes)
-            sizes = [len(s) for s in chunk]
-            for s, h in zip(chunk, h_td.split(sizes), strict=True):
+            attend = _SpanAttention(self.cache, loop, chunk, spans, narrow)
+            h_td = self._stack(loop, chunk, x_td, routes, attend)
+            for s, h in zip(chunk, h_td.split([len(s) for s in attend.spans]), strict=True):
                 h_parts[s.sequence].append(h)
             if routes.kept:
+                sizes = [len(s) for s in chunk]
                 for s, c in zip(chunk, torch.stack(routes.kept, 1).split(sizes), strict=True):
                     chosen_parts[s.sequence].append(c)
         return [
@@ -261,33 +272,79 @@ class _Prefill:
         parts = [lent[s.sequence][c] for s, c in zip(chunk, cut, strict=True)]  # type: ignore[index]
         return Routes(lent=list(torch.cat(parts).unbind(1)))
 
-    def _stack(self, loop: int, chunk: list[Span], x_td: Tensor, routes: Routes) -> Tensor:
+    def _stack(
+        self,
+        loop: int,
+        chunk: list[Span],
+        x_td: Tensor,
+        routes: Routes,
+        attend: "_SpanAttention",
+    ) -> Tensor:
         slots = [torch.arange(s.start, s.stop, device=x_td.device) for s in chunk]
         rope = self.decoder.rope(torch.cat(slots))
-        attend = _SpanAttention(self.cache, loop, chunk)
         return self.decoder.stack(x_td, rope, attend, routes)
 
 
 class _SpanAttention:
-    """Attention of the rows of some spans in one loop; writes the cache."""
+    """Attention of the rows of some spans in one loop; writes the cache.
 
-    def __init__(self, cache: StaticCache, loop: int, spans: list[Span]):
+    Args:
+        cache: of the batch.
+        loop: from 1.
+        spans: what the rows are.
+        whole: every sequence's span in this loop.
+        narrow: after the last layer so many slots are needed, and before each layer w - 1 more;
+            earlier ones are left out. None: all go on.
+    """
+
+    def __init__(
+        self,
+        cache: StaticCache,
+        loop: int,
+        spans: list[Span],
+        whole: list[Span],
+        narrow: int | None,
+    ):
         self.cache, self.loop, self.spans = cache, loop, spans
+        self._row_t: Tensor | None = None
+        self._narrow = narrow
+        # Where a span runs in pieces, later pieces need the rings that earlier ones leave.
+        self._is_whole = [s == whole[s.sequence] for s in spans]
+
+    def rows_after(self, layer: int) -> Tensor | None:
+        """Return which rows go on; None: all."""
+        return self._row_t
 
     def __call__(
         self, layer: int, q_thk: Tensor, k_tgk: Tensor, v_tgk: Tensor, gate_th: Tensor | None
     ) -> Tensor:
-        parts, start = [], 0
-        for span in self.spans:
-            rows = slice(start, start + len(span))
-            q, k, v = (x[rows].transpose(0, 1)[None] for x in (q_thk, k_tgk, v_tgk))
+        parts, kept, start = [], [], 0
+        spans = self._spans_after(layer)
+        for span, left in zip(self.spans, spans, strict=True):
+            stop = start + len(span)
+            rows = slice(stop - len(left), stop)
+            q = q_thk[rows].transpose(0, 1)[None]
+            k, v = (x[start:stop].transpose(0, 1)[None] for x in (k_tgk, v_tgk))
             y = self._everything(layer, span, q, k, v)
             if self.loop > 1 and gate_th is not None:
                 gate = gate_th[rows].t()[None, ..., None]
                 y = torch.lerp(y, self._window(layer, span, q, k, v), gate)
             parts.append(y[0].transpose(0, 1))
-            start += len(span)
+            kept.append(torch.arange(rows.start, stop, device=q.device))
+            start = stop
+        self._row_t = torch.cat(kept) if spans != self.spans else None
+        self.spans = spans
         return torch.cat(parts)
+
+    def _spans_after(self, layer: int) -> list[Span]:
+        if self._narrow is None or not self.cache.m.gated_swa:
+            return self.spans
+        reach = self.cache.m.window_keys - 1
+        needed = (self.cache.m.num_layers - 1 - layer) * reach + self._narrow
+        return [
+            replace(s, start=max(s.start, s.stop - needed)) if is_whole else s
+            for s, is_whole in zip(self.spans, self._is_whole, strict=True)
+        ]
 
     def _everything(self, layer: int, span: Span, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         all_k, all_v = (x[span.sequence, None] for x in self.cache.full(layer, self.loop))
@@ -359,11 +416,14 @@ def _for_every_head(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor) -> tuple[Ten
 
 
 def _chunks(spans: list[Span], size: int) -> list[list[Span]]:
-    """Cut spans into groups of at most ``size`` rows; pieces of one sequence stay in order."""
+    """Cut spans into groups of at most ``size`` rows, those that fit into a group not at all."""
     groups: list[list[Span]] = [[]]
     room = size
     for span in spans:
         start = span.start
+        if room < len(span) <= size:
+            groups.append([])
+            room = size
         while start < span.stop:
             if room == 0:
                 groups.append([])
@@ -384,6 +444,5 @@ def _chosen(span: Span, before: list[_Rows]) -> Tensor | None:
 
 
 def _tail(span: Span, h_ad: Tensor, chosen: Tensor | None, keep: int | None) -> _Rows:
-    first = 0 if keep is None else max(len(span) - keep, 0)
-    chosen = None if chosen is None else chosen[first:]
-    return _Rows(span.start + first, h_ad[first:], chosen)
+    kept = h_ad.size(0) if keep is None else min(h_ad.size(0), keep)
+    return _Rows(span.stop - kept, h_ad[-kept:], None if chosen is None else chosen[-kept:])

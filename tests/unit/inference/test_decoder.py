@@ -90,13 +90,31 @@ def test_later_loops_run_over_the_suffix_only(monkeypatch):
     seen = []
     stack = prefill_module._Prefill._stack
 
-    def count(self, loop, chunk, x_td, routes):
+    def count(self, loop, chunk, x_td, *others):
         seen.append((loop, x_td.size(0)))
-        return stack(self, loop, chunk, x_td, routes)
+        return stack(self, loop, chunk, x_td, *others)
 
     monkeypatch.setattr(prefill_module._Prefill, "_stack", count)
     prefill(decoder, cache_of(decoder, 1), tokens(1, 40).tolist())
     assert seen == [(1, 40), (2, 14), (3, 7)]
+
+
+@torch.no_grad()
+def test_each_layer_leaves_out_what_no_later_layer_needs(monkeypatch):
+    """Outputs needed: 7 + 1 of loop 2, 1 of loop 3; before each layer 3 more (window of 4)."""
+    reference, decoder = pair("plt3")
+    seen = []
+    feed_forward = decoder._feed_forward
+
+    def count(x_td, *others):
+        seen.append(x_td.size(0))
+        return feed_forward(x_td, *others)
+
+    monkeypatch.setattr(decoder, "_feed_forward", count)
+    x = tokens(1, 40)
+    found = prefill(decoder, cache_of(decoder, 1), x.tolist())
+    assert seen == [40, 40, 11, 8, 4, 1]
+    assert close(found[0], reference(x).logits[0, -1])
 
 
 @pytest.mark.parametrize("changed", [0, 1])
