@@ -43,6 +43,15 @@ transformers 5 ({transformers} was used for the checks below). A base model: it 
 {limits}
 """
 
+_LIMITS = """\
+`generate` caches all loops: greedy search, sampling, beam search, assisted decoding and chunked
+prefill; no static cache, no continuous batching. An OpenAI-compatible server:
+
+```bash
+transformers serve . --trust-remote-code
+```
+"""
+
 
 def model_card(
     manifest: Manifest, fields: dict[str, Any], dtype: str, transformers: str, checked: str
@@ -63,11 +72,7 @@ def model_card(
     if not is_plt:
         kind = _STOCK.format(architecture=fields["architectures"][0])
     rows = "\n".join(f"| {name} | {value} |" for name, value in _facts(manifest, dtype))
-    limits = (
-        "Caches: greedy search, sampling and beam search; no assisted decoding, no static cache."
-        if is_plt
-        else ""
-    )
+    limits = _LIMITS if is_plt else ""
     use = _USE.format(
         trust=", trust_remote_code=True" if is_plt else "", transformers=transformers, limits=limits
     )
