@@ -114,7 +114,10 @@ def test_packed_documents_do_not_see_each_other():
 def test_half_precision_runs_and_keeps_the_expert_bias_wide():
     m = small_model("plt2_expert_bias")
     model = hf_model(m, dtype=torch.bfloat16)
-    assert model(tokens()).logits.dtype == torch.bfloat16
+    out = model(tokens(), use_cache=True, logits_to_keep=1)
+    assert out.logits.dtype == torch.bfloat16
+    decoded = model(tokens(s=1), past_key_values=out.past_key_values)  # all loops at once
+    assert decoded.logits.dtype == out.past_key_values.last_hidden[0].dtype == torch.bfloat16
     assert model.model.norm.weight.dtype == torch.bfloat16
 
 

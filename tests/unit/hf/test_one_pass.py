@@ -67,6 +67,18 @@ def test_a_decoded_slot_is_one_pass(name, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["plt3_normed", "clp", "plt2_mha"])
+def test_a_decoded_slot_with_attention_written_out(name):
+    _, model = pair(small_model(name), attn_implementation="eager")
+    ids, mask = left_padded([tokens(1, 8), tokens(1, 3)])
+    more = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+    cache = model(ids, attention_mask=mask, use_cache=True).past_key_values
+    found = model(tokens(2, 1), attention_mask=more, past_key_values=cache).logits
+    expected = model(torch.cat([ids, tokens(2, 1)], 1), attention_mask=more).logits
+    assert (found - expected[:, -1:]).abs().max() < BOUND
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["loop3", "plt2_no_shift"])
 def test_without_shift_loops_run_one_after_another(name, monkeypatch):
     m = small_model(name)
