@@ -47,6 +47,7 @@ def main() -> None:
     random.add_argument("--config", action="append", type=Path, default=[], help="YAML of a run")
     random.add_argument("--only", action="append", default=[], help="name of a model; repeat")
     random.add_argument("--scaled-down", action="store_true", help="small sizes; always on a CPU")
+    random.add_argument("--fp8", action="store_true", help="experts in FP8 (not on a CPU)")
     random.add_argument("--context", type=int, help="slots in the cache before decoding (4096)")
     random.add_argument("--batches", type=_numbers, help="e.g. 1,4,16 (1..256); none: 0")
     random.add_argument("--prefill", type=_numbers, help="prompt lengths (1k..32k); none: 0")
@@ -101,6 +102,7 @@ def _random(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     result = measure(models, setup, device(), dtype)
     scale = "scaled-down models; the targets are for one H200 and the paper's sizes"
     about = {"dtype": str(dtype).removeprefix("torch."), "commit": commit()}
+    about["dtype"] += ", experts in FP8" if args.fp8 else ""
     about["scale"] = scale if scaled_down else "the models of the configurations"
     tree = add_run(output, result, models, setup, _where() | about)
     plot_decode(tree, output / "decode.png")
@@ -117,7 +119,11 @@ def _setup(args: argparse.Namespace, scaled_down: bool) -> Setup:
         "prefill_tokens": args.prefill,
     }
     default = SCALED_DOWN if scaled_down else Setup()
-    return Setup(**vars(default) | {name: x for name, x in given.items() if x is not None})
+    return Setup(
+        **vars(default)
+        | {"fp8": args.fp8}
+        | {name: x for name, x in given.items() if x is not None}
+    )
 
 
 def _where() -> dict[str, Any]:

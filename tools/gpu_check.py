@@ -49,7 +49,8 @@ def _pretrain(model: str) -> str:
 
 def _decoding(name: str, what: str, options: str) -> Part:
     """One share of the decode benchmark; all of them add to $WORK/decode/decode.json."""
-    command = f"{{python}} tools/benchmark_decode.py --output $WORK/decode {options}"
+    folder = "decode-fp8" if "--fp8" in options else "decode"  # never in one table
+    command = f"{{python}} tools/benchmark_decode.py --output $WORK/{folder} {options}"
     return Part(f"decode-{name}", what, (command,))
 
 
@@ -95,6 +96,11 @@ PARTS = (
         "headline-vanilla",
         "vanilla 2.5B/60B, batch 1 to 256, prefill",
         "--compare headline --only 'vanilla 2.5B/60B'",
+    ),
+    _decoding(
+        "headline-fp8",
+        "PLT-2 1.7B/40B and vanilla 2.5B/60B with experts in FP8, batch 4 to 64",
+        "--compare headline --fp8 --batches 4,16,64 --prefill 0",
     ),
     _decoding(
         "headline-plt",
@@ -202,7 +208,7 @@ def _summary(name: str, work: Path, output: str) -> str:
 
 def _decode_section(name: str, work: Path) -> str:
     """Return the ratios so far; with the last part, all that the decode benchmark wrote."""
-    text = (work / "decode" / "decode.md").read_text()
+    text = (work / ("decode-fp8" if "fp8" in name else "decode") / "decode.md").read_text()
     text = re.sub(r"^#", "###", text, flags=re.MULTILINE)
     if name == PARTS[-1].name:
         return text

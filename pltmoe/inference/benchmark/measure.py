@@ -28,11 +28,11 @@ from pltmoe.inference.benchmark.traffic import (
     timed,
 )
 from pltmoe.inference.cache import StaticCache
-from pltmoe.inference.engine import Session
+from pltmoe.inference.engine import Session, check_fp8
 from pltmoe.inference.kernels import choose_kernels
 from pltmoe.inference.model import PLTDecoder
 from pltmoe.inference.prefill import prefill
-from pltmoe.inference.weights import Weights, random_weights
+from pltmoe.inference.weights import Weights, quantize_experts, random_weights
 
 logger = logging.getLogger(__name__)
 COUNTED_STEPS = 2
@@ -52,6 +52,8 @@ class Setup:
     prefill_tokens: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768)
     prefill_rounds: int = 3
     seed: int = 0
+    fp8: bool = False
+    """Experts in FP8."""
 
 
 @dataclass
@@ -74,6 +76,7 @@ def measure(
     on_wall = clock(device) is time.perf_counter
     seconds = "wall clock" if on_wall else "processor time of the one thread"
     result = Result(copy_bytes_per_second(device), kernels.reason, seconds)
+    _free(device)
     logger.info("copy: %.1f GB/s; %s", result.copy_bytes_per_second / 1e9, kernels.reason)
     for together in _that_fit(models, device, dtype):
         decoders = _build(together, setup, device, dtype)
@@ -114,6 +117,9 @@ def _build(
         key: random_weights(with_gates(members), device, dtype, setup.seed)
         for key, members in sizes.items()
     }
+    for weights in shared.values() if setup.fp8 else ():
+        check_fp8(weights.model, device)
+        quantize_experts(weights)
     slots = max(setup.context + setup.new_tokens, *setup.prefill_tokens, 1)
     kernels = choose_kernels(device, dtype)
     return [

@@ -13,6 +13,8 @@ from pltmoe.config import ModelConfig
 from pltmoe.inference.engine import Session
 from pltmoe.inference.model import Kernels
 
+OF_AN_EXPERT = ("gate_up_efd", "down_edf", "gate_up_scale_ef", "down_scale_ed")
+
 
 def copy_bytes_per_second(device: torch.device, seconds: float = 0.5) -> float:
     """Measure a copy within the device's memory: bytes read and written, the best of many."""
@@ -88,15 +90,19 @@ def bytes_moved(session: Session, context: int, experts_read: float) -> float:
     dense, expert = 0, 0
     for layer in weights.layers:
         for name, x in vars(layer).items():
-            if x is not None and name not in ("gate_up_efd", "down_edf"):
-                dense += x.numel() * x.element_size()
+            if x is not None and name in OF_AN_EXPERT:
+                expert += x[0].numel() * x.element_size()
             elif x is not None:
-                expert = expert + x[0].numel() * x.element_size()
-    expert = expert / len(weights.layers)
+                dense += x.numel() * x.element_size()
     head = weights.head_vd.numel() * size + session.batch * m.hidden_size * size
     slot = 2 * m.num_layers * m.num_kv_heads * m.head_dim * size
     reads = passes(m) if m.share_first_loop_kv else m.num_loops
     slots = reads * context + m.num_loops  # and one written by each loop
     if m.gated_swa:
         slots += (m.num_loops - 1) * min(m.window_keys, context)
-    return dense * passes(m) + head + experts_read * expert + session.batch * slots * slot
+    return (
+        dense * passes(m)
+        + head
+        + experts_read * expert / m.num_layers
+        + session.batch * slots * slot
+    )

@@ -117,6 +117,8 @@ def test_the_decode_parts_name_models_and_options_that_exist(gpu_check: ModuleTy
     assert parts
     for part in parts:
         words = shlex.split(part.commands[0])
-        assert {w for w in words if w.startswith("--")} <= set(re.findall(r"--[a-z-]+", help_text))
+        assert {w for w in words if w.startswith("--")} <= set(
+            re.findall(r"--[a-z0-9-]+", help_text)
+        )
         only = [words[i + 1] for i, word in enumerate(words) if word == "--only"]
         assert set(only) <= names
