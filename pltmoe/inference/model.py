@@ -17,7 +17,7 @@ j experts of a row (top-k), v vocabulary; ``o`` rows of the fused QKV matrix.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +27,11 @@ from pltmoe.config import ModelConfig
 from pltmoe.inference.attention import decode_attention
 from pltmoe.inference.cache import StaticCache
 from pltmoe.inference.experts import experts
+from pltmoe.inference.rows import Rope, Sizes, after_attention, project
 from pltmoe.inference.weights import LayerWeights, Weights
 
-Rope = tuple[Tensor, Tensor]
+COMPILED_SHAPES = 64
+"""torch.compile gives up after 8 by default, and then runs uncompiled."""
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,25 @@ class PLTDecoder:
         weights: where they lie is where everything runs.
         max_slots: length of the table of rotary angles.
         kernels: implementations of attention and experts.
+        fuse: compile what lies between matrix products, attention and experts in a decode step
+            (torch.compile; seconds for every new batch size).
     """
 
-    def __init__(self, weights: Weights, max_slots: int, kernels: Kernels | None = None):
+    def __init__(
+        self,
+        weights: Weights,
+        max_slots: int,
+        kernels: Kernels | None = None,
+        fuse: bool = False,
+    ):
         self.weights, self.m = weights, weights.model
         self.max_slots = max_slots
         self.kernels = kernels or Kernels()
         self._cos_sk, self._sin_sk = _rope_table(self.m, max_slots, weights)
         self._qk_norm = [_joined_norm(layer, self.m) for layer in weights.layers]
+        m = self.m
+        self._sizes = Sizes(m.num_attention_heads, m.head_dim, m.norm_eps, m.gate_use_hidden_states)
+        self._compiled = _compile(project, after_attention) if fuse else None
 
     @property
     def shares_routing(self) -> bool:
@@ -138,15 +151,28 @@ class PLTDecoder:
 
     def stack(self, h_td: Tensor, rope: Rope, attend: Attend, routes: Routes) -> Tensor:
         """Run all layers over rows; return those that went on to the end."""
+        compiled = self._compiled if isinstance(attend, _StepAttention) else None
+        run_project, run_after = compiled or (project, after_attention)
         for index, layer in enumerate(self.weights.layers):
-            y_td = self._attention(h_td, index, layer, rope, attend)
+            q_thk, k_tgk, v_tgk, gate_th = run_project(
+                h_td,
+                layer.input_norm_d,
+                layer.qkv_od,
+                self._qk_norm[index],
+                layer.gate_weight_hx,
+                layer.gate_bias_h,
+                rope,
+                self._sizes,
+            )
+            y_thk = attend(index, q_thk, k_tgk, v_tgk, gate_th)
             row_t = attend.rows_after(index)
             if row_t is not None:
                 h_td, rope = h_td[row_t], (rope[0][row_t], rope[1][row_t])
                 routes.go_on_with(row_t)
-            h_td = h_td + y_td
-            x_td = self._norm(h_td, layer.post_norm_d)
-            h_td = h_td + self._feed_forward(x_td, index, layer, routes)
+            h_td, x_td, logits_te = run_after(
+                h_td, y_thk, layer.o_dq, layer.post_norm_d, layer.router_ed, self.m.norm_eps
+            )
+            h_td = h_td + self._feed_forward(x_td, logits_te, index, layer, routes)
         return h_td
 
     @torch.no_grad()
@@ -184,35 +210,18 @@ class PLTDecoder:
             h_bd = self.stack(h_bd, rope, attend, first if loop == 1 else Routes(lent=lent))
         return h_bd
 
-    def _attention(
-        self, h_td: Tensor, index: int, layer: LayerWeights, rope: Rope, attend: Attend
-    ) -> Tensor:
-        m, x_td = self.m, self._norm(h_td, layer.input_norm_d)
-        heads = F.linear(x_td, layer.qkv_od).unflatten(-1, (-1, m.head_dim))
-        qk_thk = heads[:, : m.num_attention_heads + m.num_kv_heads]
-        norm = self._qk_norm[index]
-        if norm is not None:
-            qk_thk = F.rms_norm(qk_thk, (m.head_dim,), None, m.norm_eps) * norm
-        qk_thk = rotate(qk_thk, rope)
-        q_thk, k_tgk = qk_thk.split([m.num_attention_heads, m.num_kv_heads], dim=1)
-        gate_th = None
-        if layer.gate_weight_hx is not None and layer.gate_bias_h is not None:
-            if m.gate_use_hidden_states:
-                logit_th = F.linear(x_td, layer.gate_weight_hx)
-            else:
-                logit_th = (q_thk * layer.gate_weight_hx).sum(-1)
-            gate_th = torch.sigmoid(logit_th + layer.gate_bias_h)
-        v_tgk = heads[:, m.num_attention_heads + m.num_kv_heads :]
-        return F.linear(attend(index, q_thk, k_tgk, v_tgk, gate_th).flatten(1), layer.o_dq)
-
     def _feed_forward(
-        self, x_td: Tensor, index: int, layer: LayerWeights, routes: Routes
+        self,
+        x_td: Tensor,
+        logits_te: Tensor | None,
+        index: int,
+        layer: LayerWeights,
+        routes: Routes,
     ) -> Tensor:
-        if layer.router_ed is None:
+        if logits_te is None:
             assert layer.gate_up_fd is not None and layer.down_df is not None
             gate, up = F.linear(x_td, layer.gate_up_fd).chunk(2, -1)
             return F.linear(F.silu(gate) * up, layer.down_df)
-        logits_te = F.linear(x_td.to(layer.router_ed.dtype), layer.router_ed)
         top_k = self.m.moe_top_k or 1
         expert_tj, weight_tj = routes.choose(logits_te, layer.router_bias_e, top_k, index)
         return self.kernels.experts(
@@ -240,6 +249,8 @@ class _StepAttention:
         self.ring_slot_b = slot_b % cache.window
         self.ring_lengths_b = self.lengths_b.clamp(max=cache.window)
         self.lengths_bL = self.lengths_b.repeat_interleave(rows)
+        self.slot_bL = slot_b.repeat_interleave(rows)
+        self.row_t = torch.arange(slot_b.size(0) * rows, device=slot_b.device)
 
     def rows_after(self, layer: int) -> Tensor | None:
         """Return None: every row goes on."""
@@ -260,8 +271,8 @@ class _StepAttention:
         """Every loop has its own full cache: rows are sequences of their own."""
         if self.loop is None:
             all_k, all_v = self.cache.full_of_all_loops(layer)
-            self._write(all_k.flatten(0, 1), k.flatten(0, 1), self.lengths_bL - 1)
-            self._write(all_v.flatten(0, 1), v.flatten(0, 1), self.lengths_bL - 1)
+            self._write(all_k.flatten(0, 1), k.flatten(0, 1), self.slot_bL)
+            self._write(all_v.flatten(0, 1), v.flatten(0, 1), self.slot_bL)
             all_k, all_v = all_k.flatten(0, 1), all_v.flatten(0, 1)
         else:
             all_k, all_v = self.cache.full(layer, self.loop)
@@ -304,15 +315,15 @@ class _StepAttention:
             y, self.attention(q, ring_k, ring_v, self.ring_lengths_b), gate[..., None]
         )
 
-    @staticmethod
-    def _write(to_bgnk: Tensor, new_bgk: Tensor, slot_b: Tensor) -> None:
-        to_bgnk[torch.arange(slot_b.size(0), device=slot_b.device), :, slot_b] = new_bgk
+    def _write(self, to_bgnk: Tensor, new_bgk: Tensor, slot_b: Tensor) -> None:
+        to_bgnk[self.row_t[: slot_b.size(0)], :, slot_b] = new_bgk
 
 
-def rotate(x_thk: Tensor, rope: Rope) -> Tensor:
-    """Apply RoPE to the two halves of each head; cos and sin are [t, 1, k]."""
-    left, right = x_thk.chunk(2, dim=-1)
-    return x_thk * rope[0] + torch.cat([-right, left], dim=-1) * rope[1]
+def _compile(*functions: Callable[..., Any]) -> list[Callable[..., Any]]:
+    """Compile for exactly the shapes that come; they are few: the batch sizes."""
+    limit = torch._dynamo.config.recompile_limit
+    torch._dynamo.config.recompile_limit = max(limit, COMPILED_SHAPES)
+    return [torch.compile(f, dynamic=False, fullgraph=True) for f in functions]
 
 
 def _rope_table(m: ModelConfig, max_slots: int, weights: Weights) -> Rope:

@@ -7,6 +7,7 @@ from pltmoe.config.counts import kv_cache_bytes
 from pltmoe.errors import DataError
 from pltmoe.inference import prefill as prefill_module
 from pltmoe.inference.cache import StaticCache
+from pltmoe.inference.model import PLTDecoder
 from pltmoe.inference.prefill import cut_back, prefill, slots_needed
 from tests.unit.inference.models import NAMES, cache_of, kept, model, pair, tokens
 
@@ -183,3 +184,15 @@ def test_prompts_that_do_not_fit_are_refused():
     prefill(decoder, cache, [[1, 2], [1, 2, 3]])
     with pytest.raises(DataError, match="the cache cannot be cut back to 3 slots"):
         cut_back(decoder, cache, [[1, 2], [1, 2, 3]], 3)
+
+
+@pytest.mark.parametrize("name", ["plt3_normed", "plt2_gate_hidden"])
+@torch.no_grad()
+def test_rows_compile_whole(monkeypatch, name):
+    """torch.compile takes in what a row computes without a break; here without generating code."""
+    whole = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **o: whole(f, backend="eager", **o))
+    reference, decoder = pair(name)
+    fused = PLTDecoder(decoder.weights, 64, fuse=True)
+    x = tokens(2, 6)
+    assert close(decode_all(fused, cache_of(decoder, 2), x), reference(x).logits)
