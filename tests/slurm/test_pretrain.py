@@ -97,9 +97,12 @@ def test_a_node_that_is_gone_costs_a_restart(site):
     try:
         found = site.ended(job, "COMPLETED")
         log = site.log(job)
-        assert f"node{number} does not answer: lost, with its ranks" in log, log
-        assert found["Restarts"] == "1" and found["ExcNodeList"] == f"node{number}"
-        assert "resumed from" in log
+        assert found["Restarts"] == "1" and "resumed from" in log, log
+        if f"Node failure on node{number}" in log:  # on a busy core Slurm finds out first
+            assert "the job was cancelled or preempted: what follows is Slurm's" in log
+        else:
+            assert f"node{number} does not answer: lost, with its ranks" in log, log
+            assert found["ExcNodeList"] == f"node{number}"
     finally:
         site.cluster.start_node(number)
 
