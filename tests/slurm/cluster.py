@@ -95,7 +95,7 @@ class Cluster:
         self.run("slurmctld")
         for number in range(1, self.nodes + 1):
             self.start_node(number)
-        wait_until(lambda: self._idle() == self.nodes, 60, "all nodes idle", self.logs)
+        wait_until(lambda: self._idle() == self.nodes, 240, "all nodes idle", self.logs)
 
     def start_node(self, number: int) -> None:
         """Start the slurmd of a node, with its own host name and its own view of /etc/hosts."""
@@ -170,7 +170,7 @@ class Cluster:
              f"--key-file={key}", "--num-threads=2", *files],
             env=self.environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
         )  # fmt: skip
-        wait_until((self.folder / "munge.sock").exists, 10, "munged", self.logs)
+        wait_until((self.folder / "munge.sock").exists, 60, "munged", self.logs)
 
     def _idle(self) -> int:
         return len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())
