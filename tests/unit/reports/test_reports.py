@@ -15,6 +15,7 @@ from pltmoe.config import write_config
 from pltmoe.config.counts import count_parameters, flops_per_token, kv_cache_bytes
 from pltmoe.errors import DataError
 from pltmoe.reports import numbers
+from pltmoe.reports.done import what_was_done
 from pltmoe.reports.glance import Extras
 from pltmoe.reports.runs import Run, read_run, table
 from pltmoe.reports.summary import read_decode, read_generated, write_report
@@ -74,6 +75,13 @@ def cells(report: Path, label: str) -> list[str]:
     rows = [line for line in report.read_text().splitlines() if line.startswith(f"| {label}")]
     assert len(rows) == 1, label
     return [cell.strip() for cell in rows[0].strip("|").split("|")[1:]]
+
+
+def test_the_report_says_whether_loops_were_one_pass(run_dirs, tmp_path):
+    runs = [read_run(path) for path in run_dirs]
+    for passes, said in ((1, "were one forward pass in plt2."), (2, "one after another in plt2.")):
+        extras = Extras(decode={"plt2": DECODE["plt2"] | {"passes": passes}})
+        assert said in what_was_done(runs, extras)
 
 
 def test_the_results_are_the_numbers_of_the_jsonl(report, run_dirs):
