@@ -43,12 +43,11 @@ MASK_ROWS = 1024
 
 @dataclass(frozen=True)
 class Span:
-    """Slots from ``start`` to before ``stop`` of one sequence; windows reach to ``local_from``."""
+    """Slots from ``start`` to before ``stop`` of one sequence."""
 
     sequence: int
     start: int
     stop: int
-    local_from: int
 
     def __len__(self) -> int:
         """Return the number of slots."""
@@ -111,7 +110,7 @@ def prefill(
     past = cache.lengths_b.tolist()
     _check(cache, prompts, past, outputs)
     whole = [
-        Span(index, start, start + len(prompt), 0)
+        Span(index, start, start + len(prompt))
         for index, (start, prompt) in enumerate(zip(past, prompts, strict=True))
     ]
     run = _Prefill(decoder, cache, whole, prompts, chunk_slots)
@@ -150,10 +149,10 @@ def cut_back(
     first = max(length - (needed[0] or 0), 0)
     if first == 0:
         cache.handed_on_bld.zero_()
-    whole = [Span(index, first, length, 0) for index in range(cache.batch)]
+    whole = [Span(index, first, length) for index in range(cache.batch)]
     tails = [list(text[first:length]) for text in texts]
-    # What the first rows would read of the slot before is not there; nothing kept depends on it.
-    _Prefill(decoder, cache, whole, tails, CHUNK_SLOTS, stale=first > 0).all_loops(needed, 1)
+    # Rings and hidden vectors are of a later slot now; the first rows read them in vain.
+    _Prefill(decoder, cache, whole, tails, CHUNK_SLOTS).all_loops(needed, 1)
     cache.lengths_b.fill_(length)
 
 
@@ -182,10 +181,9 @@ class _Prefill:
         whole: list[Span],
         prompts: Sequence[Sequence[int]],
         chunk_slots: int,
-        stale: bool = False,
     ):
         self.decoder, self.cache, self.whole = decoder, cache, whole
-        self.chunk_slots, self.stale = chunk_slots, stale
+        self.chunk_slots = chunk_slots
         device = cache.lengths_b.device
         self.prompts = [torch.as_tensor(prompt, device=device) for prompt in prompts]
 
@@ -193,7 +191,7 @@ class _Prefill:
         """Run all loops; return H_L of the last slots [b, outputs, d]."""
         rows: list[_Rows] = []
         for loop, slots in enumerate(needed, start=1):
-            spans = [self._suffix(span, slots, loop) for span in self.whole]
+            spans = [self._suffix(span, slots) for span in self.whole]
             following = needed[loop] if loop < len(needed) else outputs
             shift = self.decoder.m.cross_loop_shift and loop < len(needed)
             keep = None if following is None else following + (1 if shift else 0)
@@ -201,10 +199,11 @@ class _Prefill:
             rows = self._loop(loop, spans, rows, keep, narrow)
         return torch.stack([r.h_ad[-outputs:] for r in rows])
 
-    def _suffix(self, whole: Span, slots: int | None, loop: int) -> Span:
-        start = whole.start if slots is None else max(whole.start, whole.stop - slots)
-        begins_fresh = start > whole.start or (self.stale and start > 0)
-        return Span(whole.sequence, start, whole.stop, start if begins_fresh else 0)
+    @staticmethod
+    def _suffix(whole: Span, slots: int | None) -> Span:
+        if slots is None:
+            return whole
+        return replace(whole, start=max(whole.start, whole.stop - slots))
 
     def _loop(
         self,
@@ -358,7 +357,8 @@ class _SpanAttention:
         size, reach = self.cache.window, self.cache.m.window_keys
         ring_k = self.cache.ring_k[layer][span.sequence, self.loop - 2]
         ring_v = self.cache.ring_v[layer][span.sequence, self.loop - 2]
-        first = max(span.local_from, span.start - (reach - 1))
+        # Where a suffix begins the ring holds older slots: numbers as wrong as any others there.
+        first = max(span.start - (reach - 1), 0)
         past = torch.arange(first, span.start, device=q.device) % size
         keys = torch.cat([ring_k[:, past][None], k], 2)
         values = torch.cat([ring_v[:, past][None], v], 2)
@@ -429,7 +429,7 @@ def _chunks(spans: list[Span], size: int) -> list[list[Span]]:
                 groups.append([])
                 room = size
             stop = min(span.stop, start + room)
-            groups[-1].append(Span(span.sequence, start, stop, span.local_from))
+            groups[-1].append(Span(span.sequence, start, stop))
             room -= stop - start
             start = stop
     return groups
