@@ -95,6 +95,30 @@ def expert_inputs(
     return tuple(value.to(device) for value in values)
 
 
+STEPS = ("plt2", "plt3_normed", "plt2_routing")
+"""Models of tests/unit/inference/models.py that decode through the kernels."""
+
+
+def step_error(name: str) -> float:
+    """Read two prompts of unequal lengths and decode three slots with kernels and without."""
+    from pltmoe.inference.cache import StaticCache
+    from pltmoe.inference.kernels.decode_attention import decode_attention
+    from pltmoe.inference.kernels.experts import experts
+    from pltmoe.inference.model import Kernels, PLTDecoder
+    from pltmoe.inference.prefill import prefill
+    from pltmoe.inference.weights import random_weights
+    from tests.unit.inference.models import model
+
+    weights, logits = random_weights(model(name), "cpu", torch.float32), []
+    for kernels in (Kernels(), Kernels(decode_attention, experts, "interpreted")):
+        decoder = PLTDecoder(weights, 32, kernels)
+        cache = StaticCache(decoder.m, 2, 32, "cpu", torch.float32)
+        prefill(PLTDecoder(weights, 32), cache, [[1, 2, 3, 4, 5, 6, 7, 8, 9], [3]])
+        steps = [decoder.step(torch.tensor([5 + i, 11 - i]), cache) for i in range(3)]
+        logits.append(torch.stack(steps))
+    return relative_error(logits[1], logits[0])
+
+
 def relative_error(got: Tensor, expected: Tensor) -> float:
     """Return the largest error, relative to the largest expected value; NaN stays NaN."""
     return ((got.double() - expected.double()).abs().max() / expected.double().abs().max()).item()
@@ -145,6 +169,7 @@ def main() -> None:
         for splits in SPLITS
     }
     errors |= {name: expert_error(name, "cpu", torch.float32) for name in EXPERTS}
+    errors |= {f"step-{name}": step_error(name) for name in STEPS}
     print(json.dumps(errors))
 
 

@@ -10,6 +10,7 @@ import torch
 from pltmoe.config.counts import kv_cache_bytes
 from pltmoe.errors import DataError
 from pltmoe.inference.benchmark import measure as measuring
+from pltmoe.inference.benchmark.exported import DecodeSetup, measure_exported
 from pltmoe.inference.benchmark.measure import Result, Setup, measure
 from pltmoe.inference.benchmark.ratios import TARGETS, Outcome, outcomes
 from pltmoe.inference.benchmark.report import add_run
@@ -33,7 +34,10 @@ from pltmoe.inference.benchmark.traffic import bytes_moved
 from pltmoe.inference.engine import Session
 from pltmoe.inference.model import PLTDecoder
 from pltmoe.inference.weights import random_weights
+from pltmoe.reports.summary import read_decode
 from tests.contracts.source import REPOSITORY
+from tests.unit.inference.folders import write_folder
+from tests.unit.inference.models import model
 
 TINY = {
     "vocab_size": 61, "num_layers": 2, "hidden_size": 16, "num_attention_heads": 4,
@@ -142,6 +146,22 @@ def test_a_model_whose_cache_does_not_fit_is_not_run_and_says_so(
     found = measure(models, setup, torch.device("cpu"), torch.float32).decode
     assert {r["model"]: "ms_per_token" in r for r in found} == {VANILLA: True, LOOP2: False}
     assert "GiB of cache" in next(r["not_run"] for r in found if r["model"] == LOOP2)
+
+
+def test_exported_folders_are_measured_through_the_engine(tmp_path: Path) -> None:
+    """What tools/compare_runs.py --decode reads, and that PLT-2 is one pass there."""
+    names = {"plt2": 1, "loop2": 2}
+    for name in names:
+        (tmp_path / name).mkdir()
+        write_folder(tmp_path / name, model(name))
+    setup = DecodeSetup(batch=2, prompt_tokens=5, new_tokens=3, rounds=1)
+    found = measure_exported({n: tmp_path / n for n in names}, setup, {"device": "CPU"})
+    (tmp_path / "decode.json").write_text(json.dumps(found))
+    for name, entry in read_decode(tmp_path / "decode.json").items():
+        assert entry["passes"] == names[name]
+        assert entry["context"] == 8 and entry["batch"] == 2 and entry["device"] == "CPU"
+        expected = kv_cache_bytes(model(name), 9, bytes_per_element=4)
+        assert entry["cache_bytes_per_sequence"] == expected
 
 
 def decode_records(**ms: float) -> list[dict[str, Any]]:

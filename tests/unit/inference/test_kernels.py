@@ -18,6 +18,7 @@ from tests.unit.inference.kernel_cases import (
     ATTENTION,
     EXPERTS,
     SPLITS,
+    STEPS,
     attention_inputs,
     expert_inputs,
 )
@@ -43,6 +44,11 @@ def test_attention_kernel_equals_the_plain_version(
 @pytest.mark.parametrize("name", EXPERTS)
 def test_expert_kernels_equal_the_plain_version(name: str, errors: dict[str, float]) -> None:
     assert errors[name] < 2e-6
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_through_the_kernels_is_the_plain_step(name: str, errors: dict[str, float]) -> None:
+    assert errors[f"step-{name}"] < 1e-5
 
 
 @pytest.mark.parametrize("name", ATTENTION)
