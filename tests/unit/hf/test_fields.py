@@ -34,7 +34,9 @@ def test_the_contract_of_the_names():
     assert fields["plt_normalize_per_loop"] is True
     assert (fields["plt_emb_scale"], fields["plt_hidden_scale"]) == (0.7, 0.3)
     assert fields["plt_gate_use_hidden_states"] is False
-    assert set(fields["auto_map"]) == {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}
+    # the last one is how `transformers serve` finds the class
+    auto_classes = {"AutoConfig", "AutoModel", "AutoModelForCausalLM", "AutoModelForDecision"}
+    assert set(fields["auto_map"]) == auto_classes
 
 
 @pytest.mark.parametrize(
