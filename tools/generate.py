@@ -49,7 +49,7 @@ class Writer:
         self._waiting = [""] * len(prompts)
         self._finished: set[int] = set()
         self._bold = sys.stdout.isatty()
-        self._show_prompt()
+        self._shown = -1
 
     def add(self, index: int, piece: str) -> None:
         """Print a piece, or keep it until the texts before it are complete."""
@@ -63,19 +63,19 @@ class Writer:
 
     def _flush(self) -> None:
         while self._turn < len(self._prompts):
+            self._show_prompt()
             sys.stdout.write(self._waiting[self._turn])
             self._waiting[self._turn] = ""
             if self._turn not in self._finished:
                 break
             sys.stdout.write("\033[0m\n\n" if self._bold else "\n\n")
             self._turn += 1
-            self._show_prompt()
         sys.stdout.flush()
 
     def _show_prompt(self) -> None:
-        if self._turn < len(self._prompts):
+        if self._shown < self._turn:
+            self._shown = self._turn
             sys.stdout.write(self._prompts[self._turn] + ("\033[1m" if self._bold else ""))
-            sys.stdout.flush()
 
 
 def main() -> None:
