@@ -21,6 +21,8 @@ THROUGH = {
     "requests": "mlflow",
     "sqlalchemy": "mlflow",
     "pynvml": "nvidia-ml-py",
+    # Comes with torch where it can run, in the version that fits.
+    "triton": "torch",
 }
 
 
