@@ -24,7 +24,8 @@ def plot_decode(tree: dict[str, Any], path: Path) -> None:
         for (left, right), group in zip(axes, groups, strict=True):
             _panels(left, right, group, [r for r in _measured(tree) if r["group"] == group])
         where = tree["where"]
-        figure.suptitle(f"{where['device']}, {where['dtype']}", x=0.01, ha="left", fontsize=13)
+        title = f"{where['device']}, {where['dtype']}: {where['scale']}"
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13)
         save(figure, path)
 
 
