@@ -80,7 +80,7 @@ def test_the_small_kernels(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("weight", ["*bf16", "*fp8e4nv"])
 @pytest.mark.parametrize("block_m", [16, 64])
-@pytest.mark.parametrize("name, tile", [("_gate_up", GATE_UP[0]), ("_down", DOWN[0])])
+@pytest.mark.parametrize("name, tile", [("_gate_up", GATE_UP), ("_down", DOWN)])
 def test_experts(name: str, tile: Tile, block_m: int, weight: str, tmp_path: Path) -> None:
     constants = tile.arguments() | {"D": 2048, "F": 1024, "TOP_K": 8, "BLOCK_M": block_m}
     constants |= {"SCALED": weight != "*bf16", "PRECISION": "tf32"}
