@@ -216,7 +216,8 @@ def decode_attention(
         "G": g, "L": L, "PER": h // g, "K": k, "BLOCK_K": max(16, triton.next_power_of_2(k)),
         "ROWS": max(16, triton.next_power_of_2(L * h // g)),
     }  # fmt: skip
-    how = {"BLOCK_N": BLOCK_N, "HAS_STARTS": starts_b is not None, "num_warps": 4, "num_stages": 3}
+    how = {"BLOCK_N": BLOCK_N, "HAS_STARTS": starts_b is not None, "num_warps": 4}
+    how["num_stages"] = 3 if q_bLhk.element_size() <= 2 else 2
     how["PRECISION"] = "ieee" if q_bLhk.dtype == torch.float32 else "tf32"
     scale = LOG2_E * k**-0.5
     splits = splits or choose_splits(b * g, n, _processors(q_bLhk.device))

@@ -154,9 +154,9 @@ def experts(
         scales = gate_up_scale_e2f, down_scale_ed
         return plain.experts(x_td, expert_te, weight_te, gate_up_e2fd, down_edf, *scales)
     tiles = tiles or choose_tiles(rows, e)
-    x_td, gate_up_e2fd, down_edf = x_td.contiguous(), gate_up_e2fd, down_edf
+    x_td = x_td.contiguous()
     assert gate_up_e2fd.is_contiguous() and down_edf.is_contiguous()
-    m = tiles.block_m
+    m, size = tiles.block_m, x_td.element_size()
     blocks = min(e, rows) + rows // m
     index = torch.empty(blocks * (1 + m), dtype=torch.int32, device=x_td.device)
     listed = index[:blocks], index[blocks:]
@@ -172,10 +172,10 @@ def experts(
     how["SCALED"] = gate_up_scale_e2f is not None
     _gate_up[(triton.cdiv(f, tiles.gate_up.block_n), blocks)](
         x_td, gate_up_e2fd, gate_up_scale_e2f, h_rf, *listed, rows, TOP_K=top_k, D=d, F=f,
-        **tiles.gate_up.arguments(), **how
+        **tiles.gate_up.arguments(size), **how
     )  # fmt: skip
     _down[(triton.cdiv(d, tiles.down.block_n), blocks)](
         h_rf, down_edf, down_scale_ed, weight_te.contiguous(), y_rd, *listed, rows, D=d, F=f,
-        **tiles.down.arguments(), **how
+        **tiles.down.arguments(size), **how
     )  # fmt: skip
     return y_rd.view(t, top_k, d).sum(1)

@@ -16,10 +16,11 @@ class Tile:
     num_warps: int
     num_stages: int
 
-    def arguments(self) -> dict[str, int]:
-        """Return what a launch takes."""
+    def arguments(self, element_bytes: int = 2) -> dict[str, int]:
+        """Return what a launch takes; elements of 4 bytes leave room for half of the stages."""
         names = {"block_n": "BLOCK_N", "block_k": "BLOCK_K"}
-        return {names.get(name, name): value for name, value in asdict(self).items()}
+        found = {names.get(name, name): value for name, value in asdict(self).items()}
+        return found | {"num_stages": self.num_stages * 2 // max(2, element_bytes)}
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,13 @@ ATTEND = HEADS | {"BLOCK_N": decode_attention.BLOCK_N, "HAS_STARTS": True, "PREC
 PARTS = {"SPLITS": 16, "PARTS": 17}
 
 
-def compiled(kernel: Any, constants: dict[str, Any], weight: str = "*bf16", **options: int) -> Any:
+def compiled(
+    kernel: Any, constants: dict[str, Any], weight: str = "*bf16", x: str = "*bf16", **options: int
+) -> Any:
     """Compile for the H200; pointers and strides are multiples of 16, as torch allocates them."""
     types, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
-        types[name] = TYPES.get(name, "*bf16" if name.endswith("_ptr") else "i32")
+        types[name] = TYPES.get(name, x if name.endswith("_ptr") else "i32")
         if name == "weight_ptr":
             types[name] = weight
         if name in constants:
@@ -90,3 +92,19 @@ def test_experts(name: str, tile: Tile, block_m: int, weight: str, tmp_path: Pat
     binary = compiled(kernel, constants, weight, **options)
     assert_fits(binary, tmp_path)
     assert_streams(binary)
+
+
+@pytest.mark.parametrize("name", ["_one_pass", "_split", "_gate_up", "_down"])
+def test_float32_fits_too(name: str) -> None:
+    """Twice the bytes with as many stages was more than the shared memory of a processor."""
+    module = decode_attention if hasattr(decode_attention, name) else experts
+    kernel, options = getattr(module, name), {"num_warps": 4, "num_stages": 2}
+    constants = ATTEND | PARTS | {"WINDOWS": True}
+    if module is experts:
+        tile = (GATE_UP if name == "_gate_up" else DOWN).arguments(4)
+        constants = tile | {"D": 2048, "F": 1024, "TOP_K": 8, "BLOCK_M": 64, "SCALED": False}
+        options = {key: constants.pop(key) for key in options}
+    constants |= {"PRECISION": "ieee"}
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    binary = compiled(kernel, constants, "*fp32", "*fp32", **options)
+    assert binary.metadata.shared <= SHARED_MEMORY_BYTES
