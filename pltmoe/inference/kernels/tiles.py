@@ -17,7 +17,7 @@ class Tile:
     num_stages: int
 
     def arguments(self, element_bytes: int = 2) -> dict[str, int]:
-        """Return what a launch takes; elements of 4 bytes leave room for half of the stages."""
+        """Return what a launch takes; half of the stages for elements of 4 bytes."""
         names = {"block_n": "BLOCK_N", "block_k": "BLOCK_K"}
         found = {names.get(name, name): value for name, value in asdict(self).items()}
         return found | {"num_stages": self.num_stages * 2 // max(2, element_bytes)}

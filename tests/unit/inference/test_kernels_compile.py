@@ -96,7 +96,7 @@ def test_experts(name: str, tile: Tile, block_m: int, weight: str, tmp_path: Pat
 
 @pytest.mark.parametrize("name", ["_one_pass", "_split", "_gate_up", "_down"])
 def test_float32_fits_too(name: str) -> None:
-    """Twice the bytes with as many stages was more than the shared memory of a processor."""
+    """Twice the bytes an element, half the stages: more than one program per processor."""
     module = decode_attention if hasattr(decode_attention, name) else experts
     kernel, options = getattr(module, name), {"num_warps": 4, "num_stages": 2}
     constants = ATTEND | PARTS | {"WINDOWS": True}
@@ -107,4 +107,4 @@ def test_float32_fits_too(name: str) -> None:
     constants |= {"PRECISION": "ieee"}
     constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
     binary = compiled(kernel, constants, "*fp32", "*fp32", **options)
-    assert binary.metadata.shared <= SHARED_MEMORY_BYTES
+    assert binary.metadata.shared <= SHARED_MEMORY_BYTES // 2
