@@ -1,6 +1,7 @@
 """Set-up of the whole session: one thread per process, CUDA stood in for, processes kept warm."""
 
 import os
+import time
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: 2 workers on 2 cores
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -46,6 +47,10 @@ def warm_ranks(nursery: Nursery) -> Iterator[Callable[..., list[Any]]]:
         return kept.setdefault(nprocs, Ranks(nprocs, nursery=nursery)).run(target, **kwargs)
 
     yield call
+    patience = time.monotonic() + 20  # the last call's groups may still be ending
+    while any(ranks.most_threads() > 30 for ranks in kept.values()):
+        assert time.monotonic() < patience, "process groups outlive their calls, see tests/launch.py"
+        time.sleep(0.1)
     for ranks in kept.values():
         ranks.close()
 

@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 REPOSITORY = Path(__file__).resolve().parents[1]
 STORE_IS_OPEN = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 """What torchrun sets where its agent, not rank 0, keeps the store."""
+_KEEP_TENSORS = (
+    "megatron.core.transformer.moe.token_dispatcher",
+    "megatron.core.pipeline_parallel.fine_grained_activation_offload",
+)
 _LOG_TAIL_BYTES = 6000
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 _GRACE_S = 3.0
@@ -119,6 +123,11 @@ class Ranks:
             process.stdin.write(f"{folder}\n".encode())
             process.stdin.flush()
         return self._collect(folder, target, timeout_s)
+
+    def most_threads(self) -> int:
+        """Return how many threads the process with the most has; old process groups leave some."""
+        folders = [Path(f"/proc/{process.pid}/task") for process in self._processes]
+        return max((len(os.listdir(folder)) for folder in folders if folder.exists()), default=0)
 
     def close(self) -> None:
         """End the processes: idle ones leave by themselves, busy ones are killed."""
@@ -414,13 +423,13 @@ def _destroy_process_groups() -> None:
 def _free_process_groups() -> None:
     """Break what keeps models, and with them gloo's threads (60 a call, never idle), for ever.
 
-    Megatron's token dispatchers keep tensors of the last forward pass; from there the way to the
+    Some of Megatron's objects keep tensors of the last forward pass; from there the way to the
     model's own gradient hooks leads through autograd's graph, which Python cannot look into.
     Methods with an lru_cache keep what they belong to.
     """
     for thing in gc.get_objects():
         kind, module = type(thing), getattr(thing, "__module__", None)
-        if kind.__module__ == "megatron.core.transformer.moe.token_dispatcher":
+        if kind.__module__ in _KEEP_TENSORS:
             if hasattr(thing, "__dict__"):
                 vars(thing).clear()
         elif kind.__name__ == "_lru_cache_wrapper" and str(module).startswith("megatron."):
