@@ -49,7 +49,7 @@ def warm_ranks(nursery: Nursery) -> Iterator[Callable[..., list[Any]]]:
     yield call
     patience = time.monotonic() + 20  # the last call's groups may still be ending
     while any(ranks.most_threads() > 30 for ranks in kept.values()):
-        assert time.monotonic() < patience, "process groups outlive their calls, see tests/launch.py"
+        assert time.monotonic() < patience, "process groups outlive their calls: tests/launch.py"
         time.sleep(0.1)
     for ranks in kept.values():
         ranks.close()
