@@ -39,7 +39,7 @@ EXTRAS = {
     "eval": ["lm-eval[math]>=0.4.13,<0.5", "accelerate>=1.10"],
     # transformers[serving], openai: an exported model behind `transformers serve`, and its client.
     "test": [
-        "pytest>=9",
+        "pytest>=9,<9.2",  # with 9.2, xdist 3.8 ignores xdist_group
         "pytest-xdist>=3.8",
         "hypothesis>=6.100",
         "ruff>=0.17",

@@ -112,3 +112,11 @@ def test_license_is_apache_2():
     text = (REPOSITORY / "LICENSE").read_text()
     assert "Apache License" in text and "Version 2.0, January 2004" in text
     assert "END OF TERMS AND CONDITIONS" in text and SETUP["license"] == "Apache-2.0"
+
+
+@pytest.mark.xdist_group("groups")
+def test_groups_of_tests_stay_on_one_worker(request: pytest.FixtureRequest):
+    """Ranks, servers and clusters are made once per group; pytest 9.2 hid the groups from xdist."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("the tests are not spread over processes by group")
+    assert request.node.nodeid.endswith("@groups")
