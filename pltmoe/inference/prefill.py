@@ -127,7 +127,7 @@ def cut_back(
     """Cut every sequence of the cache back to its first ``length`` slots, exactly.
 
     Loop 1's keys and values stay. The rings and hidden vectors of that time are gone, so the last
-    slots before ``length`` run again: 1 + L N (w - 1) and a few, not the text.
+    slots before ``length`` run again: 1 + (L - 1) (N (w - 1) + 1), not the text.
 
     Args:
         decoder: the model.
