@@ -124,10 +124,9 @@ class Ranks:
             process.stdin.flush()
         return self._collect(folder, target, timeout_s)
 
-    def most_threads(self) -> int:
-        """Return how many threads the process with the most has; old process groups leave some."""
-        folders = [Path(f"/proc/{process.pid}/task") for process in self._processes]
-        return max((len(os.listdir(folder)) for folder in folders if folder.exists()), default=0)
+    def threads(self) -> list[str]:
+        """Return the threads of the process with the most; old process groups leave some."""
+        return max((_threads_of(process.pid) for process in self._processes), key=len, default=[])
 
     def close(self) -> None:
         """End the processes: idle ones leave by themselves, busy ones are killed."""
@@ -291,6 +290,13 @@ class Nursery:
             self._process.stdin.close()
             self._process.wait()
             self._process.stdout.close()
+
+
+def _threads_of(pid: int) -> list[str]:
+    try:
+        return [path.read_text().strip() for path in Path(f"/proc/{pid}/task").glob("*/comm")]
+    except OSError:  # the process or one of its threads has ended since
+        return []
 
 
 def open_store() -> "TCPStore":
