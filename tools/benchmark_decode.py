@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from pltmoe.inference.benchmark.exported import DecodeSetup, measure_exported
-from pltmoe.inference.benchmark.measure import Setup, measure
+from pltmoe.inference.benchmark.measure import Result, Setup, measure
 from pltmoe.inference.benchmark.report import JSON_FILE, MARKDOWN_FILE, add_run, write_json
 from pltmoe.inference.benchmark.suite import ABLATION, HEADLINE, candidates
 from pltmoe.reports.decode import plot_decode
@@ -48,6 +48,7 @@ def main() -> None:
     random.add_argument("--only", action="append", default=[], help="name of a model; repeat")
     random.add_argument("--scaled-down", action="store_true", help="small sizes; always on a CPU")
     random.add_argument("--fp8", action="store_true", help="experts in FP8 (not on a CPU)")
+    random.add_argument("--fuse", action="store_true", help="compile between the large kernels")
     random.add_argument("--context", type=int, help="slots in the cache before decoding (4096)")
     random.add_argument("--batches", type=_numbers, help="e.g. 1,4,16 (1..256); none: 0")
     random.add_argument("--prefill", type=_numbers, help="prompt lengths (1k..32k); none: 0")
@@ -99,13 +100,17 @@ def _random(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error("--compare none needs a --config")
     setup, output = _setup(args, scaled_down), args.output or REPOSITORY / "runs/benchmark_decode"
     dtype = parameter_dtype("auto")
-    result = measure(models, setup, device(), dtype)
     scale = "scaled-down models; the targets are for one H200 and the paper's sizes"
     about = {"dtype": str(dtype).removeprefix("torch."), "commit": commit()}
     about["dtype"] += ", experts in FP8" if args.fp8 else ""
+    about["dtype"] += ", fused" if args.fuse else ""
     about["scale"] = scale if scaled_down else "the models of the configurations"
-    tree = add_run(output, result, models, setup, _where() | about)
-    plot_decode(tree, output / "decode.png")
+    where = _where() | about
+
+    def keep(result: Result) -> None:
+        plot_decode(add_run(output, result, models, setup, where), output / "decode.png")
+
+    measure(models, setup, device(), dtype, keep)
     print((output / MARKDOWN_FILE).read_text())
     print(f"wrote {output / JSON_FILE}, {MARKDOWN_FILE}, decode.png")
 
@@ -121,7 +126,7 @@ def _setup(args: argparse.Namespace, scaled_down: bool) -> Setup:
     default = SCALED_DOWN if scaled_down else Setup()
     return Setup(
         **vars(default)
-        | {"fp8": args.fp8}
+        | {"fp8": args.fp8, "fuse": args.fuse}
         | {name: x for name, x in given.items() if x is not None}
     )
 

@@ -26,7 +26,7 @@ from pltmoe.errors import ConfigError, ConversionError, DataError
 from pltmoe.inference.engine import Engine, Timing
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.text import TextStream
-from pltmoe.inference.weights import describe_folder
+from pltmoe.inference.weights import describe_folder, read_fields
 from pltmoe.runtime.command_line import run_tool
 
 ENGINES = ("pltmoe", "transformers")
@@ -39,6 +39,14 @@ class Request:
 
     options: SamplingOptions
     stop: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text, and the tokens that made it."""
+
+    text: str
+    ids: list[int]
 
 
 class Writer:
@@ -81,7 +89,8 @@ class Writer:
 def main() -> None:
     """Parse the command line, generate, print."""
     args = _parser().parse_args()
-    describe_folder(args.model)  # refuse what is no exported model before anything heavy is loaded
+    # Refuse what is no exported model before anything heavy is loaded.
+    (read_fields if args.engine == "transformers" else describe_folder)(args.model)
     request = Request(
         SamplingOptions(
             max_new_tokens=args.max_new_tokens,
@@ -90,7 +99,7 @@ def main() -> None:
             top_p=args.top_p,
             seed=args.seed,
         ),
-        tuple(text.encode().decode("unicode_escape") for text in args.stop),
+        tuple(map(_unescaped, args.stop)),
     )
     prompts = _prompts(args)
     if prompts is None and args.output:
@@ -98,10 +107,10 @@ def main() -> None:
     run = _transformers(args) if args.engine == "transformers" else _engine(args)
     if prompts is None:
         return _interactive(run, request)
-    texts, timing = run(prompts, request)
+    texts, timing = run([Text(prompt, []) for prompt in prompts], request)
     print(_times(timing), file=sys.stderr)
     if args.output:
-        samples = [{"prompt": p, "text": t} for p, t in zip(prompts, texts, strict=True)]
+        samples = [{"prompt": p, "text": t.text} for p, t in zip(prompts, texts, strict=True)]
         _write(args.output, json.dumps(samples, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -170,7 +179,20 @@ def _lines(path: Path) -> Iterator[str]:
         yield prompt
 
 
-Run = Callable[[Sequence[str], Request], tuple[list[str], Timing]]
+def _unescaped(text: str) -> str:
+    r"""Turn ``\n`` and the like, as typed in a shell, into what they mean; letters stay.
+
+    Raises:
+        ConfigError: a backslash that means nothing.
+    """
+    try:
+        return text.encode("latin-1", "backslashreplace").decode("unicode_escape")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--stop {text!r}: {error.reason}; a backslash is \\\\") from None
+
+
+Run = Callable[[Sequence[Text], Request], tuple[list[Text], Timing]]
+"""Continues prompts; one without ids is still to be tokenized."""
 
 
 def _tokenizer(folder: Path, **options: Any) -> Any:
@@ -189,24 +211,27 @@ def _engine(args: argparse.Namespace) -> Run:
         args.model, args.device, dtype, args.max_slots, args.max_batch, fp8=args.fp8
     )
 
-    def run(prompts: Sequence[str], request: Request) -> tuple[list[str], Timing]:
-        ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    def run(prompts: Sequence[Text], request: Request) -> tuple[list[Text], Timing]:
+        ids = [prompt.ids or tokenizer(prompt.text)["input_ids"] for prompt in prompts]
         options = [
             replace(request.options, seed=request.options.seed + index)
             for index in range(len(prompts))
         ]
         texts = [TextStream(tokenizer, prompt, request.stop) for prompt in ids]
-        stream, writer = engine.stream(ids, options), Writer(prompts)
+        stream, writer = engine.stream(ids, options), Writer([prompt.text for prompt in prompts])
         for new in stream:
             text = texts[new.index]
             if new.reason != "stop":
+                ids[new.index] = [*ids[new.index], new.token]
                 writer.add(new.index, text.add(new.token))
             if text.stopped:
                 stream.stop(new.index)
             if new.reason is not None or text.stopped:
                 writer.add(new.index, text.finish())
                 writer.finish(new.index)
-        return [text.text for text in texts], stream.timing
+        made = zip(texts, ids, strict=True)
+        # Behind a stop string the tokens go on, or in the middle of one: the text decides.
+        return [Text(t.text, [] if t.stopped else whole) for t, whole in made], stream.timing
 
     return run
 
@@ -223,23 +248,28 @@ def _transformers(args: argparse.Namespace) -> Run:
     )
     model = model.eval().to(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
-    def run(prompts: Sequence[str], request: Request) -> tuple[list[str], Timing]:
+    def run(prompts: Sequence[Text], request: Request) -> tuple[list[Text], Timing]:
         torch.manual_seed(request.options.seed)
         o, sampling = request.options, {}
         if o.temperature:
             sampling = {"do_sample": True, "temperature": o.temperature}
             sampling |= {"top_k": o.top_k, "top_p": o.top_p}
-        batch = tokenizer(list(prompts), return_tensors="pt", padding=True).to(model.device)
+        prompt_texts = [prompt.text for prompt in prompts]
+        batch = tokenizer(prompt_texts, return_tensors="pt", padding=True).to(model.device)
         start, size = time.perf_counter(), batch["input_ids"].size(1)
-        ids = model.generate(**batch, max_new_tokens=o.max_new_tokens, **sampling)
-        timing = Timing(decode_s=time.perf_counter() - start, steps=ids.size(1) - size)
-        timing.new_tokens = timing.steps * len(prompts)
-        texts = tokenizer.batch_decode(ids[:, size:], skip_special_tokens=True)
-        writer = Writer(prompts)
+        ids = model.generate(**batch, max_new_tokens=o.max_new_tokens, **sampling)[:, size:]
+        timing = Timing(decode_s=time.perf_counter() - start, steps=ids.size(1))
+        timing.prompt_tokens = int(batch["attention_mask"].sum())
+        ends = model.generation_config.eos_token_id
+        is_end = torch.isin(ids, torch.tensor([] if ends is None else ends, device=ids.device))
+        # Up to the first end, which counts: what follows it is padding.
+        timing.new_tokens = int((is_end.cumsum(1) - is_end.long() == 0).sum())
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        writer = Writer(prompt_texts)
         for index, text in enumerate(texts):
             writer.add(index, text)
             writer.finish(index)
-        return texts, timing
+        return [Text(text, []) for text in texts], timing
 
     return run
 
@@ -247,30 +277,31 @@ def _transformers(args: argparse.Namespace) -> Run:
 def _interactive(run: Run, request: Request) -> None:
     """Read prompts from the terminal until it ends."""
     print("Type a prompt; an empty line continues the last text, Ctrl-D ends.", file=sys.stderr)
-    last = ""
+    last = Text("", [])
     while True:
         try:
             typed = input("> ")
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return
-        prompt = typed or last
-        if not prompt:
+        prompt = Text(typed, []) if typed else last
+        if not prompt.text:
             continue
         try:
             texts, timing = run([prompt], request)
         except DataError as error:  # too long, or out of the vocabulary: the next may do
             print(f"error: {error}", file=sys.stderr)
             continue
-        last = prompt + texts[0]
+        last = Text(prompt.text + texts[0].text, texts[0].ids)
         print(_times(timing), file=sys.stderr)
 
 
 def _times(t: Timing) -> str:
+    prefill = f" in {1e3 * t.prefill_s:.0f} ms" if t.prefill_s else ""
     return (
-        f"{t.prompt_tokens} prompt tokens in {1e3 * t.prefill_s:.0f} ms, {t.new_tokens} new tokens "
-        f"in {t.decode_s:.2f} s: {t.ms_per_token:.2f} ms per token, "
-        f"{t.tokens_per_second:.1f} tokens/s"
+        f"{t.prompt_tokens} prompt tokens{prefill}, {t.new_tokens} new tokens "
+        f"in {t.decode_s:.2f} s{'' if prefill else ' with the prompts'}: "
+        f"{t.ms_per_token:.2f} ms per token, {t.tokens_per_second:.1f} tokens/s"
     )
 
 

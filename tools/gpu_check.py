@@ -49,9 +49,15 @@ def _pretrain(model: str) -> str:
 
 def _decoding(name: str, what: str, options: str) -> Part:
     """One share of the decode benchmark; all of them add to $WORK/decode/decode.json."""
-    folder = "decode-fp8" if "--fp8" in options else "decode"  # never in one table
+    folder = _decode_folder(name)
     command = f"{{python}} tools/benchmark_decode.py --output $WORK/{folder} {options}"
     return Part(f"decode-{name}", what, (command,))
+
+
+def _decode_folder(name: str) -> str:
+    """Return where a share writes: other weights or other kernels never come into one table."""
+    own = [kind for kind in ("fp8", "fused") if name.endswith(kind)]
+    return "-".join(["decode", *own])
 
 
 PARTS = (
@@ -101,6 +107,12 @@ PARTS = (
         "headline-fp8",
         "PLT-2 1.7B/40B and vanilla 2.5B/60B with experts in FP8, batch 4 to 64",
         "--compare headline --fp8 --batches 4,16,64 --prefill 0",
+    ),
+    _decoding(
+        "headline-fused",
+        "PLT-2 1.7B/40B with what lies between the large kernels compiled, batch 4 to 64",
+        "--compare headline --only 'PLT-2 1.7B/40B' --only 'PLT-2 1.7B/40B, shared routing' "
+        "--fuse --batches 4,16,64 --prefill 0",
     ),
     _decoding(
         "headline-plt",
@@ -208,7 +220,7 @@ def _summary(name: str, work: Path, output: str) -> str:
 
 def _decode_section(name: str, work: Path) -> str:
     """Return the ratios so far; with the last part, all that the decode benchmark wrote."""
-    text = (work / ("decode-fp8" if "fp8" in name else "decode") / "decode.md").read_text()
+    text = (work / _decode_folder(name) / "decode.md").read_text()
     text = re.sub(r"^#", "###", text, flags=re.MULTILINE)
     if name == PARTS[-1].name:
         return text

@@ -43,17 +43,18 @@ WITHOUT_SHIFT = "IQuestLoopCoderForCausalLM"
 _SAME = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "intermediate_size", "rms_norm_eps", "max_position_embeddings", "plt_num_loops",
-    "plt_window_size", "plt_normalize_per_loop",
+    "plt_window_size", "plt_normalize_per_loop", "plt_gate_use_hidden_states",
 )  # fmt: skip
 _OPTIONAL = {
     "hidden_act": "silu",
     "initializer_range": 0.02,
     "tie_word_embeddings": False,
-    "plt_gate_use_hidden_states": False,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": None,
 }
+_SCALES = ("plt_emb_scale", "plt_hidden_scale")
+"""May be null, which is 1; not to be there would be another layout."""
 _REFUSED = ("attention_bias", "mlp_bias", "rope_scaling")
 _NOT_COPIED = {"config.json", "README.md"}
 _NOT_COPIED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
@@ -109,7 +110,7 @@ def loopcoder_config(
         ConversionError: see convert_loopcoder.
     """
     _refuse(fields, where)
-    if missing := [name for name in _SAME if name not in fields]:
+    if missing := [name for name in (*_SAME, *_SCALES) if name not in fields]:
         raise ConversionError(f"{where}: field missing: {missing[0]}")
     tree = {name: fields[name] for name in _SAME}
     tree |= {name: fields.get(name, default) for name, default in _OPTIONAL.items()}
@@ -120,8 +121,7 @@ def loopcoder_config(
     if theta is None or rope.get("rope_type", "default") != "default":
         raise ConversionError(f"{where}: rope_theta must be given, and the default kind of RoPE")
     tree["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
-    for name in ("plt_emb_scale", "plt_hidden_scale"):
-        tree[name] = 1.0 if fields.get(name) is None else fields[name]
+    tree |= {name: 1.0 if fields[name] is None else fields[name] for name in _SCALES}
     tree |= {"num_experts": 0, "moe_intermediate_size": None}
     tree["plt_gate_norm"] = bool(tree["plt_gate_use_hidden_states"])
     tree["use_qk_norm"] = any(name.endswith("self_attn.q_norm.weight") for name in names)

@@ -16,7 +16,6 @@ def decode_attention(
     k_bgnk: Tensor,
     v_bgnk: Tensor,
     lengths_b: Tensor,
-    starts_b: Tensor | None = None,
     window_k_bLgwk: Tensor | None = None,
     window_v_bLgwk: Tensor | None = None,
     window_lengths_b: Tensor | None = None,
@@ -29,7 +28,6 @@ def decode_attention(
         k_bgnk: loop 1's keys, this slot's included; strides are free, the last one is 1.
         v_bgnk: loop 1's values.
         lengths_b: slots of the cache that are in use, this one included (int32 or int64).
-        starts_b: the first slot that counts (left padding); None: 0.
         window_k_bLgwk: keys of the loops after the first, ``[b, L-1, g, w, k]``, in any order;
             the current slot's included. None without G-SWA: every row only reads the cache.
         window_v_bLgwk: their values.
@@ -39,7 +37,7 @@ def decode_attention(
     Returns:
         y ``[b, L, h, k]``: ``g * local + (1 - g) * global`` for later loops, global for loop 1.
     """
-    y_bLhk = _global(q_bLhk, k_bgnk, v_bgnk, lengths_b, starts_b)
+    y_bLhk = _global(q_bLhk, k_bgnk, v_bgnk, lengths_b)
     if window_k_bLgwk is None or q_bLhk.size(1) == 1:
         return y_bLhk
     assert window_v_bLgwk is not None and window_lengths_b is not None and gate_bLh is not None
@@ -48,42 +46,35 @@ def decode_attention(
     return torch.cat([y_bLhk[:, :1], mixed], 1)
 
 
-def _global(
-    q_bLhk: Tensor, k_bgnk: Tensor, v_bgnk: Tensor, lengths_b: Tensor, starts_b: Tensor | None
-) -> Tensor:
+def _global(q_bLhk: Tensor, k_bgnk: Tensor, v_bgnk: Tensor, lengths_b: Tensor) -> Tensor:
     b, L, h, k = q_bLhk.shape
     g = k_bgnk.size(1)
     # The loops join the query heads of their KV head, so that a key is read once for all of them.
     q_bgqk = q_bLhk.reshape(b, L, g, h // g, k).transpose(1, 2).reshape(b, g, L * h // g, k)
-    first, last, mask = _visible(k_bgnk.size(2), lengths_b, starts_b)
-    keys, values = k_bgnk[:, :, first:last], v_bgnk[:, :, first:last]
+    last, mask = _visible(k_bgnk.size(2), lengths_b)
+    keys, values = k_bgnk[:, :, :last], v_bgnk[:, :, :last]
     y_bgqk = F.scaled_dot_product_attention(q_bgqk, keys, values, attn_mask=mask)
     return y_bgqk.view(b, g, L, h // g, k).transpose(1, 2).reshape(b, L, h, k)
 
 
-def _visible(n: int, lengths_b: Tensor, starts_b: Tensor | None) -> tuple[int, int, Tensor | None]:
-    """Return the range of slots to read and a mask [b, 1, 1, range], None where all are seen.
+def _visible(n: int, lengths_b: Tensor) -> tuple[int, Tensor | None]:
+    """Return how many slots to read and a mask [b, 1, 1, slots], None where all are seen.
 
-    On a GPU nothing may be read back (the step is a CUDA graph), so all ``n`` slots are masked.
+    On a GPU nothing is read back: all ``n`` slots are masked.
     """
-    first, last = 0, n
     if lengths_b.device.type == "cpu":
         ends = lengths_b.tolist()
-        starts = [0] if starts_b is None else starts_b.tolist()
-        first, last = min(starts), max(ends)
-        if min(ends) == last and max(starts) == first:
-            return first, last, None
-    slots = torch.arange(first, last, device=lengths_b.device)
-    mask = slots < lengths_b[:, None]
-    if starts_b is not None:
-        mask = mask & (slots >= starts_b[:, None])
-    return first, last, mask[:, None, None]
+        n = max(ends)
+        if min(ends) == n:
+            return n, None
+    mask = torch.arange(n, device=lengths_b.device) < lengths_b[:, None]
+    return n, mask[:, None, None]
 
 
 def _local(q_bLhk: Tensor, k_bLgwk: Tensor, v_bLgwk: Tensor, lengths_b: Tensor) -> Tensor:
     b, L, h, k = q_bLhk.shape
     g = k_bLgwk.size(2)
-    _, last, mask = _visible(k_bLgwk.size(3), lengths_b, None)
+    last, mask = _visible(k_bLgwk.size(3), lengths_b)
     q = q_bLhk.reshape(b * L, g, h // g, k)
     keys, values = (x[..., :last, :].flatten(0, 1) for x in (k_bLgwk, v_bLgwk))
     if mask is not None:

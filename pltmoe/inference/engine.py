@@ -9,6 +9,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -24,7 +25,7 @@ from pltmoe.inference.kernels import choose_kernels
 from pltmoe.inference.model import Kernels, PLTDecoder
 from pltmoe.inference.prefill import prefill
 from pltmoe.inference.sampling import Plan, Sampler, SamplingOptions
-from pltmoe.inference.weights import Weights, describe_folder, load_weights, quantize_experts
+from pltmoe.inference.weights import Weights, describe_folder, load_weights
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ MAX_BATCH = 64
 """Prompts that run together; more wait."""
 
 GREEDY = SamplingOptions()
-Reason = Literal["stop", "length", "caller"]
+Reason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -61,10 +62,11 @@ class Generation:
 
 @dataclass
 class Timing:
-    """Seconds and counts of a stream."""
+    """Seconds of the wall clock and counts of a stream."""
 
     prefill_s: float = 0.0
     decode_s: float = 0.0
+    """From the end of a prefill to its batch's last token, what the caller does included."""
     prompt_tokens: int = 0
     new_tokens: int = 0
     steps: int = 0
@@ -88,10 +90,18 @@ class Session:
         decoder: the model.
         batch: sequences; fixed.
         capacity: slots of each; fixed.
-        graph: make the step a CUDA graph; default: on a GPU.
+        graph: make the step a CUDA graph; default: where ``uses_graph``.
+
+    Raises:
+        EngineError: more slots than the decoder has.
     """
 
     def __init__(self, decoder: PLTDecoder, batch: int, capacity: int, graph: bool | None = None):
+        if capacity > decoder.max_slots:
+            raise EngineError(
+                f"a cache of {capacity} slots for a model that is set to {decoder.max_slots}: "
+                "raise max_slots"
+            )
         weights = decoder.weights
         self.decoder, self.batch, self.capacity = decoder, batch, capacity
         self.cache = StaticCache(decoder.m, batch, capacity, weights.device, weights.dtype)
@@ -99,19 +109,17 @@ class Session:
         self.plan = self.sampler.set([SamplingOptions()] * batch)
         self.token_b = torch.zeros(batch, dtype=torch.int64, device=weights.device)
         self.logprob_b = torch.zeros(batch, device=weights.device)
-        self._use_graph = weights.device.type == "cuda" if graph is None else graph
+        self._use_graph = uses_graph(decoder) if graph is None else graph
         self._graphs: dict[Plan, torch.cuda.CUDAGraph] = {}
 
-    def begin(
-        self,
-        prompts: Sequence[Sequence[int]],
-        options: Sequence[SamplingOptions],
-        logprobs: bool = False,
-    ) -> None:
-        """Start new texts: forget the old ones, read the prompts, choose the first tokens."""
-        self.cache.reset()
+    def set_options(self, options: Sequence[SamplingOptions], logprobs: bool = False) -> None:
+        """Choose tokens this way from now on; record the step if it is a new one."""
         self.plan = self.sampler.set(options, logprobs)
         self.prepare()
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Start new texts: forget the old ones, read the prompts, choose the first tokens."""
+        self.cache.reset()
         self._choose(prefill(self.decoder, self.cache, prompts))
 
     def pretend_filled(self, context: int, seed: int = 0) -> None:
@@ -164,6 +172,11 @@ class Session:
         return graph
 
 
+def uses_graph(decoder: PLTDecoder) -> bool:
+    """Whether a step can be a CUDA graph: on a GPU, with kernels that read nothing back."""
+    return decoder.weights.device.type == "cuda" and decoder.kernels.capturable
+
+
 class Engine:
     """A model that continues prompts (token ids; text is the caller's, see text.py)."""
 
@@ -174,9 +187,12 @@ class Engine:
         stop_ids: Sequence[int] = (),
         kernels: Kernels | None = None,
         max_batch: int = MAX_BATCH,
+        fuse: bool = False,
     ):
+        if weights.device.type == "cuda":
+            torch.cuda.set_device(weights.device)  # kernels, streams and graphs take the current
         kernels = kernels or choose_kernels(weights.device, weights.dtype)
-        self.decoder = PLTDecoder(weights, max_slots, kernels)
+        self.decoder = PLTDecoder(weights, max_slots, kernels, fuse)
         self.max_slots, self.stop_ids, self.max_batch = max_slots, tuple(stop_ids), max_batch
         self._session: Session | None = None
         logger.info("%s", self.describe())
@@ -190,6 +206,7 @@ class Engine:
         max_slots: int | None = None,
         max_batch: int = MAX_BATCH,
         fp8: bool = False,
+        fuse: bool = False,
     ) -> "Engine":
         """Load an exported folder.
 
@@ -200,6 +217,7 @@ class Engine:
             max_slots: longest text; default: what the model was trained with.
             max_batch: prompts that run together.
             fp8: keep the experts' weights in FP8.
+            fuse: compile what lies between the large kernels (see ``PLTDecoder``).
 
         Raises:
             ConversionError: the folder holds no such model.
@@ -209,15 +227,14 @@ class Engine:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         if fp8:
             check_fp8(about.model, device)
-        weights = load_weights(folder, device, dtype)
-        if fp8:
-            quantize_experts(weights)
-        return cls(weights, max_slots or about.max_slots, about.stop_ids, max_batch=max_batch)
+        weights = load_weights(folder, device, dtype, fp8)
+        slots = max_slots or about.max_slots
+        return cls(weights, slots, about.stop_ids, max_batch=max_batch, fuse=fuse)
 
     def describe(self) -> str:
         """Return one line: what runs, where, and with which kernels."""
         weights = self.decoder.weights
-        graph = "CUDA graph" if weights.device.type == "cuda" else "no graph on a CPU"
+        graph = "CUDA graph" if uses_graph(self.decoder) else "no CUDA graph"
         dtype = str(weights.dtype).removeprefix("torch.")
         fp8 = ", experts in FP8" if weights.layers[0].gate_up_scale_ef is not None else ""
         return (
@@ -264,23 +281,26 @@ class Engine:
             raise ConfigError(f"sampling: {len(options)} options for {len(prompts)} prompts")
         for index, (prompt, wanted) in enumerate(zip(prompts, options, strict=True)):
             self._check(index, prompt, wanted)
-        return Stream(self, prompts, options, logprobs)
+        return Stream(_Run(self, prompts, options, logprobs))
 
-    def session(self, batch: int, slots: int) -> Session:
-        """Return a session of ``batch`` sequences with room for ``slots``; the last one is kept."""
+    @contextmanager
+    def session(self, batch: int, slots: int) -> Iterator[Session]:
+        """Lend a session of ``batch`` sequences with room for ``slots``.
+
+        It is the borrower's alone; the one that came back last is kept for the next.
+        """
         capacity = min(-(-slots // CAPACITY_STEP) * CAPACITY_STEP, self.max_slots)
-        kept = self._session
-        if kept is None or kept.batch != batch or not slots <= kept.capacity <= 4 * capacity:
-            self._session = None  # free the old cache first
-            self._session = Session(self.decoder, batch, capacity)
-            logger.info(
-                "cache: %.1f MiB for %d sequences of %d slots",
-                self._session.cache.num_bytes() / 2**20,
-                batch,
-                capacity,
-            )
-        assert self._session is not None
-        return self._session
+        session, self._session = self._session, None
+        if session and not (session.batch == batch and slots <= session.capacity <= 4 * capacity):
+            session = None  # its cache is free before the new one is made
+        if session is None:
+            session = Session(self.decoder, batch, capacity)
+            mib = session.cache.num_bytes() / 2**20
+            logger.info("cache: %.1f MiB for %d sequences of %d slots", mib, batch, capacity)
+        try:
+            yield session
+        finally:
+            self._session = session
 
     def _check(self, index: int, prompt: Sequence[int], options: SamplingOptions) -> None:
         if not prompt:
@@ -314,7 +334,26 @@ def check_fp8(m: ModelConfig, device: torch.device) -> None:
 
 
 class Stream(Iterator[NewToken]):
-    """New tokens of all prompts as they are made; ``timing`` fills up on the way."""
+    """New tokens of all prompts as they are made; ``timing`` fills up on the way.
+
+    One that is dropped before its end gives its cache back.
+    """
+
+    def __init__(self, run: "_Run"):
+        self.timing = run.timing
+        self._ended, self._tokens = run.ended, run.tokens()
+
+    def __next__(self) -> NewToken:
+        """Return the next token."""
+        return next(self._tokens)
+
+    def stop(self, index: int) -> None:
+        """End one text (its caller has what it wanted, such as a stop string)."""
+        self._ended.add(index)
+
+
+class _Run:
+    """What makes the tokens of a stream; does not know the stream, which may be dropped."""
 
     def __init__(
         self,
@@ -326,64 +365,55 @@ class Stream(Iterator[NewToken]):
         self.timing = Timing()
         self._engine, self._prompts, self._options = engine, prompts, options
         self._logprobs = logprobs
-        self._ended: set[int] = set()
+        self.ended: set[int] = set()
         self._made = [0] * len(prompts)
-        self._iterator = self._run()
 
-    def __next__(self) -> NewToken:
-        """Return the next token."""
-        return next(self._iterator)
-
-    def stop(self, index: int) -> None:
-        """End one text (its caller has what it wanted, such as a stop string)."""
-        self._ended.add(index)
-
-    def _run(self) -> Iterator[NewToken]:
+    def tokens(self) -> Iterator[NewToken]:
         for first in range(0, len(self._prompts), self._engine.max_batch):
             members = range(len(self._prompts))[first : first + self._engine.max_batch]
             yield from self._batch(list(members))
 
     def _batch(self, members: list[int]) -> Iterator[NewToken]:
-        session = self._begin(members)
-        on_gpu = session.token_b.is_cuda
-        longest = max(self._options[i].max_new_tokens for i in members)
-        waiting, launched = deque([_Outbox(session, self._logprobs)]), 1
-        clock = time.perf_counter()
-        while True:
-            # On a GPU the next step runs while the host looks at the tokens of this one.
-            while len(waiting) <= (1 if on_gpu else 0) and launched < longest:
-                session.step()
-                waiting.append(_Outbox(session, self._logprobs))
-                launched += 1
-                self.timing.steps += 1
-            if not waiting:
-                break
-            tokens, logprobs = waiting.popleft().read()
-            now = time.perf_counter()
-            self.timing.decode_s, clock = self.timing.decode_s + now - clock, now
-            yield from self._hand_out(members, tokens, logprobs)
-            clock = time.perf_counter()
-            if self._ended.issuperset(members):
-                break
-
-    def _begin(self, members: list[int]) -> Session:
-        started = time.perf_counter()
         prompts = [self._prompts[i] for i in members]
         options = [self._options[i] for i in members]
         slots = max(len(p) + o.max_new_tokens for p, o in zip(prompts, options, strict=True))
-        session = self._engine.session(len(members), slots)
-        session.begin(prompts, options, self._logprobs)
-        if session.token_b.is_cuda:
-            torch.cuda.synchronize()
-        self.timing.prefill_s += time.perf_counter() - started
-        self.timing.prompt_tokens += sum(map(len, prompts))
-        return session
+        with self._engine.session(len(members), slots) as session:
+            session.set_options(options, self._logprobs)
+            started = time.perf_counter()
+            session.begin(prompts)
+            tokens, logprobs = _Outbox(session, self._logprobs).read()
+            decoding = time.perf_counter()
+            self.timing.prefill_s += decoding - started
+            self.timing.prompt_tokens += sum(map(len, prompts))
+            yield from self._hand_out(members, tokens, logprobs)
+            before = self.timing.decode_s
+            for tokens, logprobs in self._steps(session, members):
+                self.timing.steps += 1
+                self.timing.decode_s = before + time.perf_counter() - decoding
+                yield from self._hand_out(members, tokens, logprobs)
+
+    def _steps(
+        self, session: Session, members: list[int]
+    ) -> Iterator[tuple[list[int], list[float] | None]]:
+        """Decode until every text has ended.
+
+        On a GPU the next step runs while the caller looks at the tokens of this one.
+        """
+        ahead = 2 if session.token_b.is_cuda else 1
+        left = max(self._options[i].max_new_tokens for i in members) - 1
+        waiting: deque[_Outbox] = deque()
+        while not self.ended.issuperset(members):
+            while left > 0 and len(waiting) < ahead:
+                session.step()
+                waiting.append(_Outbox(session, self._logprobs))
+                left -= 1
+            yield waiting.popleft().read()
 
     def _hand_out(
         self, members: list[int], tokens: list[int], logprobs: list[float] | None
     ) -> Iterator[NewToken]:
         for row, index in enumerate(members):
-            if index in self._ended:
+            if index in self.ended:
                 continue
             token, options = tokens[row], self._options[index]
             self._made[index] += 1
@@ -394,7 +424,7 @@ class Stream(Iterator[NewToken]):
             elif self._made[index] == options.max_new_tokens:
                 reason = "length"
             if reason is not None:
-                self._ended.add(index)
+                self.ended.add(index)
             yield NewToken(index, token, None if logprobs is None else logprobs[row], reason)
 
 

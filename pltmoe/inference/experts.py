@@ -72,11 +72,11 @@ def _is_grouped(x_rd: Tensor, weight_eod: Tensor) -> bool:
     return x_rd.is_cuda or 4 * x_rd.size(0) > weight_eod.size(0)
 
 
-def quantize(weight_eoi: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights [e, out, in] in FP8 (e4m3) and the factor of each row [e, out], float32."""
+def quantize(weight_oi: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights [.., out, in] in FP8 (e4m3) and each row's factor [.., out] in float32."""
     largest = torch.finfo(FP8).max
-    scale_eo = weight_eoi.float().abs().amax(-1).clamp(min=1e-12) / largest
-    return (weight_eoi.float() / scale_eo[..., None]).clamp(-largest, largest).to(FP8), scale_eo
+    scale_o = weight_oi.float().abs().amax(-1).clamp(min=1e-12) / largest
+    return (weight_oi.float() / scale_o[..., None]).clamp(-largest, largest).to(FP8), scale_o
 
 
 def dequantize(weight_eoi: Tensor, scale_eo: Tensor, dtype: torch.dtype) -> Tensor:

@@ -41,6 +41,8 @@ class Kernels:
     attention: Callable[..., Tensor] = decode_attention
     experts: Callable[..., Tensor] = experts
     reason: str = "plain PyTorch"
+    capturable: bool = False
+    """Whether a CUDA graph can hold them: nothing is read back."""
 
 
 class Attend(Protocol):
@@ -294,7 +296,7 @@ class _StepAttention:
         ring_k[sequence_b, :, :, self.ring_slot_b] = k[:, 1:]
         ring_v[sequence_b, :, :, self.ring_slot_b] = v[:, 1:]
         return self.attention(
-            q, first_k, first_v, self.lengths_b, None, ring_k, ring_v, self.ring_lengths_b, gate
+            q, first_k, first_v, self.lengths_b, ring_k, ring_v, self.ring_lengths_b, gate
         )
 
     def _one_loop(self, layer: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None) -> Tensor:

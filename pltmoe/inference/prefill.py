@@ -371,6 +371,8 @@ class _SpanAttention:
 def attend_causally(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor) -> Tensor:
     """Attend from the last ``a`` of ``n`` slots to all slots up to each."""
     rows, slots = q_1hak.size(2), k_1gnk.size(2)
+    if q_1hak.dtype == torch.float32 and q_1hak.is_cuda:
+        k_1gnk, v_1gnk = _for_every_head(q_1hak, k_1gnk, v_1gnk)
     grouped = q_1hak.size(1) != k_1gnk.size(1)
     if rows == slots or rows == 1:
         return F.scaled_dot_product_attention(
@@ -408,7 +410,7 @@ def attend_in_window(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor, window_keys
 
 
 def _for_every_head(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor) -> tuple[Tensor, Tensor]:
-    """Repeat KV heads: masked grouped attention falls back to a slow kernel on GPUs."""
+    """Repeat KV heads: with a mask or in float32, grouped attention is slow and large on GPUs."""
     repeat = q_1hak.size(1) // k_1gnk.size(1)
     if repeat == 1:
         return k_1gnk, v_1gnk

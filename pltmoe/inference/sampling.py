@@ -53,7 +53,8 @@ class Plan:
 
     greedy: bool
     candidates: int
-    """Largest top-k when every request limits it and so no full sort is needed; 0: none sorts."""
+    """At least the largest top-k: a power of two or the vocabulary, so that there are few plans;
+    0: no request narrows its choice."""
     logprobs: bool
 
 
@@ -81,9 +82,12 @@ class Sampler:
         narrowed = any(k < self._vocab_size or o.top_p < 1 for k, o in drawing)
         return Plan(
             greedy=not drawing,
-            candidates=max(k for k, _ in drawing) if narrowed else 0,
+            candidates=self._candidates(max(k for k, _ in drawing)) if narrowed else 0,
             logprobs=logprobs,
         )
+
+    def _candidates(self, top_k: int) -> int:
+        return min(1 << (top_k - 1).bit_length(), self._vocab_size)
 
     def choose(self, logits_bv: Tensor, slot_b: Tensor, plan: Plan) -> tuple[Tensor, Tensor | None]:
         """Return tokens [b] and, if asked for, their log-probabilities [b] (of the model: before

@@ -32,8 +32,8 @@ from pltmoe.hf.shards import INDEX
 from pltmoe.inference.experts import FP8, quantize
 
 SINGLE_FILE = "model.safetensors"
-QUANTIZED_TOGETHER = 8
-"""Experts: their float32 copies must fit beside a model that fills the device."""
+SCALES = {"gate_up_efd": "gate_up_scale_ef", "down_edf": "down_scale_ed"}
+"""Experts, nearly all weights of a large model, may be kept in FP8 (e4m3) with a factor per row."""
 
 
 @dataclass
@@ -126,18 +126,32 @@ _FIELDS = {
 """Tensor of the name table -> field here."""
 
 
-def describe_folder(folder: Path) -> Description:
-    """Read ``config.json`` (and ``generation_config.json``) of an exported folder.
+def read_fields(folder: Path) -> dict[str, Any]:
+    """Return ``config.json`` of an exported folder.
 
     Raises:
-        ConversionError: no such folder, or a model that this engine does not know.
+        ConversionError: no such folder.
     """
     path = folder / "config.json"
     if not path.is_file():
         raise ConversionError(
             f"{folder} holds no exported model (no config.json): run tools/convert_to_hf.py"
         )
-    given = _read_json(path)
+    return _read_json(path)
+
+
+def describe_folder(folder: Path) -> Description:
+    """Read ``config.json`` (and ``generation_config.json``) of an exported folder.
+
+    Raises:
+        ConversionError: no such folder, or a model that this engine does not know.
+    """
+    path, given = folder / "config.json", read_fields(folder)
+    if given.get("plt_gate_norm"):
+        raise ConversionError(
+            f"{path}: the gate has a norm of its own (LoopCoder-v2), which this engine does not "
+            "have; transformers runs the folder (tools/generate.py --engine transformers)"
+        )
     generation = folder / "generation_config.json"
     stop = (_read_json(generation) if generation.is_file() else {}).get("eos_token_id")
     stop = given.get("eos_token_id") if stop is None else stop
@@ -150,7 +164,10 @@ def describe_folder(folder: Path) -> Description:
 
 
 def load_weights(
-    folder: Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    folder: Path,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    fp8: bool = False,
 ) -> Weights:
     """Load an exported folder (``plt_moe``, ``qwen3_moe`` or ``qwen3``).
 
@@ -158,6 +175,7 @@ def load_weights(
         folder: config.json and safetensors of tools/convert_to_hf.py.
         device: where to put the weights.
         dtype: precision to compute in; default: as stored.
+        fp8: keep the experts in FP8; they are never there in ``dtype``.
 
     Raises:
         ConversionError: not such a folder, or tensors that do not fit its config.json.
@@ -176,6 +194,7 @@ def load_weights(
                 lambda name: files[file_of[name]].get_tensor(name),
                 torch.device(device),
                 dtype or about.dtype,
+                fp8,
             )
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{folder}: the weights cannot be read: {error}") from None
@@ -186,10 +205,11 @@ def weights_of(
     name_to_tensor: Mapping[str, Tensor],
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    fp8: bool = False,
 ) -> Weights:
     """Pack a state dict with Hugging Face (or reference) names."""
     dtype = dtype or name_to_tensor["model.embed_tokens.weight"].dtype
-    return pack(model, name_to_tensor.__getitem__, torch.device(device), dtype)
+    return pack(model, name_to_tensor.__getitem__, torch.device(device), dtype, fp8)
 
 
 def random_weights(
@@ -197,60 +217,53 @@ def random_weights(
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
     seed: int = 0,
+    fp8: bool = False,
 ) -> Weights:
     """Make random weights on the device, for measuring: nothing is read or copied."""
     device = torch.device(device)
     generator = torch.Generator(device).manual_seed(seed)
-    weights = _allocate(model, device, dtype)
+    weights = _allocate(model, device, dtype, fp8)
     top = [weights.embedding_vd, weights.norm_d]
     top += [] if model.tied_embeddings else [weights.head_vd]
     tensors = [*top, *(t for layer in weights.layers for t in vars(layer).values())]
     for tensor in tensors:
-        if tensor is not None and tensor.dim() == 1:
+        if tensor is None or tensor.dtype == FP8:
+            continue
+        if tensor.dim() == 1:
             tensor.fill_(1.0)
-        elif tensor is not None:
+        else:
             tensor.normal_(0.0, model.init_std, generator=generator)
     for layer in weights.layers:
+        for name, scale_name in SCALES.items() if fp8 else ():
+            for expert, scale in zip(getattr(layer, name), getattr(layer, scale_name), strict=True):
+                wide = torch.empty(expert.shape, dtype=dtype, device=device)
+                wide.normal_(0.0, model.init_std, generator=generator)
+                _quantize_into(expert, scale, wide)
         for bias in (layer.gate_bias_h, layer.router_bias_e):
             if bias is not None:
                 bias.zero_()
     return weights
 
 
-def quantize_experts(weights: Weights) -> None:
-    """Turn the experts, nearly all weights of a large model, into FP8 (e4m3, a factor per row).
-
-    In place, a few experts at a time: never more than one layer's experts are there twice. Other
-    matrices and all activations stay as they are.
-    """
-    for layer in weights.layers:
-        for name, scale_name in (
-            ("gate_up_efd", "gate_up_scale_ef"),
-            ("down_edf", "down_scale_ed"),
-        ):
-            wide = getattr(layer, name)
-            packed = torch.empty_like(wide, dtype=FP8)
-            scale = torch.empty(wide.shape[:2], dtype=torch.float32, device=wide.device)
-            for some in torch.arange(wide.size(0)).split(QUANTIZED_TOGETHER):
-                part = slice(int(some[0]), int(some[-1]) + 1)
-                packed[part], scale[part] = quantize(wide[part])
-            setattr(layer, name, packed)
-            setattr(layer, scale_name, scale)
-
-
 def pack(
-    model: ModelConfig, read: Callable[[str], Tensor], device: torch.device, dtype: torch.dtype
+    model: ModelConfig,
+    read: Callable[[str], Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+    fp8: bool = False,
 ) -> Weights:
     """Fill packed tensors from ``read(name)``, which returns one Hugging Face tensor.
 
     Raises:
         ConversionError: a tensor's shape is not what the model section says.
     """
-    weights = _allocate(model, device, dtype)
+    weights = _allocate(model, device, dtype, fp8)
     for row in rows(model):
-        target = getattr(weights if row.layer is None else weights.layers[row.layer], _field(row))
-        target = target if row.expert is None else target[row.expert]
-        start = 0
+        owner, name = weights if row.layer is None else weights.layers[row.layer], _field(row)
+        target, scale, start = getattr(owner, name), None, 0
+        if row.expert is not None:
+            target = target[row.expert]
+            scale = getattr(owner, SCALES[name])[row.expert] if fp8 else None
         for name, shape in zip(row.hf, row.shapes, strict=True):
             part = read(name)
             if tuple(part.shape) != shape:
@@ -258,12 +271,22 @@ def pack(
                     f"{name} has shape {list(part.shape)}, but the model configuration says "
                     f"{list(shape)}"
                 )
-            target.narrow(0, start, shape[0]).copy_(part)
+            into = target.narrow(0, start, shape[0])
+            if scale is None:
+                into.copy_(part)
+            else:
+                _quantize_into(into, scale.narrow(0, start, shape[0]), part.to(device, dtype))
             start += shape[0]
     return weights
 
 
-def _allocate(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> Weights:
+def _quantize_into(fp8_oi: Tensor, scale_o: Tensor, wide_oi: Tensor) -> None:
+    rounded_oi, factor_o = quantize(wide_oi)
+    fp8_oi.copy_(rounded_oi)
+    scale_o.copy_(factor_o)
+
+
+def _allocate(model: ModelConfig, device: torch.device, dtype: torch.dtype, fp8: bool) -> Weights:
     """Make every tensor once, uninitialised."""
     top: dict[str, Tensor] = {}
     layers: list[dict[str, Tensor]] = [{} for _ in range(model.num_layers)]
@@ -276,8 +299,11 @@ def _allocate(model: ModelConfig, device: torch.device, dtype: torch.dtype) -> W
         if row.expert is not None:
             assert model.num_experts is not None
             shape = (model.num_experts, *shape)
-        kept_wide = row.float32 or name == "router_ed"
-        where[name] = torch.empty(shape, device=device, dtype=wide if kept_wide else dtype)
+        own = wide if row.float32 or name == "router_ed" else dtype
+        if fp8 and name in SCALES:
+            own = FP8
+            where[SCALES[name]] = torch.empty(shape[:2], device=device, dtype=torch.float32)
+        where[name] = torch.empty(shape, device=device, dtype=own)
     top.setdefault("head_vd", top["embedding_vd"])
     return Weights(model=model, layers=[LayerWeights(**layer) for layer in layers], **top)
 

@@ -8,7 +8,7 @@ from pltmoe.inference.engine import Engine, Session
 from pltmoe.inference.model import Kernels, PLTDecoder
 from pltmoe.inference.prefill import prefill
 from pltmoe.inference.sampling import SamplingOptions
-from pltmoe.inference.weights import Weights, quantize_experts, random_weights
+from pltmoe.inference.weights import Weights, random_weights
 from tests.launch import REPOSITORY
 
 SLOTS = 512
@@ -25,10 +25,12 @@ LOOPS = {
 }  # fmt: skip
 
 
-def weights_on(device: str, name: str, dtype: torch.dtype = torch.float32) -> Weights:
+def weights_on(
+    device: str, name: str, dtype: torch.dtype = torch.float32, fp8: bool = False
+) -> Weights:
     """Return the same random weights wherever they lie."""
     base = load_config(REPOSITORY / "configs/quickstart_vanilla.yaml").model.model_dump()
-    weights = random_weights(model_from_dict(base | LOOPS[name]), "cpu", dtype)
+    weights = random_weights(model_from_dict(base | LOOPS[name]), "cpu", dtype, fp8=fp8)
     for x in [weights, *weights.layers]:
         for key, value in vars(x).items():
             if isinstance(value, torch.Tensor):
@@ -50,7 +52,7 @@ def test_steps_in_a_graph_compute_what_the_cpu_computes(name: str) -> None:
         engine = Engine(weights_on(device, name), SLOTS)
         text = prompts(engine.decoder.m.vocab_size)
         session = Session(engine.decoder, len(text), SLOTS)
-        session.begin(text, [SamplingOptions()] * len(text))
+        session.begin(text)
         for step in range(70):  # past the window
             session.token_b.fill_(step)
             session.step()
@@ -68,7 +70,8 @@ def test_graph_and_no_graph_give_the_same_tokens(name: str) -> None:
     for graph in (False, True):
         session = Session(decoder, 3, SLOTS, graph=graph)
         for options in ([SamplingOptions()] * 3, drawn):  # two plans, two graphs
-            session.begin(prompts(decoder.m.vocab_size), options)
+            session.set_options(options)
+            session.begin(prompts(decoder.m.vocab_size))
             tokens = []
             for _ in range(20):
                 session.step()
@@ -101,13 +104,12 @@ def test_prefill_in_pieces_equals_prefill_at_once() -> None:
 
 @torch.no_grad()
 def test_fp8_experts_through_triton_equal_plain() -> None:
-    weights = weights_on("cuda", "plt2", torch.bfloat16)
-    quantize_experts(weights)
+    weights = weights_on("cuda", "plt2", torch.bfloat16, fp8=True)
     logits = []
     for kernels in (Engine(weights, SLOTS).decoder.kernels, Kernels()):
         decoder = PLTDecoder(weights, SLOTS, kernels)
         session = Session(decoder, 3, SLOTS, graph=False)
-        session.begin(prompts(decoder.m.vocab_size), [SamplingOptions()] * 3)
+        session.begin(prompts(decoder.m.vocab_size))
         logits.append(decoder.step(session.token_b * 0 + 1, session.cache).float())
     assert (logits[0] - logits[1]).abs().max() < 0.05 * logits[0].abs().max()
 
@@ -119,7 +121,7 @@ def test_fused_rows_equal_unfused_ones() -> None:
     for fuse in (False, True):
         kernels = Engine(weights, SLOTS).decoder.kernels
         session = Session(PLTDecoder(weights, SLOTS, kernels, fuse=fuse), 3, SLOTS)
-        session.begin(prompts(weights.model.vocab_size), [SamplingOptions()] * 3)
+        session.begin(prompts(weights.model.vocab_size))
         session.token_b.fill_(5)
         session.step()
         logits.append(session.decoder.step(session.token_b * 0 + 1, session.cache))

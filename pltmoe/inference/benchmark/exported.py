@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from pltmoe.inference.benchmark.traffic import passes, synchronize
 from pltmoe.inference.engine import Engine, Session
-from pltmoe.inference.sampling import SamplingOptions
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ def _decode(session: Session, setup: DecodeSetup) -> list[float]:
     generator = torch.Generator().manual_seed(0)
     shape = (setup.batch, setup.prompt_tokens)
     prompts = torch.randint(session.decoder.m.vocab_size, shape, generator=generator).tolist()
-    session.begin(prompts, [SamplingOptions(max_new_tokens=setup.new_tokens)] * setup.batch)
+    session.begin(prompts)
     device, times = session.token_b.device, []
     for _ in range(setup.new_tokens):
         synchronize(device)

@@ -10,7 +10,7 @@ import gc
 import logging
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,7 +32,7 @@ from pltmoe.inference.engine import Session, check_fp8
 from pltmoe.inference.kernels import choose_kernels
 from pltmoe.inference.model import PLTDecoder
 from pltmoe.inference.prefill import prefill
-from pltmoe.inference.weights import Weights, quantize_experts, random_weights
+from pltmoe.inference.weights import Weights, random_weights
 
 logger = logging.getLogger(__name__)
 COUNTED_STEPS = 2
@@ -54,6 +54,8 @@ class Setup:
     seed: int = 0
     fp8: bool = False
     """Experts in FP8."""
+    fuse: bool = False
+    """Compile what lies between the large kernels."""
 
 
 @dataclass
@@ -69,9 +71,21 @@ class Result:
 
 
 def measure(
-    models: Sequence[Candidate], setup: Setup, device: torch.device, dtype: torch.dtype
+    models: Sequence[Candidate],
+    setup: Setup,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: Callable[[Result], object] = lambda result: None,
 ) -> Result:
-    """Measure all models: together where they fit into memory, else one size after another."""
+    """Measure all models: together where they fit into memory, else one size after another.
+
+    Args:
+        models: of any sizes.
+        setup: what is measured.
+        device: where.
+        dtype: of weights and cache.
+        keep: called with all results so far after each batch size and prompt length.
+    """
     kernels = choose_kernels(device, dtype)
     on_wall = clock(device) is time.perf_counter
     seconds = "wall clock" if on_wall else "processor time of the one thread"
@@ -82,8 +96,10 @@ def measure(
         decoders = _build(together, setup, device, dtype)
         for batch in setup.batches:
             result.decode += _decode(decoders, batch, setup, result.copy_bytes_per_second)
+            keep(result)
         for tokens in setup.prefill_tokens:
             result.prefill += _prefill(decoders, tokens, setup)
+            keep(result)
         del decoders
         _free(device)
     return result
@@ -113,17 +129,17 @@ def _build(
     sizes: dict[str, list[Candidate]] = {}
     for candidate in models:
         sizes.setdefault(candidate.weights_key(), []).append(candidate)
+    for c in models if setup.fp8 else ():
+        check_fp8(c.model, device)
     shared: dict[str, Weights] = {
-        key: random_weights(with_gates(members), device, dtype, setup.seed)
+        key: random_weights(with_gates(members), device, dtype, setup.seed, setup.fp8)
         for key, members in sizes.items()
     }
-    for weights in shared.values() if setup.fp8 else ():
-        check_fp8(weights.model, device)
-        quantize_experts(weights)
     slots = max(setup.context + setup.new_tokens, *setup.prefill_tokens, 1)
     kernels = choose_kernels(device, dtype)
     return [
-        (c, PLTDecoder(weights_for(c, shared[c.weights_key()]), slots, kernels)) for c in models
+        (c, PLTDecoder(weights_for(c, shared[c.weights_key()]), slots, kernels, setup.fuse))
+        for c in models
     ]
 
 
@@ -137,7 +153,8 @@ def _decode(
     records = [_too_large(c, batch, needed[c], free) for c, _ in decoders if needed[c] > free]
     fit = [(c, d) for c, d in decoders if needed[c] <= free]
     together = sum(needed[c] for c, _ in fit) <= free
-    for group in [fit] if together else [[pair] for pair in fit]:
+    groups = [fit] if together else [[pair] for pair in fit]
+    for group in groups if fit else []:
         sessions = {c: _session(d, batch, setup) for c, d in group}
         experts = {c: _experts_read(s, setup) for c, s in sessions.items()}
         rounds: dict[Candidate, list[float]] = {c: [] for c, _ in group}

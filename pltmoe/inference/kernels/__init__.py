@@ -24,7 +24,8 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         from pltmoe.inference.kernels.decode_attention import decode_attention
         from pltmoe.inference.kernels.experts import experts
 
-        kernels = Kernels(decode_attention, experts, f"Triton kernels on {device}, {dtype}")
+        reason = f"Triton kernels on {device}, {dtype}"
+        kernels = Kernels(decode_attention, experts, reason, capturable=True)
     logger.info("decode attention and experts: %s", kernels.reason)
     return kernels
 

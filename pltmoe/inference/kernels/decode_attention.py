@@ -20,6 +20,8 @@ from torch import Tensor
 LOG2_E = 1.4426950408889634
 BLOCK_N = 64
 KEYS_PER_SPLIT = 128
+MOST_SPLITS = 64
+"""More do not fit the registers of the program that joins them."""
 
 
 @triton.jit
@@ -66,23 +68,22 @@ def _load_rows(
 
 @triton.jit
 def _one_pass(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr, wk_ptr, wv_ptr, window_lengths_ptr, gate_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, wk_ptr, wv_ptr, window_lengths_ptr, gate_ptr,
     y_ptr, scale, stride_qb, stride_ql, stride_qh, stride_kb, stride_kg, stride_kn, stride_vb,
     stride_vg, stride_vn, stride_wb, stride_wl, stride_wg, stride_wn, stride_ub, stride_ul,
     stride_ug, stride_un, stride_gb, stride_gl, stride_gh, G: tl.constexpr, L: tl.constexpr,
     PER: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
-    ROWS: tl.constexpr, WINDOWS: tl.constexpr, HAS_STARTS: tl.constexpr, PRECISION: tl.constexpr
+    ROWS: tl.constexpr, WINDOWS: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """One program per KV head of a sequence: cache, windows and gate."""
     sequence, group = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
     q_qk, loop, query_head, mask = _load_rows(
         q_ptr, sequence, group, stride_qb, stride_ql, stride_qh, L, PER, K, BLOCK_K, ROWS
     )
-    first = tl.load(starts_ptr + sequence).to(tl.int32) if HAS_STARTS else 0
     last = tl.load(lengths_ptr + sequence).to(tl.int32)
     y_qk, top_q, sum_q = _attend(
         q_qk, scale, k_ptr + sequence * stride_kb + group * stride_kg,
-        v_ptr + sequence * stride_vb + group * stride_vg, stride_kn, stride_vn, first, last,
+        v_ptr + sequence * stride_vb + group * stride_vg, stride_kn, stride_vn, 0, last,
         K, BLOCK_K, BLOCK_N, ROWS, PRECISION
     )  # fmt: skip
     y_qk = y_qk / sum_q[:, None]
@@ -106,12 +107,12 @@ def _one_pass(
 
 @triton.jit
 def _split(
-    q_ptr, k_ptr, v_ptr, lengths_ptr, starts_ptr, wk_ptr, wv_ptr, window_lengths_ptr, acc_ptr,
+    q_ptr, k_ptr, v_ptr, lengths_ptr, wk_ptr, wv_ptr, window_lengths_ptr, acc_ptr,
     top_ptr, sum_ptr, scale, stride_qb, stride_ql, stride_qh, stride_kb, stride_kg, stride_kn,
     stride_vb, stride_vg, stride_vn, stride_wb, stride_wl, stride_wg, stride_wn, stride_ub,
     stride_ul, stride_ug, stride_un, SPLITS: tl.constexpr, PARTS: tl.constexpr, G: tl.constexpr,
     L: tl.constexpr, PER: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, HAS_STARTS: tl.constexpr, PRECISION: tl.constexpr
+    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """One program per KV head and split; parts from SPLITS on are the later loops' windows."""
     sequence, group = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
@@ -123,10 +124,9 @@ def _split(
         k_at = k_ptr + sequence * stride_kb + group * stride_kg
         v_at = v_ptr + sequence * stride_vb + group * stride_vg
         stride_k, stride_v = stride_kn, stride_vn
-        start = tl.load(starts_ptr + sequence).to(tl.int32) if HAS_STARTS else 0
         last = tl.load(lengths_ptr + sequence).to(tl.int32)
-        keys = tl.cdiv(tl.cdiv(last - start, SPLITS), BLOCK_N) * BLOCK_N
-        first = start + part * keys
+        keys = tl.cdiv(tl.cdiv(last, SPLITS), BLOCK_N) * BLOCK_N
+        first = part * keys
         last = tl.minimum(first + keys, last)
     else:
         later = part - SPLITS
@@ -184,7 +184,6 @@ def decode_attention(
     k_bgnk: Tensor,
     v_bgnk: Tensor,
     lengths_b: Tensor,
-    starts_b: Tensor | None = None,
     window_k_bLgwk: Tensor | None = None,
     window_v_bLgwk: Tensor | None = None,
     window_lengths_b: Tensor | None = None,
@@ -205,7 +204,7 @@ def decode_attention(
     assert window_k_bLgwk is not None and window_v_bLgwk is not None and gate_bLh is not None
     y_bLhk = torch.empty(b, L, h, k, dtype=q_bLhk.dtype, device=q_bLhk.device)
     inputs = (
-        q_bLhk, k_bgnk, v_bgnk, lengths_b, lengths_b if starts_b is None else starts_b,
+        q_bLhk, k_bgnk, v_bgnk, lengths_b,
         window_k_bLgwk, window_v_bLgwk, window_lengths_b,
     )  # fmt: skip
     strides = (
@@ -216,7 +215,7 @@ def decode_attention(
         "G": g, "L": L, "PER": h // g, "K": k, "BLOCK_K": max(16, triton.next_power_of_2(k)),
         "ROWS": max(16, triton.next_power_of_2(L * h // g)),
     }  # fmt: skip
-    how = {"BLOCK_N": BLOCK_N, "HAS_STARTS": starts_b is not None, "num_warps": 4}
+    how = {"BLOCK_N": BLOCK_N, "num_warps": 4}
     how["num_stages"] = 3 if q_bLhk.element_size() <= 2 else 2
     how["PRECISION"] = "ieee" if q_bLhk.dtype == torch.float32 else "tf32"
     scale = LOG2_E * k**-0.5
@@ -247,7 +246,7 @@ def choose_splits(heads: int, n: int, processors: int) -> int:
     ``heads`` is sequences x KV heads, ``n`` the capacity of the cache in slots.
     """
     wanted = round(2 * processors / heads)
-    return max(1, min(wanted, triton.cdiv(n, KEYS_PER_SPLIT)))
+    return max(1, min(wanted, triton.cdiv(n, KEYS_PER_SPLIT), MOST_SPLITS))
 
 
 def _processors(device: torch.device) -> int:

@@ -22,7 +22,7 @@ from pltmoe.inference import experts as plain
 from pltmoe.inference.kernels.tiles import Tiles, choose_tiles
 
 MAX_ROUTED_ROWS = 8192
-"""More (a long prefill) is bound by arithmetic: a library's grouped product takes over."""
+"""More (a long prefill) is bound by arithmetic: a library's grouped product of bf16 takes over."""
 
 
 @triton.jit
@@ -150,9 +150,8 @@ def experts(
     """
     (t, top_k), d, f = expert_te.shape, x_td.size(1), down_edf.size(2)
     rows, e = t * top_k, down_edf.size(0)
-    if rows > MAX_ROUTED_ROWS:
-        scales = gate_up_scale_e2f, down_scale_ed
-        return plain.experts(x_td, expert_te, weight_te, gate_up_e2fd, down_edf, *scales)
+    if rows > MAX_ROUTED_ROWS and gate_up_e2fd.dtype == torch.bfloat16:
+        return plain.experts(x_td, expert_te, weight_te, gate_up_e2fd, down_edf)
     tiles = tiles or choose_tiles(rows, e)
     x_td = x_td.contiguous()
     assert gate_up_e2fd.is_contiguous() and down_edf.is_contiguous()

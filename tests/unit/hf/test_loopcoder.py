@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from pltmoe.errors import ConfigError, ConversionError
 from pltmoe.hf.fields import from_hf_fields
 from pltmoe.hf.loopcoder import convert_loopcoder
+from pltmoe.inference.weights import describe_folder
 from tests.contracts.source import REPOSITORY
 
 FIELDS = {
@@ -165,6 +166,8 @@ def test_what_is_written(tmp_path):
     assert config["eos_token_id"] == [2, 3] and config["dtype"] == "float64"
     with pytest.raises(ConversionError, match="plt_gate_norm is True; only False can be converted"):
         from_hf_fields(config)  # our training has no gate norm
+    with pytest.raises(ConversionError, match="transformers runs the folder .tools/generate.py"):
+        describe_folder(tmp_path / "ours")
 
 
 @pytest.mark.parametrize(
@@ -194,10 +197,12 @@ def test_missing_fields_and_tensors_are_named(tmp_path):
     write_folder(tmp_path / "tensors", FIELDS, lacking)
     with pytest.raises(ConversionError, match="tensor missing: model.layers.0.*gate_norm"):
         convert_loopcoder(tmp_path / "tensors", tmp_path / "ours", progress=False)
-    without = {name: value for name, value in FIELDS.items() if name != "plt_window_size"}
-    write_folder(tmp_path / "fields", without, weights)
-    with pytest.raises(ConversionError, match="field missing: plt_window_size"):
-        convert_loopcoder(tmp_path / "fields", tmp_path / "ours", progress=False)
+    write_folder(tmp_path / "fields", FIELDS, weights)
+    for lacking in ("plt_window_size", "plt_gate_use_hidden_states", "plt_hidden_scale"):
+        without = {name: value for name, value in FIELDS.items() if name != lacking}
+        (tmp_path / "fields" / "config.json").write_text(json.dumps(without))
+        with pytest.raises(ConversionError, match=f"field missing: {lacking}"):
+            convert_loopcoder(tmp_path / "fields", tmp_path / "ours", progress=False)
     (tmp_path / "fields" / "config.json").write_text("{")
     with pytest.raises(ConversionError, match="config.json: cannot be read"):
         convert_loopcoder(tmp_path / "fields", tmp_path / "ours", progress=False)

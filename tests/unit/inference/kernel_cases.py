@@ -23,7 +23,6 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "plt2_mha": {"L": 2, "h": 3, "g": 3},
     "vanilla": {"L": 1, "h": 4, "g": 2},
     "shared_kv_without_window": {"L": 2, "h": 4, "g": 2, "window": False},
-    "padded_left": {"L": 2, "h": 4, "g": 2, "starts": (0, 4, 90)},
     "window_not_full": {"L": 2, "h": 4, "g": 2, "w": 64, "lengths": (1, 7, 40)},
     "odd_head_size": {"L": 2, "h": 4, "g": 2, "k": 24},
     "cache_of_a_larger_tensor": {"L": 2, "h": 4, "g": 2, "sliced": True},
@@ -44,9 +43,9 @@ EXPERTS: dict[str, dict[str, Any]] = {
 
 def attention_inputs(
     device: str, dtype: torch.dtype, L: int, h: int, g: int, k: int = 16, n: int = 150,
-    w: int = 20, lengths: tuple[int, ...] = (1, 150, 97), starts: tuple[int, ...] | None = None,
-    window: bool = True, sliced: bool = False,
-) -> tuple[Tensor | None, ...]:  # fmt: skip
+    w: int = 20, lengths: tuple[int, ...] = (1, 150, 97), window: bool = True,
+    sliced: bool = False,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Random arguments of decode_attention; slots that must not be read hold NaN."""
     generator, b = torch.Generator(device).manual_seed(1), len(lengths)
 
@@ -58,18 +57,13 @@ def attention_inputs(
     else:
         k_bgnk, v_bgnk = random(b, g, n, k), random(b, g, n, k)
     length_b = torch.tensor(lengths, device=device)
-    if starts is not None:
-        length_b = length_b.clamp(min=max(starts) + 1)
-    start_b = None if starts is None else torch.tensor(starts, device=device)
-    used_b = (length_b - (0 if start_b is None else start_b)).clamp(max=w)
-    slot = torch.arange(n, device=device)
-    for i in range(b):
-        outside = (slot >= length_b[i]) | (slot < (0 if start_b is None else start_b[i]))
-        k_bgnk[i, :, outside] = v_bgnk[i, :, outside] = float("nan")
-    arguments = [random(b, L, h, k), k_bgnk, v_bgnk, length_b, start_b]
+    for i, length in enumerate(lengths):
+        k_bgnk[i, :, length:] = v_bgnk[i, :, length:] = float("nan")
+    arguments = [random(b, L, h, k), k_bgnk, v_bgnk, length_b]
     if window:
         wk, wv = random(b, L - 1, g, w, k), random(b, L - 1, g, w, k)
-        arguments += [wk, wv, used_b, torch.rand(b, L, h, device=device).to(dtype)]
+        gate = torch.rand(b, L, h, device=device).to(dtype)
+        arguments += [wk, wv, length_b.clamp(max=w), gate]
     return tuple(arguments)
 
 
@@ -129,7 +123,7 @@ def attention_error(name: str, splits: int | None, device: str, dtype: torch.dty
     from pltmoe.inference.kernels.decode_attention import decode_attention
 
     inputs = attention_inputs(device, dtype, **ATTENTION[name])
-    exact = [x.double() if x is not None and x.is_floating_point() else x for x in inputs]
+    exact = [x.double() if x.is_floating_point() else x for x in inputs]
     exact[1:3] = [x.nan_to_num() for x in exact[1:3]]  # the plain version multiplies by zero
     expected = plain_attention.decode_attention(*exact)
     return relative_error(decode_attention(*inputs, splits=splits), expected)

@@ -148,6 +148,21 @@ def test_a_model_whose_cache_does_not_fit_is_not_run_and_says_so(
     assert "GiB of cache" in next(r["not_run"] for r in found if r["model"] == LOOP2)
 
 
+def test_a_batch_that_no_model_fits_costs_no_other_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = tiny((VANILLA,))
+    need = 3 * kv_cache_bytes(models[0].model, 16, 4) + 3 * 8 * 61
+    monkeypatch.setattr(measuring, "_free_bytes", lambda device: need)
+    monkeypatch.setattr(measuring, "weight_bytes", lambda members, dtype: 0)
+    kept: list[tuple[int, int]] = []
+    setup = Setup((3, 9), 12, 4, 1, (9,), 1)
+    found = measure(
+        models, setup, torch.device("cpu"), torch.float32,
+        keep=lambda so_far: kept.append((len(so_far.decode), len(so_far.prefill))),
+    )  # fmt: skip
+    assert ["ms_per_token" in r for r in found.decode] == [True, False]
+    assert kept == [(1, 0), (2, 0), (2, 1)], "what is measured is kept at once"
+
+
 def test_exported_folders_are_measured_through_the_engine(tmp_path: Path) -> None:
     """What tools/compare_runs.py --decode reads, and that PLT-2 is one pass there."""
     names = {"plt2": 1, "loop2": 2}

@@ -1,9 +1,11 @@
 """The engine generates what decoding without any cache generates, batched, streamed, continued."""
 
+import weakref
+
 import pytest
 import torch
 
-from pltmoe.errors import ConfigError, DataError
+from pltmoe.errors import ConfigError, DataError, EngineError
 from pltmoe.inference.engine import Engine, Session
 from pltmoe.inference.sampling import Sampler, SamplingOptions
 from pltmoe.inference.weights import random_weights, weights_of
@@ -106,11 +108,51 @@ def test_logprobs_are_the_models():
 def test_sessions_are_kept_while_they_fit(caplog):
     caplog.set_level("INFO")
     _, e = engine()
-    one = e.session(1, 20)
-    assert e.session(1, 60) is one
-    assert e.session(2, 60) is not one
+    with e.session(1, 20) as one:
+        pass
+    with e.session(1, 60) as again, e.session(1, 20) as another:
+        assert again is one and another is not one, "a session is its borrower's alone"
+    del again, another
+    gone = weakref.ref(one)
+    del one
+    with e.session(2, 60) as larger:
+        assert larger.batch == 2
+        assert gone() is None, "the old cache must be free before the new one is made"
     assert "attention and experts: plain PyTorch" in caplog.text
     assert "MiB for 2 sequences of 64 slots" in caplog.text
+
+
+def test_streams_of_one_engine_do_not_touch_each_other():
+    _, e = engine()
+    options = SamplingOptions(max_new_tokens=8)
+    expected = [e.generate([prompt], options)[0].tokens for prompt in PROMPTS]
+    streams = [e.stream([prompt], options) for prompt in PROMPTS]
+    together = [[new.token for new in step] for step in zip(*streams, strict=True)]
+    assert [list(tokens) for tokens in zip(*together, strict=True)] == expected
+
+
+def test_a_stream_that_is_dropped_gives_its_session_back():
+    _, e = engine()
+    stream = e.stream(PROMPTS[:1], SamplingOptions(max_new_tokens=5))
+    next(stream)
+    assert e._session is None
+    del stream
+    assert e._session is not None
+
+
+def test_a_cache_longer_than_the_decoders_angles_is_refused():
+    _, e = engine()
+    with pytest.raises(EngineError, match="a cache of 65 slots for a model that is set to 64"):
+        Session(e.decoder, 1, 65)
+
+
+def test_fused_rows_compute_the_same():
+    """torch.compile on a CPU; tests/gpu does it on a GPU."""
+    reference, plain = engine("plt2")
+    fused = Engine(weights_of(reference.m, reference.state_dict()), 64, fuse=True)
+    options = SamplingOptions(max_new_tokens=6)
+    found, expected = (e.generate(PROMPTS, options) for e in (fused, plain))
+    assert [g.tokens for g in found] == [g.tokens for g in expected]
 
 
 def test_pretended_context_decodes():
@@ -141,9 +183,9 @@ def test_prompts_that_cannot_be_continued(prompts, changes, error, message):
 def test_bfloat16_follows_float64_closely():
     reference = random_reference(model("plt2").model_copy(update={"moe_ffn_hidden_size": 16}))
     e = Engine(weights_of(reference.m, reference.state_dict(), dtype=torch.bfloat16), 64)
-    session = e.session(2, 40)
+    session = Session(e.decoder, 2, 40)
     x = tokens(2, 20)
-    session.begin(x.tolist(), [SamplingOptions()] * 2)
+    session.begin(x.tolist())
     logits = e.decoder.step(x[:, 0], session.cache)
     expected = reference(torch.cat([x, x[:, :1]], 1)).logits[:, -1]
     assert logits.dtype == torch.bfloat16

@@ -3,9 +3,11 @@
 import io
 import json
 import runpy
+import shutil
 import sys
 
 import pytest
+import torch
 from transformers import AutoTokenizer
 
 from pltmoe.inference.engine import Engine
@@ -110,6 +112,48 @@ def test_stop_strings_end_the_text_before_them(exported, tmp_path, monkeypatch):
     stop = whole[9:12]
     assert generate(monkeypatch, *common, "--max-new-tokens", 30, "--stop", stop) is None
     assert json.loads(output.read_text())[0]["text"] == whole[: whole.index(stop)]
+
+
+def test_a_stop_string_may_be_any_text(exported, monkeypatch, capsys):
+    tool = runpy.run_path(str(REPOSITORY / "tools/generate.py"))
+    for typed, meant in ((r"\n\n", "\n\n"), ("é。", "é。"), (r"\\", "\\"), ("a\tb", "a\tb")):
+        assert tool["_unescaped"](typed) == meant
+    code = generate(monkeypatch, "--model", exported, "--prompt", "x", "--stop", "end\\")
+    assert "at end of string; a backslash is" in code
+
+
+def test_going_on_reads_the_tokens_that_were_made(exported, tokenizer, monkeypatch, capsys):
+    """Not the text again, whose tokens may be others."""
+    arguments = ["--model", exported, "--max-new-tokens", 6, "--dtype", "float64"]
+    generate(monkeypatch, *arguments, stdin=Terminal("import os\n\n"))
+    ids = tokenizer("import os")["input_ids"]
+    engine = Engine.load(exported, "cpu", torch.float64)
+    whole = engine.generate([ids], SamplingOptions(max_new_tokens=12))[0].tokens
+    text = TextStream(tokenizer, ids)
+    assert "import os" + "".join(map(text.add, whole)) + text.finish() in capsys.readouterr().out
+
+
+def test_transformers_times_count_no_padding(exported, tmp_path, monkeypatch, capsys):
+    """The second text ends early: what follows its end is not made."""
+    folder = tmp_path / "model"
+    shutil.copytree(exported, folder)
+    common = ["--model", folder, "--engine", "transformers", "--max-new-tokens", 8]
+    common += ["--prompt", "x", "--prompt", "import torch\n"]
+    assert generate(monkeypatch, *common) is None
+    assert " 16 new tokens in " in capsys.readouterr().err
+    texts = []
+    for prompt in ("x", "import torch\n"):
+        ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(prompt)["input_ids"]
+        found = Engine.load(folder, "cpu").generate([ids], SamplingOptions(max_new_tokens=8))
+        texts.append(found[0].tokens)
+    end = next(token for token in texts[1] if token not in texts[0])
+    path = folder / "generation_config.json"
+    given = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(given | {"eos_token_id": end, "pad_token_id": end}))
+    assert generate(monkeypatch, *common) is None
+    made = 8 + texts[1].index(end) + 1
+    shown = capsys.readouterr().err
+    assert f" {made} new tokens in " in shown and "with the prompts" in shown
 
 
 def test_text_comes_whole_characters_at_a_time(tokenizer):

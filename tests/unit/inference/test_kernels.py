@@ -55,11 +55,10 @@ def test_a_step_through_the_kernels_is_the_plain_step(name: str, errors: dict[st
 def test_plain_attention_equals_the_references(name: str) -> None:
     """Row by row, with the reference's own attention over exactly the slots that count."""
     inputs = attention_inputs("cpu", torch.float64, **ATTENTION[name])
-    q, k, v, lengths, starts, wk, wv, used, gate = (*inputs, None, None, None, None)[:9]
-    y = attention.decode_attention(q, k.nan_to_num(), v.nan_to_num(), lengths, starts, wk, wv,
-                                   used, gate)  # fmt: skip
+    q, k, v, lengths, wk, wv, used, gate = (*inputs, None, None, None, None)[:8]
+    y = attention.decode_attention(q, k.nan_to_num(), v.nan_to_num(), lengths, wk, wv, used, gate)
     for i in range(q.size(0)):
-        seen = slice(0 if starts is None else starts[i], lengths[i])
+        seen = slice(0, lengths[i])
         for loop in range(q.size(1)):
             expected = _attend(q[i, loop], k[i, :, seen], v[i, :, seen])
             if loop > 0 and wk is not None:

@@ -21,12 +21,12 @@ from pltmoe.inference.kernels.tiles import DOWN, GATE_UP, Tile  # noqa: E402
 H200 = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY_BYTES = 227 * 1024
 TYPES = {
-    "lengths_ptr": "*i64", "starts_ptr": "*i64", "window_lengths_ptr": "*i64", "acc_ptr": "*fp32",
+    "lengths_ptr": "*i64", "window_lengths_ptr": "*i64", "acc_ptr": "*fp32",
     "top_ptr": "*fp32", "sum_ptr": "*fp32", "expert_ptr": "*i64", "block_expert_ptr": "*i32",
     "block_row_ptr": "*i32", "scale_ptr": "*fp32", "scale": "fp32",
 }  # fmt: skip
 HEADS = {"G": 4, "L": 2, "PER": 4, "K": 128, "BLOCK_K": 128, "ROWS": 16}
-ATTEND = HEADS | {"BLOCK_N": decode_attention.BLOCK_N, "HAS_STARTS": True, "PRECISION": "tf32"}
+ATTEND = HEADS | {"BLOCK_N": decode_attention.BLOCK_N, "PRECISION": "tf32"}
 PARTS = {"SPLITS": 16, "PARTS": 17}
 
 
@@ -73,9 +73,14 @@ def test_attention(name: str, tmp_path: Path) -> None:
     assert binary.metadata.shared <= SHARED_MEMORY_BYTES // 2, "two programs per processor"
 
 
-def test_the_small_kernels(tmp_path: Path) -> None:
-    constants = HEADS | PARTS | {"BLOCK_S": 16, "WINDOWS": True}
+@pytest.mark.parametrize("splits", [16, 34, decode_attention.MOST_SPLITS])
+def test_joining_splits(splits: int, tmp_path: Path) -> None:
+    constants = HEADS | {"SPLITS": splits, "PARTS": splits + 1, "WINDOWS": True}
+    constants["BLOCK_S"] = triton.next_power_of_2(splits)
     assert_fits(compiled(decode_attention._combine, constants, num_warps=2), tmp_path)
+
+
+def test_routing(tmp_path: Path) -> None:
     sizes = {"EXPERTS": 256, "BINS": 512, "CHUNK": 1024, "BLOCK_M": 16}
     assert_fits(compiled(experts._route, sizes, num_warps=4), tmp_path)
 

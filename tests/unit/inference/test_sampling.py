@@ -101,3 +101,13 @@ def test_a_draw_does_not_depend_on_the_rest_of_the_batch():
 def test_options_out_of_range(options, message):
     with pytest.raises(ConfigError, match=message):
         SamplingOptions(**options)
+
+
+def test_limits_that_differ_little_share_one_plan() -> None:
+    """Each plan is a CUDA graph."""
+    sampler = Sampler(2, 100, torch.device("cpu"))
+    plans = set()
+    for top_k in (5, 6, 7, 8, 70, 99):
+        options = SamplingOptions(temperature=1.0, top_k=top_k)
+        plans.add(sampler.set([options, SamplingOptions(temperature=1.0, top_k=3)]).candidates)
+    assert plans == {8, 100}

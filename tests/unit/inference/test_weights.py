@@ -16,8 +16,8 @@ from pltmoe.inference.experts import dequantize
 from pltmoe.inference.model import PLTDecoder
 from pltmoe.inference.prefill import prefill
 from pltmoe.inference.sampling import SamplingOptions
-from pltmoe.inference.weights import describe_folder, load_weights, quantize_experts, random_weights
-from tests.unit.hf.models import pair, small_model
+from pltmoe.inference.weights import describe_folder, load_weights, random_weights, weights_of
+from tests.unit.hf.models import pair, random_reference, small_model
 from tests.unit.hf.test_stock import stock_model
 from tests.unit.inference.folders import MAX_SLOTS, write_folder
 from tests.unit.inference.models import NAMES, model, tokens
@@ -82,11 +82,11 @@ def test_routers_stay_wide():
 def test_experts_in_fp8_compute_what_their_rounded_weights_compute():
     """Prefill and decoding use the factors of the rows; FP8 itself is 3 bits of mantissa."""
     m = model("plt2")
-    exact, packed = (random_weights(m, "cpu", torch.float64) for _ in range(2))
-    before = packed.num_bytes()
-    quantize_experts(packed)
-    assert packed.num_bytes() < 0.7 * before
-    rounded = random_weights(m, "cpu", torch.float64)
+    state = random_reference(m).state_dict()
+    exact, rounded = (weights_of(m, state) for _ in range(2))
+    packed = weights_of(m, state, fp8=True)
+    assert packed.num_bytes() < 0.7 * exact.num_bytes()
+    assert random_weights(m, "cpu", torch.float64, fp8=True).num_bytes() == packed.num_bytes()
     for layer, fp8 in zip(rounded.layers, packed.layers, strict=True):
         layer.gate_up_efd = dequantize(fp8.gate_up_efd, fp8.gate_up_scale_ef, torch.float64)
         layer.down_edf = dequantize(fp8.down_edf, fp8.down_scale_ed, torch.float64)
@@ -97,7 +97,8 @@ def test_experts_in_fp8_compute_what_their_rounded_weights_compute():
         first = prefill(decoder, cache, tokens(2, 20).tolist())
         logits.append(torch.stack([first, decoder.step(torch.tensor([1, 2]), cache)]))
     assert (logits[1] - logits[2]).abs().max() < 1e-12
-    assert 0 < (logits[0] - logits[2]).abs().max() < 0.2 * logits[0].abs().max()
+    # Of all logits together: a token whose router is undecided may go to another expert.
+    assert 0 < (logits[0] - logits[2]).norm() < 0.2 * logits[0].norm()
 
 
 def test_fp8_is_refused_where_it_is_not():
