@@ -423,7 +423,8 @@ def _destroy_process_groups() -> None:
         if parallel_state := sys.modules.get("megatron.core.parallel_state"):
             parallel_state.destroy_model_parallel()
         distributed.destroy_process_group()
-        _free_process_groups()
+    if "megatron.core" in sys.modules:
+        _free_process_groups()  # of a run that has ended its own, too
 
 
 def _free_process_groups() -> None:
