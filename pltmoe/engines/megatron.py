@@ -37,12 +37,12 @@ from pltmoe.engines.megatron_optimizer import (
 )
 from pltmoe.engines.step_guard import StepGuard
 from pltmoe.model.initialize import global_name, initialize
+from pltmoe.model.layer_specs import backends
 from pltmoe.model.loop_diagnostics import diagnostic_metrics
 from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
 from pltmoe.parallel.layout import Layout
 from pltmoe.parallel.pipeline import Pipeline, build_stage
 from pltmoe.runtime import devices
-from pltmoe.runtime.devices import Backend
 from pltmoe.runtime.distributed import highest, is_main
 from pltmoe.runtime.seeds import restore_random_state
 
@@ -66,7 +66,9 @@ class MegatronEngine:
         length = config.data.sequence_length
         self.pipeline = Pipeline(self.model, self._ddp, layout, groups, length, self._device)
         self.capabilities = Capabilities(
-            layout, devices.precision_name(config.train.precision), _backends()
+            layout,
+            devices.precision_name(config.train.precision),
+            backends(config.model, self.model.config) | {"optimizer": devices.optimizer_backend()},
         )
 
     def train_step(self, batches: Iterator[Batch], step: int, watch: bool) -> StepResult:
@@ -233,14 +235,3 @@ def _not_finite_loss(local: Tensor) -> str:
         f"rank {rank}: {loss}" for rank, loss in enumerate(per_rank) if not math.isfinite(loss)
     ]
     return f"the loss is not finite ({', '.join(broken) or 'only their sum overflows'})"
-
-
-def _backends() -> dict[str, Backend]:
-    """Say who computes what. The layer specs have no Transformer Engine variant yet."""
-    reason = "the layer specs are built from PyTorch parts"
-    return {
-        "attention": Backend("torch", f"scaled_dot_product_attention: {reason}"),
-        "norm": Backend("torch", f"rms_norm: {reason}"),
-        "experts": Backend("torch", "one matrix product pair per expert: grouped GEMM needs TE"),
-        "optimizer": devices.optimizer_backend(),
-    }

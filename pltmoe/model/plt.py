@@ -87,7 +87,7 @@ class PLTModel(LanguageModule):
             rotary_base=plt.rope_theta,
             cp_group=pg_collection.cp,
         )
-        spec = layer_spec(plt, self.slots)
+        spec = layer_spec(plt, config, self.slots)
         numbers = [number for chunk in self.stage.chunks for number in chunk]
         self.layers = LoopedStack(
             (

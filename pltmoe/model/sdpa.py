@@ -20,16 +20,10 @@ def causal_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor) -> Tensor:
 
     There may be more keys than queries: the last key belongs to the last query.
     """
-    grouped = q_bhsk.size(1) != k_bgsk.size(1)
     queries, keys = q_bhsk.size(2), k_bgsk.size(2)
     if queries == keys:
-        return F.scaled_dot_product_attention(
-            q_bhsk, k_bgsk, v_bgsk, is_causal=True, enable_gqa=grouped
-        )
-    mask = causal_lower_right(queries, keys)
-    return F.scaled_dot_product_attention(
-        q_bhsk, k_bgsk, v_bgsk, attn_mask=mask, enable_gqa=grouped
-    )
+        return _attend(q_bhsk, k_bgsk, v_bgsk, is_causal=True)
+    return _attend(q_bhsk, k_bgsk, v_bgsk, attn_mask=causal_lower_right(queries, keys))
 
 
 def window_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor, window_keys: int) -> Tensor:
@@ -58,14 +52,27 @@ def window_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor, window_keys
         before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
         return torch.cat([before, x], dim=3).flatten(0, 1)
 
-    out = F.scaled_dot_product_attention(
+    out = _attend(
         cut(q_bhsk).flatten(0, 1),
         with_previous(cut(k_bgsk)),
         with_previous(cut(v_bgsk)),
         attn_mask=_band(blocks, size, window_keys, q_bhsk.device).repeat(b, 1, 1, 1),
-        enable_gqa=h != k_bgsk.size(1),
     )
     return out.view(b, blocks, h, size, k).transpose(1, 2).reshape(b, h, blocks * size, k)[:, :, :s]
+
+
+def _attend(q_bhsk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, **how: Any) -> Tensor:
+    """Call SDPA so that a fused kernel takes it.
+
+    On a GPU only the flash kernel knows grouped heads, and it takes neither a mask nor float32;
+    PyTorch would then build s x s scores without a word. There KV heads are repeated.
+    """
+    groups = q_bhsk.size(1) // k_bgtk.size(1)
+    flash = q_bhsk.dtype in (torch.bfloat16, torch.float16) and how.get("is_causal", False)
+    if groups > 1 and q_bhsk.is_cuda and not flash:
+        k_bgtk, v_bgtk = (x.repeat_interleave(groups, 1) for x in (k_bgtk, v_bgtk))
+        groups = 1
+    return F.scaled_dot_product_attention(q_bhsk, k_bgtk, v_bgtk, enable_gqa=groups > 1, **how)
 
 
 def _band(blocks: int, size: int, window_keys: int, device: torch.device) -> Tensor:

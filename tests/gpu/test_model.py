@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from pltmoe.model.grouped_experts import GroupedExperts
 from tests.single_process import build_model, packed_batch, reference_of
 from tests.unit.model.cases import ALL, ROWS, small_model
 from tests.unit.model.parity import assert_equals_reference
@@ -30,3 +31,21 @@ def test_bfloat16_logits_are_close(name: str, groups: Any) -> None:
     expected = reference_of(plt, model)(tokens, positions == 0).logits
     error = (plt(tokens, positions).double() - expected).abs().mean() / expected.abs().mean()
     assert error < 0.08, error.item()
+
+
+def test_grouped_experts_equal_experts_one_by_one(groups: Any) -> None:
+    """Rows of every expert, of one only, and fewer than experts; bf16 products of other shapes."""
+    model = small_model(**ROWS["row1_vanilla"], hidden_size=64, moe_ffn_hidden_size=32)
+    experts = build_model(model, groups, torch.bfloat16).layers[0].mlp.experts
+    assert isinstance(experts, GroupedExperts)
+    for counts in ([5, 1, 40, 0, 18, 3], [0, 0, 67, 0, 0, 0], [1, 0, 0, 1, 0, 0]):
+        tokens, found = torch.tensor(counts), []
+        for forward in (experts.forward, super(GroupedExperts, experts).forward):
+            torch.manual_seed(1)
+            x = torch.randn(sum(counts), 64, device="cuda", dtype=torch.bfloat16).requires_grad_()
+            share = torch.rand(sum(counts), device="cuda", requires_grad=True)
+            y, _ = forward(x, tokens, share)
+            inputs = [x, share, *experts.parameters()]
+            found.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
+        for got, expected in zip(*found, strict=True):
+            assert (got - expected).abs().max() <= 0.02 * expected.abs().max()
