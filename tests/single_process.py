@@ -8,6 +8,7 @@ from torch import Tensor
 
 from pltmoe.config import ModelConfig
 from pltmoe.hf.mapping import megatron_to_hf
+from pltmoe.model.initialize import global_name
 from pltmoe.model.reference import ReferencePLT
 
 
@@ -34,7 +35,9 @@ def create_single_process_groups(folder: Path) -> Any:
     return ProcessGroupCollection.use_mpu_process_groups()
 
 
-def build_model(model: ModelConfig, groups: Any, dtype: torch.dtype) -> Any:
+def build_model(
+    model: ModelConfig, groups: Any, dtype: torch.dtype, transformer_impl: Any = "local"
+) -> Any:
     """Return an initialised PLTModel whose gates, norms and expert biases are not constant.
 
     What starts at a constant would hide errors.
@@ -43,11 +46,14 @@ def build_model(model: ModelConfig, groups: Any, dtype: torch.dtype) -> Any:
     from pltmoe.model.megatron_config import transformer_config
     from pltmoe.model.plt import PLTModel
 
-    plt = PLTModel(model, transformer_config(model, params_dtype=dtype), groups)
+    config = transformer_config(model, params_dtype=dtype, transformer_impl=transformer_impl)
+    plt = PLTModel(model, config, groups)
     initialize(plt, seed=3)
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, tensor in plt.state_dict(keep_vars=True).items():
+            if name.endswith("_extra_state"):
+                continue
             scale = 0.3 if "plt_gate" in name or "norm" in name else 0.05
             if tensor is not None and (scale == 0.3 or "expert_bias" in name):
                 tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor) * scale)
@@ -56,7 +62,11 @@ def build_model(model: ModelConfig, groups: Any, dtype: torch.dtype) -> Any:
 
 def reference_of(plt: Any, model: ModelConfig) -> ReferencePLT:
     """Return the float64 reference with the weights of ``plt``, on the same device."""
-    state = {k: v.double() for k, v in plt.state_dict().items() if isinstance(v, Tensor)}
+    state = {
+        global_name(plt, name): tensor.double()
+        for name, tensor in plt.state_dict().items()
+        if isinstance(tensor, Tensor) and "_extra_state" not in name
+    }
     reference = ReferencePLT(model).double().to(device())
     reference.load_state_dict(megatron_to_hf(state, model), strict=not model.tied_embeddings)
     return reference

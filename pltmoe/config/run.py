@@ -106,6 +106,9 @@ class TrainConfig(Section):
     """Sequences per forward pass on one rank."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """auto: bf16 with fp32 master weights and gradients on a GPU, fp32 on a CPU."""
+    transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
+    """Whose layers compute: Transformer Engine's, or PyTorch's and Megatron-core's own (local).
+    auto: Transformer Engine on a GPU where it is installed. Checkpoints fit both."""
     seed: int = 1234
     """Seed of weights and data order."""
     deterministic: bool = False

@@ -65,11 +65,11 @@ class MegatronEngine:
         self._guard = StepGuard(config.train)
         length = config.data.sequence_length
         self.pipeline = Pipeline(self.model, self._ddp, layout, groups, length, self._device)
-        self.capabilities = Capabilities(
-            layout,
-            devices.precision_name(config.train.precision),
-            backends(config.model, self.model.config) | {"optimizer": devices.optimizer_backend()},
-        )
+        impl = devices.transformer_impl(config.train.transformer_impl, dtype)
+        found = backends(config.model, self.model.config, impl)
+        found["optimizer"] = devices.optimizer_backend()
+        precision = devices.precision_name(config.train.precision)
+        self.capabilities = Capabilities(layout, precision, found)
 
     def train_step(self, batches: Iterator[Batch], step: int, watch: bool) -> StepResult:
         """Take one optimizer step; see the protocol."""

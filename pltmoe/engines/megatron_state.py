@@ -37,8 +37,13 @@ def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
 
 
 def model_state(model: nn.Module, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Describe the weights; keys of the stored tensors begin with ``model.``."""
+    """Describe the weights; keys of the stored tensors begin with ``model.``.
+
+    Transformer Engine's extra state (the history of FP8 scales) stays out: it would tie a
+    checkpoint to one implementation and one precision.
+    """
     state = model.sharded_state_dict(metadata=sharding_metadata(groups))
+    state = {name: part for name, part in state.items() if "._extra_state" not in name}
     add_prefix_for_sharding(state, "model.")
     return state
 

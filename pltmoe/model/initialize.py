@@ -33,23 +33,33 @@ def initialize(model: PLTModel, seed: int) -> None:
         elif ".plt_gate." in name:
             parameter.zero_()
         else:
-            scale = math.sqrt(2 * model.plt.num_layers) if name.endswith(_OUTPUT_PROJECTIONS) else 1
-            generator = _generator(global_name(model, name), seed, parameter.device)
+            everywhere = global_name(model, name)
+            is_output = everywhere.endswith(_OUTPUT_PROJECTIONS)
+            scale = math.sqrt(2 * model.plt.num_layers) if is_output else 1
+            generator = _generator(everywhere, seed, parameter.device)
             parts = tensor_ranks(model, name)
             shape = whole_shape(parameter, parts[1])
             whole = torch.empty(shape, dtype=torch.float32, device=parameter.device)
             whole.normal_(0.0, std / scale, generator=generator)
-            parameter.copy_(local_slice(whole, name, parameter, *parts))
+            parameter.copy_(local_slice(whole, everywhere, parameter, *parts))
 
 
 def global_name(model: PLTModel, name: str) -> str:
-    """Number layers and experts over the whole model; a tied head is the embedding."""
+    """Number layers and experts over the whole model; a tied head is the embedding.
+
+    Transformer Engine's grouped experts are named as Megatron's own are.
+    """
     if name == "output_layer.weight" and model.plt.tied_embeddings:
         return "embedding.word_embeddings.weight"
     if not (found := re.match(r"layers\.(\d+)\.", name)):
         return name
     local = int(found[1])
     rest = name[found.end() :]
+    rest = re.sub(
+        r"^mlp\.experts\.(linear_fc\d)\.weight(\d+)$",
+        r"mlp.experts.local_experts.\2.\1.weight",
+        rest,
+    )
     if expert := re.match(r"mlp\.experts\.local_experts\.(\d+)\.", rest):
         number = model.layers[local].mlp.local_expert_indices[int(expert[1])]
         rest = f"mlp.experts.local_experts.{number}.{rest[expert.end() :]}"

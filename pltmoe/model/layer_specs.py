@@ -1,5 +1,11 @@
-"""Which module fills which slot of a layer. The only file in model/ that may name backends."""
+"""Which module fills which slot of a layer. The only file in model/ that may name backends.
 
+Both kinds of layers have the same parameters, under the same names in a checkpoint.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -9,7 +15,11 @@ from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.moe.experts import (
+    GroupedMLPSubmodules,
+    SequentialMLP,
+    TEGroupedMLP,
+)
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -44,45 +54,118 @@ class RMSNorm(torch.nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What a layer is built from."""
+
+    norm: Callable[..., torch.nn.Module]
+    column: Callable[..., Any]
+    """A linear layer whose outputs tensor parallelism cuts."""
+    row: Callable[..., Any]
+    """A linear layer whose inputs it cuts."""
+    attention: Callable[[int | None], Callable[..., Any]]
+    """Keys of the window, or None for the whole past -> builder of an attention."""
+    experts: Callable[..., Any]
+
+
 def layer_spec(model: ModelConfig, config: TransformerConfig, slots: Slots) -> ModuleSpec:
-    """Describe one layer built from PyTorch and Megatron-core parts (no Transformer Engine)."""
-    local = partial(SDPACoreAttention, window_keys=model.local_window, slots=slots)
+    """Describe one layer, built from the parts that ``config.transformer_impl`` names."""
+    is_te = config.transformer_impl == "transformer_engine"
+    parts = _transformer_engine_parts() if is_te else _local_parts(config, slots)
     attention = ModuleSpec(
         module=GatedSelfAttention,
         params={"attn_mask_type": AttnMaskType.causal, "plt": model},
         submodules=GatedAttentionSubmodules(
-            linear_qkv=ColumnParallelLinear,
-            core_attention=partial(SDPACoreAttention, slots=slots),
-            local_attention=local,
-            linear_proj=RowParallelLinear,
-            q_layernorm=RMSNorm if model.qk_norm else None,
-            k_layernorm=RMSNorm if model.qk_norm else None,
+            linear_qkv=parts.column,
+            core_attention=parts.attention(None),
+            local_attention=parts.attention(model.local_window),
+            linear_proj=parts.row,
+            q_layernorm=parts.norm if model.qk_norm else None,
+            k_layernorm=parts.norm if model.qk_norm else None,
         ),
     )
     return ModuleSpec(
         module=PLTLayer,
         params={"plt": model},
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=parts.norm,
             self_attention=attention,
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=_feed_forward(model, config),
+            pre_mlp_layernorm=parts.norm,
+            mlp=_feed_forward(model, parts),
             mlp_bda=get_bias_dropout_add,
         ),
     )
 
 
-def backends(model: ModelConfig, config: TransformerConfig) -> dict[str, Backend]:
-    """Say who computes what, and why."""
-    reason = "the layer specs are built from PyTorch parts"
+def _local_parts(config: TransformerConfig, slots: Slots) -> Parts:
+    """PyTorch's and Megatron-core's own; runs everywhere."""
+    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+    one_by_one = config.num_moe_experts is None or why_one_by_one(config, device())
+    experts = SequentialMLP if one_by_one else GroupedExperts
+    return Parts(
+        norm=RMSNorm,
+        column=ColumnParallelLinear,
+        row=RowParallelLinear,
+        attention=lambda window: partial(SDPACoreAttention, window_keys=window, slots=slots),
+        experts=partial(experts, submodules=linear),
+    )
+
+
+def _transformer_engine_parts() -> Parts:
+    """Transformer Engine's, through Megatron-core's wrappers.
+
+    Norms stay modules of their own: fused into the linear layer after them their weights would
+    have other names in checkpoints, and the gate reads what a norm returns.
+    """
+    from megatron.core.extensions import transformer_engine as te  # fails without the library
+
+    grouped = GroupedMLPSubmodules(
+        linear_fc1=te.TEColumnParallelGroupedLinear, linear_fc2=te.TERowParallelGroupedLinear
+    )
+    return Parts(
+        norm=te.TENorm,
+        column=te.TEColumnParallelLinear,
+        row=te.TERowParallelLinear,
+        attention=lambda window: partial(_te_attention, window_keys=window),
+        experts=partial(TEGroupedMLP, submodules=grouped),
+    )
+
+
+def _te_attention(*, window_keys: int | None, config: TransformerConfig, **megatron: Any) -> Any:
+    """Build an attention module; it takes its window from a configuration of its own.
+
+    Context parallelism: a window needs keys gathered, Transformer Engine passes them on from rank
+    to rank only for the whole past.
+    """
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    own = copy.copy(config)
+    own.window_size = None if window_keys is None else (window_keys - 1, 0)
+    own.window_attn_skip_freq = None  # else it depends on the layer's number
+    if window_keys is not None:
+        megatron["cp_comm_type"] = "all_gather"
+    return TEDotProductAttention(config=own, **megatron)
+
+
+def backends(model: ModelConfig, config: TransformerConfig, impl: Backend) -> dict[str, Backend]:
+    """Say who computes what, and why; ``impl`` is the choice of ``train.transformer_impl``."""
+    if config.transformer_impl == "transformer_engine":
+        found = {
+            "attention": Backend("TE", "DotProductAttention, another one for the window"),
+            "norm": impl,
+            "linear layers": impl,
+        }
+        if model.is_moe:
+            found["experts"] = Backend("TE", "GroupedLinear, all experts at once")
+        return found
     found = {
-        "attention": Backend("torch", f"scaled_dot_product_attention: {reason}"),
-        "norm": Backend("torch", f"rms_norm: {reason}"),
+        "attention": Backend("torch", f"scaled_dot_product_attention: {impl.reason}"),
+        "norm": Backend("torch", f"rms_norm: {impl.reason}"),
     }
     if model.is_moe:
         one_by_one = why_one_by_one(config, device())
-        how = "grouped_mm, all experts at once: there is no Transformer Engine variant yet"
+        how = "grouped_mm, all experts at once"
         if one_by_one is not None:
             how = f"one matrix product pair per expert: {one_by_one}"
         found["experts"] = Backend("torch", how)
@@ -102,12 +185,10 @@ def why_one_by_one(config: TransformerConfig, where: torch.device) -> str | None
     return None
 
 
-def _feed_forward(model: ModelConfig, config: TransformerConfig) -> Any:
-    linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+def _feed_forward(model: ModelConfig, parts: Parts) -> Any:
     if not model.is_moe:
+        linear = MLPSubmodules(linear_fc1=parts.column, linear_fc2=parts.row)
         return partial(
             MLP.as_mlp_submodule, submodules=linear, ffn_hidden_size=model.ffn_hidden_size
         )
-    experts_class = SequentialMLP if why_one_by_one(config, device()) else GroupedExperts
-    experts = partial(experts_class, submodules=linear)
-    return partial(MoELayer, submodules=MoESubmodules(experts=experts, router=LoopRouter))
+    return partial(MoELayer, submodules=MoESubmodules(experts=parts.experts, router=LoopRouter))

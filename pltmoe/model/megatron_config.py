@@ -1,6 +1,6 @@
 """From our model section to Megatron's TransformerConfig: the only file that sets its fields."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ def transformer_config(
     *,
     params_dtype: torch.dtype = torch.float32,
     parallel: ParallelConfig | None = None,
+    transformer_impl: Literal["local", "transformer_engine"] = "local",
 ) -> TransformerConfig:
     """Describe one Qwen3-style layer of ``model``, and where it runs, to Megatron-core.
 
@@ -23,6 +24,7 @@ def transformer_config(
     """
     p = parallel or ParallelConfig()
     config = TransformerConfig(
+        transformer_impl=transformer_impl,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -52,7 +54,7 @@ def transformer_config(
         context_parallel_size=p.context_parallel_size,
         expert_model_parallel_size=p.expert_parallel_size,
         expert_tensor_parallel_size=p.expert_tensor_parallel_size,
-        **_moe_fields(model, params_dtype),
+        **_moe_fields(model, params_dtype, transformer_impl == "transformer_engine"),
     )
     # Megatron accepts an expert bias only with sigmoid scores, because its own top-k ignores the
     # bias under softmax. Our router (router.py) adds it, and finalize_model_grads updates it.
@@ -64,7 +66,7 @@ def transformer_config(
     return config
 
 
-def _moe_fields(model: ModelConfig, params_dtype: torch.dtype) -> dict[str, Any]:
+def _moe_fields(model: ModelConfig, params_dtype: torch.dtype, is_te: bool) -> dict[str, Any]:
     if not model.is_moe:
         return {}
     # The router of a layer runs once per loop: dividing averages its losses over the loops that
@@ -76,6 +78,8 @@ def _moe_fields(model: ModelConfig, params_dtype: torch.dtype) -> dict[str, Any]
         "moe_router_topk": model.moe_top_k,
         "moe_ffn_hidden_size": model.moe_ffn_hidden_size,
         "moe_token_dispatcher_type": "alltoall",
+        "moe_grouped_gemm": is_te,
+        "moe_permute_fusion": is_te,
         "moe_router_load_balancing_type": "aux_loss" if aux else "none",
         "moe_aux_loss_coeff": aux,
         "moe_z_loss_coeff": z or None,

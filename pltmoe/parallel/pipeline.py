@@ -29,6 +29,7 @@ from pltmoe.parallel.loop_chunks import Event, LoopChunk
 from pltmoe.parallel.schedule import group_size
 from pltmoe.parallel.shared_kv import Lending
 from pltmoe.parallel.slots import CutSlots
+from pltmoe.runtime import devices
 
 Batch = dict[str, Tensor]
 
@@ -48,7 +49,13 @@ def build_stage(
     device: torch.device,
 ) -> PLTModel:
     """Build this rank's part of the model, with uninitialised weights."""
-    transformer = transformer_config(config.model, params_dtype=dtype, parallel=config.parallel)
+    backend = devices.transformer_impl(config.train.transformer_impl, dtype)
+    transformer = transformer_config(
+        config.model,
+        params_dtype=dtype,
+        parallel=config.parallel,
+        transformer_impl="transformer_engine" if backend.choice == "TE" else "local",
+    )
     is_cut = layout.context_parallel_size > 1 or layout.sequence_parallel
     return PLTModel(
         config.model,

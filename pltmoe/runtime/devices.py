@@ -1,5 +1,6 @@
 """What the machine is: device, precision, peak FLOP/s for MFU, and which fused libraries exist."""
 
+import importlib
 import importlib.util
 import os
 import resource
@@ -7,6 +8,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+
+from pltmoe.errors import ConfigError
 
 _PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
     # Dense bf16 from NVIDIA's data sheets, FLOP/s. First match wins: special names come first.
@@ -81,6 +84,40 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
+
+
+def transformer_impl(
+    wanted: Literal["auto", "local", "transformer_engine"], dtype: torch.dtype
+) -> Backend:
+    """Decide whose layers compute (``train.transformer_impl``).
+
+    Raises:
+        ConfigError: Transformer Engine is asked for and cannot run here.
+    """
+    if wanted == "local":
+        return Backend("torch", "train.transformer_impl is local")
+    why_not = _why_no_transformer_engine(dtype)
+    if why_not is None:
+        return Backend("TE", "Transformer Engine is installed")
+    if wanted == "transformer_engine":
+        raise ConfigError(
+            f"train.transformer_impl is transformer_engine, but {why_not}: use local, or auto"
+        )
+    return Backend("torch", why_not)
+
+
+def _why_no_transformer_engine(dtype: torch.dtype) -> str | None:
+    if not _installed("transformer_engine.pytorch"):
+        return "Transformer Engine is not installed"
+    if not torch.cuda.is_available():
+        return "Transformer Engine needs an NVIDIA GPU, and there is none"
+    if dtype == torch.float64:
+        return "Transformer Engine does not compute in float64"
+    try:
+        importlib.import_module("transformer_engine.pytorch")
+    except (ImportError, OSError) as error:  # a library of another CUDA, a missing part
+        return f"Transformer Engine cannot be loaded ({error})"
+    return None
 
 
 def optimizer_backend() -> Backend:

@@ -8,6 +8,7 @@ import torch
 from pltmoe.model import layer_specs
 from pltmoe.model.grouped_experts import GroupedExperts, GroupedLinear, fits_grouped_product
 from pltmoe.model.megatron_config import transformer_config
+from pltmoe.runtime.devices import Backend
 from tests.single_process import build_model, packed_batch
 from tests.unit.model.cases import ROWS, VARIANTS, small_model
 
@@ -84,7 +85,8 @@ def test_where_experts_run_one_by_one_and_why() -> None:
     odd = model.model_copy(update={"moe_ffn_hidden_size": 36})
     narrow = transformer_config(odd, params_dtype=torch.bfloat16)
     assert "expert width 36 is no multiple of 8" in str(layer_specs.why_one_by_one(narrow, gpu))
-    said = layer_specs.backends(model, config)["experts"]
+    impl = Backend("torch", "asked for")
+    said = layer_specs.backends(model, config, impl)["experts"]
     assert "one matrix product pair per expert: torch's grouped product" in str(said)
     assert fits_grouped_product([8, 16], torch.bfloat16)
     assert not fits_grouped_product([12], torch.bfloat16)

@@ -14,8 +14,12 @@ import torch
 from torch import Tensor
 
 from tests.single_process import build_model, packed_batch, reference_of
-from tests.unit.model.cases import ALL, small_model
-from tests.unit.model.parity import assert_equals_reference
+from tests.unit.model.cases import ALL, ROWS, small_model
+from tests.unit.model.parity import (
+    ROUNDED,
+    assert_equals_reference,
+    assert_rounds_like_bfloat16,
+)
 
 TOLERANCE = 1e-9
 FLOAT32_LOSS_TOLERANCE = 1e-6
@@ -63,3 +67,9 @@ def test_float32_matches_reference_within_rounding(groups: Any) -> None:
     tokens, _, _ = packed_batch(model)
     expected = reference_of(plt, model)(tokens).logits
     assert (plt(tokens) - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_bfloat16_rounds_the_reference(name: str, groups: Any) -> None:
+    model = small_model(**ROWS[name], **ROUNDED)
+    assert_rounds_like_bfloat16(build_model(model, groups, torch.bfloat16), model)

@@ -1,0 +1,124 @@
+"""Layers of Transformer Engine hold the same model as local ones: weights, shards, attributes.
+
+Its modules can be built on a CPU, where only their check for a GPU stands in the way; they compute
+on a GPU only (tests/gpu/test_model.py).
+"""
+
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.dist_checkpointing.dict_utils import nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+from pltmoe.config import ModelConfig
+from pltmoe.engines.megatron_state import model_state
+from pltmoe.errors import ConfigError
+from pltmoe.model import layer_specs, megatron_config
+from pltmoe.model.initialize import global_name
+from pltmoe.runtime import devices
+from pltmoe.runtime.devices import Backend
+from tests.single_process import build_model
+from tests.unit.model.cases import ALL, small_model
+
+NAMES = ["row1_vanilla", "row5_plt2", "shared_routing_plt3", "dense_row6_plt3", "tied"]
+ATTRIBUTES = ("tensor_model_parallel", "partition_dim", "allreduce", "sequence_parallel")
+
+
+@pytest.fixture
+def build_te(groups: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return build_model for Transformer Engine's layers; on a machine without GPU on the CPU."""
+    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    original = megatron_config.TransformerConfig
+
+    def build(model: ModelConfig) -> Any:
+        with monkeypatch.context() as patch:
+            if not torch.cuda.is_available():
+                patch.setattr(torch.cuda, "is_available", lambda: True)
+                patch.setattr(
+                    megatron_config,
+                    "TransformerConfig",
+                    lambda **fields: original(**fields, use_cpu_initialization=True),
+                )
+            return build_model(model, groups, torch.bfloat16, "transformer_engine")
+
+    return build
+
+
+def shards(plt: Any, groups: Any) -> dict[Any, ShardedTensor]:
+    state = model_state(plt, groups)
+    apply_factories(state)
+    found = list(nested_values(state))
+    assert all(isinstance(part, ShardedTensor) for part in found), "plain tensors only"
+    return {(part.key, part.global_offset): part for part in found}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parameters_and_shards_are_those_of_local_layers(
+    name: str, groups: Any, build_te: Any
+) -> None:
+    model = small_model(**ALL[name])
+    local, te = build_model(model, groups, torch.bfloat16), build_te(model)
+    ours, theirs = (
+        {global_name(plt, name): p for name, p in plt.named_parameters()} for plt in (local, te)
+    )
+    assert ours.keys() == theirs.keys()
+    for key, parameter in ours.items():
+        assert torch.equal(parameter, theirs[key]), key
+        for attribute in ATTRIBUTES:
+            values = (getattr(p, attribute, None) for p in (parameter, theirs[key]))
+            assert len(set(values)) == 1, (key, attribute)
+    expected, found = shards(local, groups), shards(te, groups)
+    assert expected.keys() == found.keys()
+    for key, part in expected.items():
+        other = found[key]
+        assert (part.global_shape, part.local_shape) == (other.global_shape, other.local_shape)
+        assert (part.replica_id, part.dtype) == (other.replica_id, other.dtype)
+        assert torch.equal(part.data, other.data), key
+
+
+def test_each_branch_has_its_own_window(build_te: Any) -> None:
+    """Transformer Engine counts the keys to the left, without the query's own."""
+    model = small_model(**ALL["row5_plt2"])
+    plt = build_te(model)
+    assert plt.config.moe_permute_fusion and plt.config.moe_grouped_gemm
+    for layer in plt.layers:
+        attention = layer.self_attention
+        assert attention.core_attention.window_size == (-1, 0)
+        assert attention.local_attention.window_size == (model.window_keys - 1, 0)
+
+
+def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = devices.transformer_impl("local", torch.bfloat16)
+    assert str(asked) == "torch (train.transformer_impl is local)"
+    monkeypatch.setattr(devices, "_installed", lambda module: False)
+    assert "Transformer Engine is not installed" in str(
+        devices.transformer_impl("auto", torch.bfloat16)
+    )
+    with pytest.raises(ConfigError, match="but Transformer Engine is not installed: use local, or"):
+        devices.transformer_impl("transformer_engine", torch.bfloat16)
+    monkeypatch.setattr(devices, "_installed", lambda module: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "and there is none" in str(devices.transformer_impl("auto", torch.bfloat16))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert "in float64" in str(devices.transformer_impl("auto", torch.float64))
+
+    def broken(name: str) -> None:
+        raise OSError("libnccl.so.2: cannot open")
+
+    monkeypatch.setattr(devices.importlib, "import_module", broken)
+    assert "cannot be loaded (libnccl.so.2: cannot open)" in str(
+        devices.transformer_impl("auto", torch.bfloat16)
+    )
+    monkeypatch.setattr(devices.importlib, "import_module", lambda name: None)
+    assert devices.transformer_impl("auto", torch.bfloat16).choice == "TE"
+
+
+def test_start_up_names_what_transformer_engine_does() -> None:
+    model = small_model(**ALL["row5_plt2"])
+    config = megatron_config.transformer_config(model, params_dtype=torch.bfloat16)
+    config.transformer_impl = "transformer_engine"  # asked for at once it needs the library
+    impl = Backend("TE", "Transformer Engine is installed")
+    found = layer_specs.backends(model, config, impl)
+    assert all(backend.choice == "TE" for backend in found.values())
+    assert {"attention", "norm", "linear layers", "experts"} == set(found)
