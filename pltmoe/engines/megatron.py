@@ -27,6 +27,7 @@ from torch import Tensor
 
 from pltmoe.config import RunConfig
 from pltmoe.engines import megatron_state
+from pltmoe.engines.backends import backends
 from pltmoe.engines.base import Batch, Capabilities, StepResult
 from pltmoe.engines.megatron_optimizer import (
     build_optimizer,
@@ -37,7 +38,6 @@ from pltmoe.engines.megatron_optimizer import (
 )
 from pltmoe.engines.step_guard import StepGuard
 from pltmoe.model.initialize import global_name, initialize
-from pltmoe.model.layer_specs import backends
 from pltmoe.model.loop_diagnostics import diagnostic_metrics
 from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
 from pltmoe.parallel.layout import Layout
@@ -57,7 +57,9 @@ class MegatronEngine:
         self.config, self._layout, self._groups = config, layout, groups
         self._device = devices.device()
         dtype = devices.parameter_dtype(config.train.precision)
-        self.model = build_stage(config, layout, groups, dtype, self._device)
+        impl = devices.transformer_impl(config.train.transformer_impl, dtype)
+        kind = "transformer_engine" if impl.choice == "TE" else "local"
+        self.model = build_stage(config, layout, groups, dtype, self._device, kind)
         initialize(self.model, config.train.seed)
         self._ddp = wrap_in_ddp(self.model, groups, config.parallel.overlap_grad_reduce)
         self._optimizer = build_optimizer(config, self._ddp, dtype, groups)
@@ -65,7 +67,6 @@ class MegatronEngine:
         self._guard = StepGuard(config.train)
         length = config.data.sequence_length
         self.pipeline = Pipeline(self.model, self._ddp, layout, groups, length, self._device)
-        impl = devices.transformer_impl(config.train.transformer_impl, dtype)
         found = backends(config.model, self.model.config, impl)
         found["optimizer"] = devices.optimizer_backend()
         precision = devices.precision_name(config.train.precision)

@@ -33,7 +33,6 @@ from pltmoe.model.grouped_experts import GroupedExperts, fits_grouped_product
 from pltmoe.model.router import LoopRouter
 from pltmoe.model.sdpa import SDPACoreAttention
 from pltmoe.model.slots import Slots
-from pltmoe.runtime.devices import Backend, device
 
 
 class RMSNorm(torch.nn.Module):
@@ -101,7 +100,7 @@ def layer_spec(model: ModelConfig, config: TransformerConfig, slots: Slots) -> M
 def _local_parts(config: TransformerConfig, slots: Slots) -> Parts:
     """PyTorch's and Megatron-core's own; runs everywhere."""
     linear = MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-    one_by_one = config.num_moe_experts is None or why_one_by_one(config, device())
+    one_by_one = config.num_moe_experts is None or why_one_by_one(config)
     experts = SequentialMLP if one_by_one else GroupedExperts
     return Parts(
         norm=RMSNorm,
@@ -148,33 +147,9 @@ def _te_attention(*, window_keys: int | None, config: TransformerConfig, **megat
     return TEDotProductAttention(config=own, **megatron)
 
 
-def backends(model: ModelConfig, config: TransformerConfig, impl: Backend) -> dict[str, Backend]:
-    """Say who computes what, and why; ``impl`` is the choice of ``train.transformer_impl``."""
-    if config.transformer_impl == "transformer_engine":
-        found = {
-            "attention": Backend("TE", "DotProductAttention, another one for the window"),
-            "norm": impl,
-            "linear layers": impl,
-        }
-        if model.is_moe:
-            found["experts"] = Backend("TE", "GroupedLinear, all experts at once")
-        return found
-    found = {
-        "attention": Backend("torch", f"scaled_dot_product_attention: {impl.reason}"),
-        "norm": Backend("torch", f"rms_norm: {impl.reason}"),
-    }
-    if model.is_moe:
-        one_by_one = why_one_by_one(config, device())
-        how = "grouped_mm, all experts at once"
-        if one_by_one is not None:
-            how = f"one matrix product pair per expert: {one_by_one}"
-        found["experts"] = Backend("torch", how)
-    return found
-
-
-def why_one_by_one(config: TransformerConfig, where: torch.device) -> str | None:
-    """Say why experts do not run in one grouped product on this device; None if they do."""
-    if where.type != "cuda":
+def why_one_by_one(config: TransformerConfig) -> str | None:
+    """Say why local experts do not run in one grouped product on this machine; None if they do."""
+    if not torch.cuda.is_available():
         return "torch's grouped product is a loop on a CPU"
     if config.params_dtype != torch.bfloat16:
         return "torch's grouped product is for bf16"

@@ -10,7 +10,7 @@ so that the stages fill and drain once per step, not once per loop (``parallel/s
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -29,7 +29,6 @@ from pltmoe.parallel.loop_chunks import Event, LoopChunk
 from pltmoe.parallel.schedule import group_size
 from pltmoe.parallel.shared_kv import Lending
 from pltmoe.parallel.slots import CutSlots
-from pltmoe.runtime import devices
 
 Batch = dict[str, Tensor]
 
@@ -47,14 +46,14 @@ def build_stage(
     groups: ProcessGroupCollection,
     dtype: torch.dtype,
     device: torch.device,
+    transformer_impl: Literal["local", "transformer_engine"] = "local",
 ) -> PLTModel:
     """Build this rank's part of the model, with uninitialised weights."""
-    backend = devices.transformer_impl(config.train.transformer_impl, dtype)
     transformer = transformer_config(
         config.model,
         params_dtype=dtype,
         parallel=config.parallel,
-        transformer_impl="transformer_engine" if backend.choice == "TE" else "local",
+        transformer_impl=transformer_impl,
     )
     is_cut = layout.context_parallel_size > 1 or layout.sequence_parallel
     return PLTModel(

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from pltmoe.engines.backends import backends
 from pltmoe.model import layer_specs
 from pltmoe.model.grouped_experts import GroupedExperts, GroupedLinear, fits_grouped_product
 from pltmoe.model.megatron_config import transformer_config
@@ -30,7 +31,7 @@ def test_a_model_with_grouped_experts_equals_one_without(
     """float32, the widest that PyTorch's grouped product takes: sums of other shapes round."""
     model = small_model(**MODELS[name])
     expected = loss_and_gradients(build_model(model, groups, torch.float32), model)
-    monkeypatch.setattr(layer_specs, "why_one_by_one", lambda config, device: None)
+    monkeypatch.setattr(layer_specs, "why_one_by_one", lambda config: None)
     plt = build_model(model, groups, torch.float32)
     assert all(isinstance(layer.mlp.experts, GroupedExperts) for layer in plt.layers)
     found = loss_and_gradients(plt, model)
@@ -64,7 +65,7 @@ def test_no_copy_of_the_experts_is_kept_for_the_backward_pass() -> None:
 def test_a_rank_without_any_row_gives_its_experts_zero_gradients(
     groups: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layer_specs, "why_one_by_one", lambda config, device: None)
+    monkeypatch.setattr(layer_specs, "why_one_by_one", lambda config: None)
     model = small_model(**ROWS["row1_vanilla"])
     experts = build_model(model, groups, torch.float32).layers[0].mlp.experts
     rows = torch.zeros(0, model.hidden_size, requires_grad=True)
@@ -74,19 +75,19 @@ def test_a_rank_without_any_row_gives_its_experts_zero_gradients(
     assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
 
 
-def test_where_experts_run_one_by_one_and_why() -> None:
+def test_where_experts_run_one_by_one_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model(**ROWS["row5_plt2"])
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
     config = transformer_config(model, params_dtype=torch.bfloat16)
-    assert layer_specs.why_one_by_one(config, gpu) is None
-    assert "a loop on a CPU" in str(layer_specs.why_one_by_one(config, cpu))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "a loop on a CPU" in str(layer_specs.why_one_by_one(config))
+    said = backends(model, config, Backend("torch", "asked for"))["experts"]
+    assert "one matrix product pair per expert: torch's grouped product" in str(said)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert layer_specs.why_one_by_one(config) is None
     wide = transformer_config(model, params_dtype=torch.float32)
-    assert "is for bf16" in str(layer_specs.why_one_by_one(wide, gpu))
+    assert "is for bf16" in str(layer_specs.why_one_by_one(wide))
     odd = model.model_copy(update={"moe_ffn_hidden_size": 36})
     narrow = transformer_config(odd, params_dtype=torch.bfloat16)
-    assert "expert width 36 is no multiple of 8" in str(layer_specs.why_one_by_one(narrow, gpu))
-    impl = Backend("torch", "asked for")
-    said = layer_specs.backends(model, config, impl)["experts"]
-    assert "one matrix product pair per expert: torch's grouped product" in str(said)
+    assert "expert width 36 is no multiple of 8" in str(layer_specs.why_one_by_one(narrow))
     assert fits_grouped_product([8, 16], torch.bfloat16)
     assert not fits_grouped_product([12], torch.bfloat16)

@@ -12,9 +12,10 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
 
 from pltmoe.config import ModelConfig
+from pltmoe.engines.backends import backends
 from pltmoe.engines.megatron_state import model_state
 from pltmoe.errors import ConfigError
-from pltmoe.model import layer_specs, megatron_config
+from pltmoe.model import megatron_config
 from pltmoe.model.initialize import global_name
 from pltmoe.runtime import devices
 from pltmoe.runtime.devices import Backend
@@ -119,6 +120,6 @@ def test_start_up_names_what_transformer_engine_does() -> None:
     config = megatron_config.transformer_config(model, params_dtype=torch.bfloat16)
     config.transformer_impl = "transformer_engine"  # asked for at once it needs the library
     impl = Backend("TE", "Transformer Engine is installed")
-    found = layer_specs.backends(model, config, impl)
+    found = backends(model, config, impl)
     assert all(backend.choice == "TE" for backend in found.values())
     assert {"attention", "norm", "linear layers", "experts"} == set(found)
