@@ -3,7 +3,7 @@
 import os
 import time
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: 2 workers on 2 cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: workers share the cores
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
