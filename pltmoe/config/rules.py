@@ -161,6 +161,52 @@ def parallel_parts_fit(c: RunConfig) -> Iterator[str]:
         )
 
 
+def fp8_fits(c: RunConfig) -> Iterator[str]:
+    """FP8 needs Transformer Engine, and sizes that its matrix products take."""
+    t, p, m = c.train, c.parallel, c.model
+    if t.precision != "fp8":
+        if t.fp8_attention:
+            yield f"train.fp8_attention (true) needs train.precision fp8 (it is {t.precision})"
+        return
+    if t.transformer_impl == "local":
+        yield "train.precision (fp8) needs Transformer Engine: train.transformer_impl (local)"
+    if t.fp8_recipe == "delayed" and p.recompute != "none":
+        yield (
+            f"train.fp8_recipe (delayed) with parallel.recompute ({p.recompute}): a repeated pass "
+            "would take the scales of another loop; use another recipe, or recompute none"
+        )
+    if t.fp8_recipe == "delayed" and p.pipeline_parallel_size > 1 and m.num_loops > 1:
+        yield (
+            f"train.fp8_recipe (delayed) with parallel.pipeline_parallel_size "
+            f"({p.pipeline_parallel_size}) and model.num_loops ({m.num_loops}): loops of a micro "
+            "batch would be scaled by one another's history; use another recipe"
+        )
+    widths = {
+        "model.hidden_size": (m.hidden_size, 1),
+        "model.num_attention_heads x head_dim": (
+            m.num_attention_heads * m.head_dim, p.tensor_parallel_size),
+        "model.num_kv_heads x head_dim": (m.num_kv_heads * m.head_dim, p.tensor_parallel_size),
+        "model.ffn_hidden_size": (m.ffn_hidden_size or 16 * p.tensor_parallel_size,
+                                  p.tensor_parallel_size),
+        "model.moe_ffn_hidden_size": (
+            m.moe_ffn_hidden_size or 16 * p.expert_tensor_parallel_size,
+            p.expert_tensor_parallel_size,
+        ),
+    }  # fmt: skip
+    for name, (width, parts) in widths.items():
+        if width % (16 * parts):
+            yield (
+                f"train.precision (fp8): {name} ({width}) must be a multiple of 16 on each of "
+                f"{parts} tensor-parallel ranks"
+            )
+    slots = c.data.sequence_length * t.micro_batch_size // p.context_parallel_size
+    if slots % 8:
+        yield (
+            f"train.precision (fp8): data.sequence_length x train.micro_batch_size on each of "
+            f"{p.context_parallel_size} context-parallel ranks ({slots}) must be a multiple of 8"
+        )
+
+
 def batch_divides(c: RunConfig) -> Iterator[str]:
     """A global batch is made of whole micro batches."""
     gbs, mbs = c.train.global_batch_size, c.train.micro_batch_size
@@ -212,6 +258,7 @@ RUN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     experts_divide,
     splits_are_even,
     parallel_parts_fit,
+    fp8_fits,
     batch_divides,
     schedule_fits,
     validation_has_data,

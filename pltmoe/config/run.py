@@ -104,8 +104,14 @@ class TrainConfig(Section):
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: PositiveInt = 1
     """Sequences per forward pass on one rank."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto: bf16 with fp32 master weights and gradients on a GPU, fp32 on a CPU."""
+    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    """auto: bf16 with fp32 master weights and gradients on a GPU, fp32 on a CPU. fp8: bf16 with
+    the matrix products of linear layers and experts in FP8 (Transformer Engine)."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 scales are chosen: by the tensor's history, by tensor, by blocks (Hopper), by 32
+    neighbours (Blackwell)."""
+    fp8_attention: bool = False
+    """Attention in FP8, too, in each branch that the device has it for (runtime/fp8.py)."""
     transformer_impl: Literal["auto", "local", "transformer_engine"] = "auto"
     """Whose layers compute: Transformer Engine's, or PyTorch's and Megatron-core's own (local).
     auto: Transformer Engine on a GPU where it is installed. Checkpoints fit both."""

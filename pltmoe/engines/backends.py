@@ -1,10 +1,56 @@
-"""Who computes what: for the start-up block and the tags of a run."""
+"""Who computes what, and in FP8 or not: decided before the model is built, told at start-up."""
+
+from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pltmoe.config import ModelConfig
+from pltmoe.config import ModelConfig, RunConfig
+from pltmoe.errors import ConfigError
 from pltmoe.model.layer_specs import why_one_by_one
+from pltmoe.model.megatron_config import Fp8
+from pltmoe.runtime import fp8
 from pltmoe.runtime.devices import Backend
+
+
+def choose_fp8(
+    config: RunConfig, impl: Backend, machine: fp8.Machine | None
+) -> tuple[Fp8 | None, dict[str, fp8.Branch]]:
+    """Return what runs in FP8, and what each attention branch computes in.
+
+    Raises:
+        ConfigError: FP8 is asked for and this machine cannot do it.
+    """
+    train, model = config.train, config.model
+    if train.precision != "fp8":
+        return None, {}
+    if machine is None or impl.choice != "TE":
+        raise ConfigError(
+            f"train.precision is fp8, which needs Transformer Engine on an NVIDIA GPU: "
+            f"{impl.reason}; use bf16"
+        )
+    if (reason := fp8.why_recipe_cannot_run(train.fp8_recipe, machine)) is not None:
+        raise ConfigError(f"train.fp8_recipe: {reason}")
+    branches = {
+        name: _branch(config, machine, window)
+        for name, window in (("global attention", False), ("local attention", True))
+        if model.gated_swa or not window
+    }
+    in_fp8 = [name for name, branch in branches.items() if branch.precision == "fp8"]
+    return (
+        Fp8(train.fp8_recipe, "global attention" in in_fp8, "local attention" in in_fp8),
+        branches,
+    )
+
+
+def _branch(config: RunConfig, machine: fp8.Machine, window: bool) -> fp8.Branch:
+    if not config.train.fp8_attention:
+        return fp8.Branch("bf16", "train.fp8_attention is false")
+    arguments: dict[str, Any] = {
+        "window": window,
+        "head_dim": config.model.head_dim,
+        "deterministic": config.train.deterministic,
+    }
+    return fp8.attention_precision(config.train.fp8_recipe, machine, **arguments)
 
 
 def backends(model: ModelConfig, config: TransformerConfig, impl: Backend) -> dict[str, Backend]:

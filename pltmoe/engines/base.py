@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pltmoe.parallel.layout import Layout
 from pltmoe.runtime.devices import Backend
+from pltmoe.runtime.fp8 import Branch
 
 Batch = Mapping[str, Tensor]
 """One micro batch: ``tokens``, ``labels``, ``position_ids`` [b, s] int64, ``loss_mask`` [b, s]."""
@@ -41,8 +42,9 @@ class Capabilities:
 
     layout: Layout
     precision: str
-    backends: dict[str, Backend]
-    """Job (``attention``, ``norm``, ``experts``, ``optimizer``) -> implementation and reason."""
+    backends: dict[str, Backend | Branch]
+    """Job (``attention``, ``norm``, ``experts``, ``optimizer``) -> implementation and reason; in
+    FP8 also what each attention branch computes in."""
 
 
 class Engine(Protocol):

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pltmoe.config import RunConfig
 from pltmoe.engines import megatron_state
-from pltmoe.engines.backends import backends
+from pltmoe.engines.backends import backends, choose_fp8
 from pltmoe.engines.base import Batch, Capabilities, StepResult
 from pltmoe.engines.megatron_optimizer import (
     build_optimizer,
@@ -42,7 +42,7 @@ from pltmoe.model.loop_diagnostics import diagnostic_metrics
 from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
 from pltmoe.parallel.layout import Layout
 from pltmoe.parallel.pipeline import Pipeline, build_stage
-from pltmoe.runtime import devices
+from pltmoe.runtime import devices, fp8
 from pltmoe.runtime.distributed import highest, is_main
 from pltmoe.runtime.seeds import restore_random_state
 
@@ -59,7 +59,8 @@ class MegatronEngine:
         dtype = devices.parameter_dtype(config.train.precision)
         impl = devices.transformer_impl(config.train.transformer_impl, dtype)
         kind = "transformer_engine" if impl.choice == "TE" else "local"
-        self.model = build_stage(config, layout, groups, dtype, self._device, kind)
+        in_fp8, branches = choose_fp8(config, impl, fp8.this_machine())
+        self.model = build_stage(config, layout, groups, dtype, self._device, kind, in_fp8)
         initialize(self.model, config.train.seed)
         self._ddp = wrap_in_ddp(self.model, groups, config.parallel.overlap_grad_reduce)
         self._optimizer = build_optimizer(config, self._ddp, dtype, groups)
@@ -68,7 +69,7 @@ class MegatronEngine:
         length = config.data.sequence_length
         self.pipeline = Pipeline(self.model, self._ddp, layout, groups, length, self._device)
         found = backends(config.model, self.model.config, impl)
-        found["optimizer"] = devices.optimizer_backend()
+        found |= branches | {"optimizer": devices.optimizer_backend()}
         precision = devices.precision_name(config.train.precision)
         self.capabilities = Capabilities(layout, precision, found)
 

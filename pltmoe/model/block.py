@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -39,7 +40,14 @@ class PLTLayer(TransformerLayer):
     def forward(  # type: ignore[override]
         self, hidden_sbd: Tensor, at: Pass, lent: Lent | None
     ) -> tuple[Tensor, Lent]:
-        """Return the layer's output [s, b, d] and what this loop could lend."""
+        """Return the layer's output [s, b, d] and what this loop could lend.
+
+        In FP8 the layer itself enters the precision, so that its repetition for gradients does.
+        """
+        with get_fp8_context(self.config):
+            return self._forward(hidden_sbd, at, lent)
+
+    def _forward(self, hidden_sbd: Tensor, at: Pass, lent: Lent | None) -> tuple[Tensor, Lent]:
         y, own_kv = self.self_attention(
             self.input_layernorm(hidden_sbd), at, lent.key_value if lent else None, self.stats
         )

@@ -138,13 +138,23 @@ def _te_attention(*, window_keys: int | None, config: TransformerConfig, **megat
     to rank only for the whole past.
     """
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
+    from transformer_engine.pytorch import autocast
 
-    own = copy.copy(config)
+    class BF16Attention(TEDotProductAttention):
+        """Computes in bf16 where the other branch is FP8."""
+
+        def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+            with autocast(enabled=False):
+                return super().forward(*args, **kwargs)
+
+    own, attention = copy.copy(config), TEDotProductAttention
+    if window_keys is not None and config.fp8 and not config.local_attention_in_fp8:
+        attention = BF16Attention
     own.window_size = None if window_keys is None else (window_keys - 1, 0)
     own.window_attn_skip_freq = None  # else it depends on the layer's number
     if window_keys is not None:
         megatron["cp_comm_type"] = "all_gather"
-    return TEDotProductAttention(config=own, **megatron)
+    return attention(config=own, **megatron)
 
 
 def why_one_by_one(config: TransformerConfig) -> str | None:

@@ -1,5 +1,6 @@
 """From our model section to Megatron's TransformerConfig: the only file that sets its fields."""
 
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -10,12 +11,22 @@ from pltmoe.config.model import ModelConfig
 from pltmoe.config.run import ParallelConfig
 
 
+@dataclass(frozen=True)
+class Fp8:
+    """Matrix products in FP8, and which attention branches."""
+
+    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+    global_attention: bool = False
+    local_attention: bool = False
+
+
 def transformer_config(
     model: ModelConfig,
     *,
     params_dtype: torch.dtype = torch.float32,
     parallel: ParallelConfig | None = None,
     transformer_impl: Literal["local", "transformer_engine"] = "local",
+    fp8: Fp8 | None = None,
 ) -> TransformerConfig:
     """Describe one Qwen3-style layer of ``model``, and where it runs, to Megatron-core.
 
@@ -55,7 +66,9 @@ def transformer_config(
         expert_model_parallel_size=p.expert_parallel_size,
         expert_tensor_parallel_size=p.expert_tensor_parallel_size,
         **_moe_fields(model, params_dtype, transformer_impl == "transformer_engine"),
+        **_fp8_fields(fp8),
     )
+    config.local_attention_in_fp8 = fp8 is not None and fp8.local_attention
     # Megatron accepts an expert bias only with sigmoid scores, because its own top-k ignores the
     # bias under softmax. Our router (router.py) adds it, and finalize_model_grads updates it.
     config.moe_router_enable_expert_bias = model.moe_expert_bias_update_rate > 0
@@ -64,6 +77,20 @@ def transformer_config(
     config.recompute_granularity = None if p.recompute == "none" else p.recompute
     config.recompute_modules = []
     return config
+
+
+def _fp8_fields(fp8: Fp8 | None) -> dict[str, Any]:
+    if fp8 is None:
+        return {}
+    return {
+        # Scales of blocks are near enough for gradients to need no wider exponent.
+        "fp8": "e4m3" if fp8.recipe in ("blockwise", "mxfp8") else "hybrid",
+        "fp8_recipe": fp8.recipe,
+        # Megatron's default is the last use of a weight: in a looped model, of another loop.
+        "fp8_amax_history_len": 1024,
+        "fp8_amax_compute_algo": "max",
+        "fp8_dot_product_attention": fp8.global_attention,
+    }
 
 
 def _moe_fields(model: ModelConfig, params_dtype: torch.dtype, is_te: bool) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from megatron.core.enums import ModelType
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.models.common.embeddings.language_model_embedding import LanguageModelEmbedding
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.common.language_module.language_module import LanguageModule
@@ -144,13 +145,25 @@ class PLTModel(LanguageModule):
             slots = torch.arange(tokens_bs.size(1), device=tokens_bs.device)
             position_ids_bs = slots.expand_as(tokens_bs)
         embedding = self.embed(tokens_bs, position_ids_bs)
-        hidden, first = self.layers.run(embedding, self.pass_of(1, tokens_bs, loss_tokens), None)
+        with get_fp8_context(self.config):  # delayed scales move once, when all loops are done
+            hidden = self._run_loops(embedding, tokens_bs, position_ids_bs, loss_tokens)
+        return self.head(hidden, labels_bs)
+
+    def _run_loops(
+        self,
+        embedding_sbd: Tensor,
+        tokens_bs: Tensor,
+        position_bs: Tensor,
+        loss_tokens: Tensor | None,
+    ) -> Tensor:
+        at = self.pass_of(1, tokens_bs, loss_tokens)
+        hidden, first = self.layers.run(embedding_sbd, at, None)
         self.diagnostics.add_output(1, hidden)
         for loop in range(2, self.plt.num_loops + 1):
-            hidden = self.next_loop(loop, embedding, self.finish_loop(hidden), position_ids_bs)
+            hidden = self.next_loop(loop, embedding_sbd, self.finish_loop(hidden), position_bs)
             hidden, _ = self.layers.run(hidden, self.pass_of(loop, tokens_bs, loss_tokens), first)
             self.diagnostics.add_output(loop, hidden)
-        return self.head(hidden, labels_bs)
+        return hidden
 
     def pass_of(self, loop: int, tokens_bs: Tensor, loss_tokens: Tensor | None) -> Pass:
         """Return what the layers need to know in one loop."""

@@ -21,7 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from pltmoe.config import RunConfig
-from pltmoe.model.megatron_config import transformer_config
+from pltmoe.model.megatron_config import Fp8, transformer_config
 from pltmoe.model.plt import PLTModel, StageParts
 from pltmoe.model.reference import at_least_float32
 from pltmoe.parallel.layout import Layout
@@ -47,6 +47,7 @@ def build_stage(
     dtype: torch.dtype,
     device: torch.device,
     transformer_impl: Literal["local", "transformer_engine"] = "local",
+    fp8: Fp8 | None = None,
 ) -> PLTModel:
     """Build this rank's part of the model, with uninitialised weights."""
     transformer = transformer_config(
@@ -54,6 +55,7 @@ def build_stage(
         params_dtype=dtype,
         parallel=config.parallel,
         transformer_impl=transformer_impl,
+        fp8=fp8,
     )
     is_cut = layout.context_parallel_size > 1 or layout.sequence_parallel
     return PLTModel(
@@ -126,6 +128,9 @@ class Pipeline:
         self.events.clear()
         for chunk in self._chunks:
             chunk.begin_step()
+        # Megatron's schedules ask the models they are given, and a chunk owns no weights: without
+        # this a pipeline would go on with the FP8 copies of the first step's weights.
+        self._stage.set_is_first_microbatch()
         virtual = self.layout.loop_chunks if self.layout.loop_chunks > 1 else None
         stages = self.layout.pipeline_parallel_size
         schedule = get_forward_backward_func(pp_size=stages, vp_size=virtual)

@@ -231,7 +231,7 @@ def _stage_memory(
     dispatched = layers * chunks * sum(layer.dispatch for layer in whole)
     return StageMemory(
         stage=stage,
-        weights=weight_bytes(weights, layout, z.e),
+        weights=weight_bytes(weights, layout, z.e, config.train.precision == "fp8"),
         activations=alive + left,
         working=_working(z, weights, recompute, last),
         loop_chunks_alive=count,

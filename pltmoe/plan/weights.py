@@ -45,12 +45,18 @@ def stage_weights(m: ModelConfig, layout: Layout, stage: int) -> StageWeights:
     return StageWeights(shared, experts, max(*matrices, tables and table, expert * 2 // 3))
 
 
-def weight_bytes(weights: StageWeights, layout: Layout, element: int) -> WeightBytes:
-    """Return what lives as long as the run; ``element`` is bytes per weight (2: bf16, 4: fp32)."""
+def weight_bytes(
+    weights: StageWeights, layout: Layout, element: int, fp8: bool = False
+) -> WeightBytes:
+    """Return what lives as long as the run; ``element`` is bytes per weight (2: bf16, 4: fp32).
+
+    With ``fp8`` Transformer Engine keeps a copy of each weight, and its transpose, of one byte.
+    """
     count = weights.shared + weights.experts
     copies = layout.data_parallel_size * layout.context_parallel_size
     shard = weights.shared / copies + weights.experts / layout.expert_data_parallel_size
-    return WeightBytes(element * count, 4 * count, shard * (12 if element == 2 else 8), shard)
+    kept = element + (2 if fp8 else 0)
+    return WeightBytes(kept * count, 4 * count, shard * (12 if element == 2 else 8), shard)
 
 
 def _layer_matrices(m: ModelConfig, layout: Layout) -> tuple[int, ...]:

@@ -28,6 +28,9 @@ _PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
 )
 
 
+Precision = Literal["auto", "fp32", "bf16", "fp8"]
+
+
 @dataclass(frozen=True)
 class Backend:
     """Which implementation does one job, and why."""
@@ -53,15 +56,20 @@ def device_name() -> str:
     return f"CPU ({os.cpu_count()} cores)"
 
 
-def parameter_dtype(precision: Literal["auto", "fp32", "bf16"]) -> torch.dtype:
-    """Return the dtype of weights and activations; ``auto`` is bf16 on a GPU, fp32 on a CPU."""
+def parameter_dtype(precision: Precision) -> torch.dtype:
+    """Return the dtype of weights and activations; ``auto`` is bf16 on a GPU, fp32 on a CPU.
+
+    With ``fp8`` they are bf16: only matrix products see FP8.
+    """
     if precision == "auto":
         return torch.bfloat16 if torch.cuda.is_available() else torch.float32
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    return torch.float32 if precision == "fp32" else torch.bfloat16
 
 
-def precision_name(precision: Literal["auto", "fp32", "bf16"]) -> str:
-    """Return ``fp32`` or ``bf16``: what the setting means on this machine."""
+def precision_name(precision: Precision) -> str:
+    """Return ``fp32``, ``bf16`` or ``fp8``: what the setting means on this machine."""
+    if precision == "fp8":
+        return "fp8"
     return "bf16" if parameter_dtype(precision) == torch.bfloat16 else "fp32"
 
 

@@ -72,6 +72,7 @@ def _device() -> str:
 
 
 def _precision(name: str) -> str:
-    if name == "bf16":
-        return "bf16 weights and activations, fp32 master weights and gradients"
-    return "fp32"
+    if name == "fp32":
+        return "fp32"
+    products = ", matrix products in FP8" if name == "fp8" else ""
+    return f"bf16 weights and activations, fp32 master weights and gradients{products}"

@@ -182,3 +182,17 @@ def _against_schedule(pipeline: Pipeline) -> dict[str, Any]:
         "lent": pipeline.lending.most,
         "may_lend": most_lent(planned, layout.num_loops),
     }
+
+
+def stage_is_told_of_new_weights(**layout: Any) -> list[bool]:
+    """Run a step with FP8 set (it does nothing on a CPU); were the linear layers' flags raised?"""
+    stage, pipeline, _ = float64_step(tiny_config(**layout))
+    linear = [m for n, m in stage.named_modules() if n.endswith(("linear_qkv", "linear_proj"))]
+    for module in linear:
+        module.is_first_microbatch = False
+    stage.config.fp8 = "hybrid"
+    source = batches(pipeline.layout)
+    with torch.no_grad():
+        step = [next(source) for _ in range(pipeline.layout.micro_batches)]
+        pipeline.run(step, forward_only=True)
+    return [module.is_first_microbatch for module in linear]

@@ -102,3 +102,10 @@ def train_on(warm_ranks, processes, layout, model, path):
     changes = {f"parallel__{field}": size for field, size in parallel_section(layout).items()}
     target = f"{CASES}:train_in_float64"
     return warm_ranks(processes, target, steps=20, model=MODELS[model], path=path, **changes)
+
+
+@pytest.mark.parametrize("layout", [{}, {"parallel__pipeline_parallel_size": 2}])
+def test_fp8_copies_of_weights_are_made_anew_each_step(warm_ranks, layout):
+    """Also where Megatron's schedule is given chunks that own no weights."""
+    (told, *_) = warm_ranks(2, f"{CASES}:stage_is_told_of_new_weights", **layout)
+    assert told and all(told)

@@ -17,6 +17,11 @@ def model(base: dict[str, Any] = MOE, **changes: Any) -> dict[str, Any]:
     return run_tree() | {"model": base | changes}
 
 
+def fp8(**changes: Any) -> dict[str, Any]:
+    sizes = {"model__head_dim": 8, "model__moe_ffn_hidden_size": 16}
+    return run_tree(train__precision="fp8", **sizes | changes)
+
+
 BROKEN = {
     "heads_divide": [
         (
@@ -140,6 +145,40 @@ BROKEN = {
             "Megatron would reduce gradients after the first; set it to false",
         ),
     ],
+    "fp8_fits": [
+        (
+            run_tree(train__fp8_attention=True),
+            "train.fp8_attention (true) needs train.precision fp8 (it is auto)",
+        ),
+        (
+            fp8(train__transformer_impl="local"),
+            "train.precision (fp8) needs Transformer Engine: train.transformer_impl (local)",
+        ),
+        (
+            fp8(train__fp8_recipe="delayed", parallel__recompute="full"),
+            "train.fp8_recipe (delayed) with parallel.recompute (full): a repeated pass",
+        ),
+        (
+            fp8(
+                train__fp8_recipe="delayed",
+                model__num_loops=2,
+                parallel__pipeline_parallel_size=2,
+            ),
+            "would be scaled by one another's history; use another recipe",
+        ),
+        (
+            fp8(model__head_dim=6),
+            "model.num_attention_heads x head_dim (24) must be a multiple of 16 on each of 1",
+        ),
+        (
+            fp8(model__moe_ffn_hidden_size=24),
+            "train.precision (fp8): model.moe_ffn_hidden_size (24) must be a multiple of 16",
+        ),
+        (
+            fp8(data__sequence_length=36),
+            "on each of 1 context-parallel ranks (36) must be a multiple of 8",
+        ),
+    ],
     "batch_divides": [
         (
             run_tree(train__micro_batch_size=3),
@@ -213,5 +252,7 @@ def test_what_the_rules_must_let_pass():
     config_from_dict(run_tree(train__eval_interval=5, data__valid=[{"path": "v"}]))
     config_from_dict(run_tree(train__eval_interval=5, data__split=[98, 2, 0]))
     config_from_dict(run_tree(optimizer__warmup_steps=10, optimizer__decay_steps=20))
+    config_from_dict(fp8(train__fp8_attention=True, train__fp8_recipe="delayed"))
+    config_from_dict(fp8(parallel__recompute="full", parallel__pipeline_parallel_size=2))
     gate = {"gate_use_hidden_states": True, "normalize_per_loop": True, "emb_scale": 0.5}
     config_from_dict(model(**LOOP_ROWS["5 plt2"], **gate))

@@ -1,0 +1,89 @@
+"""FP8 on this GPU: near bf16, with the weights of this step, in every recipe that it has."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from pltmoe.model.megatron_config import Fp8, transformer_config
+from pltmoe.model.plt import PLTModel
+from pltmoe.runtime import fp8
+from tests.single_process import build_model, packed_batch
+from tests.unit.model.cases import ROWS, small_model
+
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+SIZES = {"hidden_size": 256, "head_dim": 128, "moe_ffn_hidden_size": 128, "vocab_size": 64}
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    machine = fp8.this_machine()
+    assert machine is not None
+    if reason := fp8.why_recipe_cannot_run(request.param, machine):
+        pytest.skip(reason)
+    return request.param
+
+
+def pair(name: str, recipe: Any, groups: Any, **changes: Any) -> tuple[Any, Any, Any]:
+    """Return the model section, a bf16 model, and one in FP8 with the same weights."""
+    model = small_model(**ROWS[name], **SIZES)
+    plain = build_model(model, groups, torch.bfloat16, "transformer_engine")
+    config = transformer_config(
+        model, params_dtype=torch.bfloat16, transformer_impl="transformer_engine",
+        fp8=Fp8(recipe, **changes),
+    )  # fmt: skip
+    low = PLTModel(model, config, groups)
+    low.load_state_dict(plain.state_dict(), strict=False)
+    return model, plain, low
+
+
+def losses(plt: Any, model: Any) -> torch.Tensor:
+    tokens, labels, positions = (x[:, :16].contiguous() for x in packed_batch(model))
+    return plt(tokens, positions, labels)
+
+
+@pytest.mark.parametrize("name", ["row1_vanilla", "row5_plt2", "row6_plt3"])
+def test_loss_and_gradients_are_near_bf16(name: str, recipe: str, groups: Any) -> None:
+    """FP8 keeps 3 bits: 6 % a product, averaged over hundreds of terms."""
+    model, plain, low = pair(name, recipe, groups)
+    found = []
+    for plt in (plain, low):
+        if plt is low:
+            plt.set_is_first_microbatch()
+        losses(plt, model)  # delayed scaling knows the tensors from its second pass on
+        loss = losses(plt, model).mean()
+        loss.backward()
+        gradient = [p.grad.flatten().float() for p in plt.parameters() if p.grad is not None]
+        found.append((loss.item(), torch.cat(gradient)))
+    assert abs(found[1][0] - found[0][0]) < 0.02 * found[0][0]
+    assert found[0][0] != found[1][0], "nothing ran in FP8"
+    assert torch.cosine_similarity(found[0][1], found[1][1], dim=0) > 0.95
+
+
+def test_a_step_uses_its_own_weights(recipe: str, groups: Any) -> None:
+    """Weights are quantised once a step: not for every loop, but again after an update."""
+    model, _, low = pair("row5_plt2", recipe, groups)
+    low.set_is_first_microbatch()
+    before = losses(low, model).mean().item()
+    assert losses(low, model).mean().item() == pytest.approx(before, rel=0.05)
+    with torch.no_grad():
+        for name, parameter in low.named_parameters():
+            if "linear_qkv" in name or "experts" in name:
+                parameter.mul_(-2.0)
+    low.set_is_first_microbatch()
+    assert abs(losses(low, model).mean().item() - before) > 1e-3 * before
+
+
+def test_the_window_stays_bf16_beside_attention_in_fp8(groups: Any) -> None:
+    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    machine = fp8.this_machine()
+    assert machine is not None
+    chosen = fp8.attention_precision("delayed", machine, window=False, head_dim=128)
+    if chosen.precision != "fp8":
+        pytest.skip(chosen.reason)
+    model, plain, low = pair("row5_plt2", "delayed", groups, global_attention=True)
+    low.set_is_first_microbatch()
+    losses(low, model)
+    difference = losses(low, model).mean() - losses(plain, model).mean()
+    assert difference.abs() < 0.02 * losses(plain, model).mean()

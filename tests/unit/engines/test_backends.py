@@ -1,0 +1,79 @@
+"""What is decided before a model is built: FP8, and in which attention branch."""
+
+from typing import Any
+
+import pytest
+
+from pltmoe.config import RunConfig, config_from_dict
+from pltmoe.engines.backends import choose_fp8
+from pltmoe.errors import ConfigError
+from pltmoe.model.megatron_config import Fp8, transformer_config
+from pltmoe.plan.planner import make_plan
+from pltmoe.runtime.devices import Backend
+from pltmoe.runtime.fp8 import Machine
+from tests.unit.config.trees import DENSE, LOOP_ROWS, MOE, run_tree
+
+H200, B200 = Machine((9, 0), (9, 19, 0), (13, 0)), Machine((10, 0), (9, 21, 0), (13, 0))
+TE = Backend("TE", "Transformer Engine is installed")
+
+
+def config(row: str = "5 plt2", **train: Any) -> RunConfig:
+    sizes = {"head_dim": 128, "moe_ffn_hidden_size": 16}
+    tree = run_tree() | {"model": MOE | LOOP_ROWS[row] | sizes}
+    tree["train"] |= {"precision": "fp8"} | train
+    return config_from_dict(tree)
+
+
+def test_on_hopper_the_local_branch_is_bf16() -> None:
+    found, branches = choose_fp8(config(fp8_recipe="delayed", fp8_attention=True), TE, H200)
+    assert found == Fp8("delayed", global_attention=True, local_attention=False)
+    assert str(branches["global attention"]).startswith("fp8 (cuDNN 9.19.0")
+    assert "sliding window" in str(branches["local attention"])
+    found, _ = choose_fp8(config(fp8_recipe="mxfp8", fp8_attention=True), TE, B200)
+    assert found == Fp8("mxfp8", global_attention=True, local_attention=True)
+
+
+def test_attention_stays_bf16_unless_asked_for() -> None:
+    found, branches = choose_fp8(config(fp8_recipe="delayed"), TE, H200)
+    assert found == Fp8("delayed")
+    assert {str(b) for b in branches.values()} == {"bf16 (train.fp8_attention is false)"}
+    _, branches = choose_fp8(config("1 vanilla"), TE, H200)
+    assert set(branches) == {"global attention"}
+    assert choose_fp8(config(precision="bf16"), TE, H200) == (None, {})
+
+
+def test_what_the_machine_cannot_do_is_refused() -> None:
+    none = Backend("torch", "Transformer Engine is not installed")
+    for impl, machine in ((none, H200), (none, None)):
+        with pytest.raises(ConfigError, match="needs Transformer Engine on an NVIDIA GPU: Trans"):
+            choose_fp8(config(), impl, machine)
+    with pytest.raises(ConfigError, match="train.fp8_recipe: recipe mxfp8 is for compute"):
+        choose_fp8(config(fp8_recipe="mxfp8"), TE, H200)
+
+
+@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])
+def test_megatron_is_told_the_recipe(recipe: Any) -> None:
+    """With Transformer Engine, also what Megatron makes of it."""
+    # A dense one: with experts Megatron takes no FP8 where Transformer Engine is not installed.
+    model = config_from_dict(run_tree() | {"model": DENSE}).model
+    made = transformer_config(model, fp8=Fp8(recipe, global_attention=recipe != "blockwise"))
+    assert made.fp8_recipe == recipe and made.fp8 in ("hybrid", "e4m3")
+    assert (made.fp8_amax_history_len, made.fp8_amax_compute_algo) == (1024, "max")
+    assert made.local_attention_in_fp8 is False
+    assert transformer_config(model).fp8 is None
+    pytest.importorskip("transformer_engine.pytorch", reason="the rest needs Transformer Engine")
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    theirs = get_fp8_recipe(made)
+    question = {"tensorwise": "float8_current_scaling", "blockwise": "float8_block_scaling"}
+    assert getattr(theirs, question.get(recipe, recipe))()
+    assert theirs.fp8_dpa == (recipe != "blockwise")
+
+
+def test_the_planner_counts_fp8_copies_of_weights() -> None:
+    """One of each weight, and its transpose."""
+    found = {}
+    for precision in ("bf16", "fp8"):
+        stage = make_plan(config(precision=precision), 1).stages[0]
+        found[precision] = stage.weights.parameters
+    assert found["fp8"] == 2 * found["bf16"]
