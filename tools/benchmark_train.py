@@ -5,6 +5,7 @@
 
 loops      a looped model's step / the vanilla step of the same layers
 megatron   our vanilla step / Megatron-core's own GPT with experts
+precision  a step in FP8 / in bf16; needs Transformer Engine on a GPU, and is not among the defaults
 pipeline   forward and backward on two stages / what the schedule table predicts; starts its own
            processes
 
@@ -26,7 +27,8 @@ from pltmoe.runtime.cpu import stand_in_for_cuda
 from pltmoe.runtime.logs import configure_logging
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-NAMES = ("loops", "megatron", "pipeline")
+DEFAULTS = ("loops", "megatron", "pipeline")
+NAMES = (*DEFAULTS, "precision")
 SMALL = (
     "model.vocab_size=1024",
     "model.num_layers=4",
@@ -68,7 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compare", default=",".join(NAMES), help=f"of {','.join(NAMES)}")
+    parser.add_argument("--compare", default=",".join(DEFAULTS), help=f"of {','.join(NAMES)}")
     parser.add_argument("--config", type=Path, help="YAML file of a looped run (default: small)")
     parser.add_argument("--rounds", type=int, default=20, help="steps of each that count")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each before them")

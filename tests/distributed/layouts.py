@@ -138,9 +138,6 @@ TRAINED: tuple[tuple[int, str, str], ...] = (
     (4, "CP2 x EP2", "PLT-3"),
     (4, "TP2 x EP2 x ETP2", "PLT-2"),
     (4, "PP2 x TP2", "dense PLT-3"),
-    (4, "PP2", "PLT-2 tied"),
-    (4, "TP2 x CP2", "PLT-2 tied"),
-    (4, "PP2 x EP2 x V2", "PLT-3"),
     (2, "TP2 x EP2", "PLT-2 shared routing"),
 )
 

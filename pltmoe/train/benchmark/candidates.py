@@ -74,12 +74,27 @@ def megatron(config: RunConfig, groups: ProcessGroupCollection) -> list[Candidat
     vanilla = as_vanilla(config)
     layout = layout_for(vanilla, dist.get_world_size())
     ours, engine = _engine("vanilla", vanilla, groups)
-    found = [ours]
-    for name, attention in (("Megatron-core", None), ("Megatron-core, SDPA", SDPACoreAttention)):
+    found, variants = [ours], [("Megatron-core", None)]
+    if engine.model.config.transformer_impl == "local":
+        variants.append(("Megatron-core, SDPA", SDPACoreAttention))
+    for name, attention in variants:
         theirs = MegatronGPT(vanilla, layout, groups, attention)
         theirs.copy_weights(engine.model)
         found.append(_candidate(name, vanilla, layout, theirs.train_step))
     return found
+
+
+def precisions(config: RunConfig, groups: ProcessGroupCollection) -> list[Candidate]:
+    """Return the model of ``config`` with matrix products in FP8, and in bf16."""
+    return [
+        _engine(precision, _with_train(config, precision=precision), groups)[0]
+        for precision in ("fp8", "bf16")
+    ]
+
+
+def _with_train(config: RunConfig, **changes: Any) -> RunConfig:
+    tree = config_to_dict(config)
+    return config_from_dict({**tree, "train": {**tree["train"], **changes}})
 
 
 def _engine(

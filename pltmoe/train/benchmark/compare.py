@@ -92,16 +92,25 @@ COMPARISONS = {
         "Megatron-core",
         in_turn(candidates.megatron),
         (
-            "the same in both: weights, batches, rms_norm of PyTorch, "
-            "one GEMM pair per expert (SequentialMLP), Megatron-core's dispatcher, data-parallel "
-            "wrapper, distributed optimizer and schedule of micro batches",
-            "different: Megatron-core's local attention keeps all scores (two batched products "
-            "and a softmax), ours is scaled_dot_product_attention; with that put into "
-            "Megatron-core's model the third line is measured",
+            "the same in both: weights, batches, Megatron-core's dispatcher, data-parallel "
+            "wrapper, distributed optimizer and schedule of micro batches; both from Transformer "
+            "Engine's layers where our engine uses them, else both from local ones",
+            "different with local layers: Megatron-core's attention keeps all scores (two batched "
+            "products and a softmax), ours is scaled_dot_product_attention; with that put into "
+            "Megatron-core's model the third line is measured. On a GPU our experts are then one "
+            "grouped product, Megatron-core's one pair of products each",
             "different: our routers sum statistics, and our step looks for gradients that are not "
             "finite before it updates",
         ),
         same_losses=True,
+    ),
+    "precision": Comparison(
+        "a step with matrix products in FP8 / the same step in bf16",
+        Goal(at_most=0.80),
+        "fp8",
+        "bf16",
+        in_turn(candidates.precisions),
+        ("router, gate, norms, embedding, head and optimizer are the same in both",),
     ),
     "pipeline": Comparison(
         "a step's forward and backward on the stages / what the schedule table predicts",

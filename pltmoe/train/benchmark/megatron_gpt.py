@@ -1,23 +1,28 @@
 """Megatron-core's own GPT model with experts, trained as Megatron trains it: what we compare with.
 
-The model is ``GPTModel`` from ``get_gpt_layer_local_spec`` (no Transformer Engine), in the same
-data-parallel wrapper, with the same distributed optimizer and the same schedule of micro batches as
-our engine. Weights are copied from our model, so both have the same losses: that is checked.
+The model is ``GPTModel`` from Megatron-core's local layer spec, or from its Transformer Engine spec
+where our engine uses that, in the same data-parallel wrapper, with the same distributed optimizer
+and the same schedule of micro batches as our engine. Weights are copied from our model, so both
+have the same losses: that is checked.
 """
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import partial
 from typing import Any
 
 import torch
 from megatron.core.distributed import finalize_model_grads
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
-from pltmoe.config import RunConfig
+from pltmoe.config import ModelConfig, RunConfig
 from pltmoe.engines.base import Batch
 from pltmoe.engines.megatron_optimizer import build_optimizer, build_schedule, wrap_in_ddp
 from pltmoe.model.megatron_config import transformer_config
@@ -47,13 +52,10 @@ class MegatronGPT:
         self._device, model = devices.device(), config.model
         assert model.num_loops == 1, "Megatron-core has no loops"
         dtype = devices.parameter_dtype(config.train.precision)
-        transformer = transformer_config(model, params_dtype=dtype)
-        spec = get_gpt_layer_local_spec(
-            num_experts=model.num_experts,
-            moe_grouped_gemm=False,
-            qk_layernorm=model.qk_norm,
-            normalization="RMSNorm",
-        )
+        is_te = devices.transformer_impl(config.train.transformer_impl, dtype).choice == "TE"
+        impl = "transformer_engine" if is_te else "local"
+        transformer = transformer_config(model, params_dtype=dtype, transformer_impl=impl)
+        spec = gpt_layer_spec(model, is_te)
         if attention is not None:
             spec.submodules.self_attention.submodules.core_attention = attention
         self.model = GPTModel(
@@ -75,9 +77,7 @@ class MegatronGPT:
 
     def copy_weights(self, ours: torch.nn.Module) -> None:
         """Take the weights of a ``PLTModel`` of one loop."""
-        self.model.load_state_dict(
-            {_name(name): tensor for name, tensor in ours.state_dict().items()}
-        )
+        load_gpt(self.model, ours)
         self._optimizer.reload_model_params()
 
     def train_step(self, batches: Iterator[Batch]) -> float:
@@ -110,8 +110,42 @@ def _sum_loss(mask_bs: Tensor, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tenso
     return total, tokens.int(), torch.stack([total.detach(), tokens])
 
 
-def _name(ours: str) -> str:
-    """Return what Megatron's GPTModel calls a tensor of ours."""
-    if ours.startswith("layers."):
-        return f"decoder.{ours}"
-    return ours.replace("final_norm.", "decoder.final_layernorm.")
+def gpt_layer_spec(model: ModelConfig, is_te: bool) -> ModuleSpec:
+    """Return Megatron-core's own layer spec for a model of one loop."""
+    if not is_te:
+        return get_gpt_layer_local_spec(
+            num_experts=model.num_experts, qk_layernorm=model.qk_norm, normalization="RMSNorm"
+        )
+    return get_gpt_layer_with_transformer_engine_spec(
+        num_experts=model.num_experts,
+        moe_grouped_gemm=model.is_moe,
+        qk_layernorm=model.qk_norm,
+    )
+
+
+def load_gpt(gpt: GPTModel, ours: torch.nn.Module) -> None:
+    """Copy the weights of a ``PLTModel`` of one loop into Megatron's model."""
+    theirs = gpt.state_dict()
+    state = {_name(name, theirs): x for name, x in ours.state_dict().items() if x is not None}
+    state = {name: x for name, x in state.items() if "_extra_state" not in name}
+    found = gpt.load_state_dict(state, strict=False)
+    missing = [name for name in found.missing_keys if "_extra_state" not in name]
+    assert not missing and not found.unexpected_keys, (missing, found.unexpected_keys)
+
+
+def _name(ours: str, theirs: Container[str]) -> str:
+    """Return what Megatron's GPTModel calls a tensor of ours.
+
+    Its Transformer Engine spec fuses norms into the linear layers behind them.
+    """
+    if not ours.startswith("layers."):
+        return ours.replace("final_norm.", "decoder.final_layernorm.")
+    name = f"decoder.{ours}"
+    fused = {
+        "input_layernorm.weight": "self_attention.linear_qkv.layer_norm_weight",
+        "pre_mlp_layernorm.weight": "mlp.linear_fc1.layer_norm_weight",
+    }
+    for norm, inside in fused.items():
+        if name.endswith(norm) and name not in theirs:
+            return name.removesuffix(norm) + inside
+    return name

@@ -4,12 +4,14 @@ Its modules can be built on a CPU, where only their check for a GPU stands in th
 on a GPU only (tests/gpu/test_model.py).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+from megatron.core.models.gpt.gpt_model import GPTModel
 
 from pltmoe.config import ModelConfig
 from pltmoe.engines.backends import backends
@@ -19,6 +21,7 @@ from pltmoe.model import megatron_config
 from pltmoe.model.initialize import global_name
 from pltmoe.runtime import devices
 from pltmoe.runtime.devices import Backend
+from pltmoe.train.benchmark.megatron_gpt import gpt_layer_spec, load_gpt
 from tests.single_process import build_model
 from tests.unit.model.cases import ALL, small_model
 
@@ -32,7 +35,7 @@ def build_te(groups: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
     original = megatron_config.TransformerConfig
 
-    def build(model: ModelConfig) -> Any:
+    def built(build: Callable[[], Any]) -> Any:
         with monkeypatch.context() as patch:
             if not torch.cuda.is_available():
                 patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -41,8 +44,12 @@ def build_te(groups: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
                     "TransformerConfig",
                     lambda **fields: original(**fields, use_cpu_initialization=True),
                 )
-            return build_model(model, groups, torch.bfloat16, "transformer_engine")
+            return build()
 
+    def build(model: ModelConfig) -> Any:
+        return built(lambda: build_model(model, groups, torch.bfloat16, "transformer_engine"))
+
+    build.built = built  # type: ignore[attr-defined]
     return build
 
 
@@ -87,6 +94,26 @@ def test_each_branch_has_its_own_window(build_te: Any) -> None:
         attention = layer.self_attention
         assert attention.core_attention.window_size == (-1, 0)
         assert attention.local_attention.window_size == (model.window_keys - 1, 0)
+
+
+def test_megatrons_own_model_takes_our_weights(groups: Any, build_te: Any) -> None:
+    """tools/benchmark_train.py: its norms are fused into linear layers, with the same weights."""
+    model = small_model(**ALL["row1_vanilla"])
+    ours = build_te(model)
+    gpt = build_te.built(
+        lambda: GPTModel(
+            ours.config, gpt_layer_spec(model, is_te=True), vocab_size=model.vocab_size,
+            max_sequence_length=16, share_embeddings_and_output_weights=False,
+            position_embedding_type="rope", pg_collection=groups,
+        )
+    )  # fmt: skip
+    load_gpt(gpt, ours)
+    layer = gpt.decoder.layers[1]
+    norm = ours.layers[1].input_layernorm.weight
+    assert torch.equal(layer.self_attention.linear_qkv.layer_norm_weight, norm)
+    assert torch.equal(
+        layer.mlp.experts.linear_fc1.weight3, ours.layers[1].mlp.experts.linear_fc1.weight3
+    )
 
 
 def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
