@@ -26,6 +26,34 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT_S = 590
 TRAIN_STEPS = 200
 MODELS = ("vanilla", "loop2", "plt2")
+RECIPES = ("tensorwise", "delayed", "blockwise")
+"""Of FP8, on Hopper."""
+LEARN_STEPS = 150
+NORMED = "model.normalize_per_loop=true model.hidden_scale=0.053"
+LEARNING = {
+    "row1": ("row1_vanilla", ""),
+    "row2": ("row2_loop2", ""),
+    "row3": ("row3_clp", ""),
+    "row4": ("row4_shared_kv", ""),
+    "row5": ("row5_plt2", ""),
+    "row6": ("row6_plt3", ""),
+    "plt2-normed": ("row5_plt2", NORMED),
+    "plt3-normed": ("row6_plt3", NORMED),
+    "plt2-shared-routing": ("row5_plt2", "model.moe_loop_routing=shared"),
+}
+"""What is trained to compare losses: file of configs/ablation_680m_13b, and changes."""
+LEARN_SIZES = (
+    "model.vocab_size=8192 model.num_layers=8 model.hidden_size=640 model.num_attention_heads=10 "
+    "model.num_kv_heads=5 model.head_dim=64 model.num_experts=64 model.moe_ffn_hidden_size=640 "
+    "data.sequence_length=1024 train.global_batch_size=128 train.micro_batch_size=16 "
+    "parallel.expert_parallel_size=1 optimizer.lr=0.001 optimizer.min_lr=0.0001"
+)
+"""100M active of 0.7B parameters."""
+SPEED_SIZES = (
+    "--config configs/plt_moe_1b_7b.yaml --rounds 10 parallel.expert_parallel_size=1 "
+    "model.num_layers=4 train.micro_batch_size=2 train.global_batch_size=4"
+)
+"""Two models of these must fit the device, optimizers included."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +65,29 @@ class Part:
     commands: tuple[str, ...]
 
 
-def _pretrain(model: str) -> str:
+def _pretrain(model: str, name: str, more: str = "") -> str:
     return (
         f"{{python}} tools/pretrain.py --config configs/quickstart_{model}.yaml "
         "data.tokenizer=$WORK/tokenizer.model 'data.train=[{{path: '$WORK/corpus'}}]' "
-        f"parallel.expert_parallel_size=1 train.output_dir=$WORK/runs/{model} "
-        f"train.steps={TRAIN_STEPS} train.eval_interval={TRAIN_STEPS} train.micro_batch_size=16 "
-        f"checkpoint.save_interval={TRAIN_STEPS}"
-    )
+        f"parallel.expert_parallel_size=1 train.output_dir=$WORK/runs/{name} "
+        f"train.steps={TRAIN_STEPS} train.eval_interval={TRAIN_STEPS} train.micro_batch_size=8 "
+        f"checkpoint.save_interval={TRAIN_STEPS} {more}"
+    ).strip()
+
+
+def _learning(name: str) -> Part:
+    """Train one model of about 100M active parameters on the sources of installed packages."""
+    file, changes = LEARNING[name]
+    command = (
+        f"{{python}} tools/pretrain.py --config configs/ablation_680m_13b/{file}.yaml "
+        "data.tokenizer=$WORK/learn/tokenizer.model "
+        "'data.train=[{{path: '$WORK/learn/corpus'}}]' "
+        f"train.output_dir=$WORK/learn/{name} train.steps={LEARN_STEPS} "
+        f"train.eval_interval={LEARN_STEPS // 3} optimizer.warmup_steps={LEARN_STEPS // 10} "
+        f"checkpoint.save_interval={LEARN_STEPS} {LEARN_SIZES} {changes}"
+    ).strip()
+    what = f"{file}{', ' + changes if changes else ''}: {LEARN_STEPS} steps at 100M active"
+    return Part(f"learn-{name}", what, (command,))
 
 
 def _decoding(name: str, what: str, options: str) -> Part:
@@ -71,9 +114,47 @@ PARTS = (
             "--vocab-size 2048",
             "{python} tools/preprocess_data.py $WORK/text.jsonl --tokenizer $WORK/tokenizer.model "
             "--output $WORK/corpus",
-            *(_pretrain(model) for model in MODELS),
+            *(_pretrain(model, model) for model in MODELS),
         ),
     ),
+    Part(
+        "fp8",
+        f"{TRAIN_STEPS} steps of the quickstart's PLT-2 in FP8 beside bf16, on the data of train",
+        tuple(
+            _pretrain("plt2", f"plt2-{recipe}", f"train.precision=fp8 train.fp8_recipe={recipe}")
+            for recipe in RECIPES
+        ),
+    ),
+    Part(
+        "speed",
+        "PLT-2 step / vanilla step, and our vanilla step / Megatron-core's, four layers of 1B/7B",
+        (
+            "{python} tools/benchmark_train.py --compare loops,megatron --output $WORK/speed "
+            f"--profile {SPEED_SIZES}",
+        ),
+    ),
+    Part(
+        "speed-fp8",
+        "a step of the same PLT-2 in FP8 / in bf16",
+        (
+            "{python} tools/benchmark_train.py --compare precision --output $WORK/speed "
+            f"--profile {SPEED_SIZES}",
+        ),
+    ),
+    Part(
+        "learn-data",
+        "150 MB of source text of installed packages, for the parts that follow",
+        (
+            "mkdir -p $WORK/learn",
+            "{python} tools/build_corpus.py --output $WORK/learn/text.jsonl --max-bytes 150000000 "
+            "--library $({python} -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')",
+            "{python} tools/train_tokenizer.py $WORK/learn/text.jsonl --vocab-size 8192 "
+            "--output $WORK/learn/tokenizer.model",
+            "{python} tools/preprocess_data.py $WORK/learn/text.jsonl --workers 8 "
+            "--tokenizer $WORK/learn/tokenizer.model --output $WORK/learn/corpus",
+        ),
+    ),
+    *(_learning(name) for name in LEARNING),
     Part(
         "decode",
         "decoding of the three exported models through the engine",
@@ -212,7 +293,18 @@ def _summary(name: str, work: Path, output: str) -> str:
         closing = re.findall(r"^(?:=+ )?(\d+ passed.*?)(?: =+)?$", output, re.MULTILINE)
         return closing[-1] if closing else "no closing line"
     if name == "train":
-        return _train_table(work)
+        return _train_table(work / "runs", MODELS)
+    if name == "fp8":
+        return _train_table(work / "runs", ("plt2", *(f"plt2-{recipe}" for recipe in RECIPES)))
+    if name.startswith("speed"):
+        wanted = ("precision",) if name.endswith("fp8") else ("loops", "megatron")
+        reports = ((work / "speed" / f"{what}.md").read_text() for what in wanted)
+        return re.sub(r"^#+", "###", "\n".join(reports), flags=re.MULTILINE)
+    if name == "learn-data":
+        return output.strip().splitlines()[-1]
+    if name.startswith("learn-"):
+        done = [row for row in LEARNING if (work / "learn" / row / "metrics.jsonl").exists()]
+        return _train_table(work / "learn", done)
     if name.startswith("decode-"):
         return _decode_section(name, work)
     return _decode_table(work)
@@ -237,19 +329,20 @@ def _decode_table(work: Path) -> str:
     return _table(header, rows)
 
 
-def _train_table(work: Path) -> str:
-    header = ("model", "loss", "validation loss", "tokens/s per GPU", "peak GiB")
+def _train_table(runs: Path, models: Sequence[str]) -> str:
+    header = ("model", "loss", "validation loss", "tokens/s per GPU", "MFU", "peak GiB")
     rows = []
-    for model in MODELS:
+    for model in models:
         last: dict[str, float] = {}
         speed = []
-        for line in (work / "runs" / model / "metrics.jsonl").read_text().splitlines():
+        for line in (runs / model / "metrics.jsonl").read_text().splitlines():
             record = json.loads(line)
             last |= record
             speed.append(record.get("perf/tokens_per_second_per_gpu", 0.0))
         middle = sorted(s for s in speed if s)[len([s for s in speed if s]) // 2]
         losses = f"{last['train/loss']:.3f}", f"{last['valid/loss']:.3f}"
-        rows.append((model, *losses, f"{middle:,.0f}", f"{last['memory/peak_gib']:.2f}"))
+        mfu = f"{last['perf/mfu']:.1%}" if "perf/mfu" in last else "-"
+        rows.append((model, *losses, f"{middle:,.0f}", mfu, f"{last['memory/peak_gib']:.2f}"))
     return _table(header, rows)
 
 

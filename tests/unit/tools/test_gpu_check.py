@@ -85,8 +85,38 @@ def test_tables_of_what_was_measured(gpu_check: ModuleType, tmp_path: Path) -> N
         lines = [json.dumps(record) for record in records]
         (tmp_path / "runs" / model / "metrics.jsonl").write_text("\n".join(lines))
     rows = gpu_check._summary("train", tmp_path, "").splitlines()
-    assert rows[0] == "| model | loss | validation loss | tokens/s per GPU | peak GiB |"
-    assert rows[2:] == [f"| {m} | 2.000 | 3.000 | 1,000 | 1.50 |" for m in gpu_check.MODELS]
+    assert rows[0] == "| model | loss | validation loss | tokens/s per GPU | MFU | peak GiB |"
+    assert rows[2:] == [f"| {m} | 2.000 | 3.000 | 1,000 | - | 1.50 |" for m in gpu_check.MODELS]
+    (tmp_path / "learn/row5").mkdir(parents=True)
+    records[-1]["perf/mfu"] = 0.251
+    (tmp_path / "learn/row5/metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    learned = gpu_check._summary("learn-row1", tmp_path, "").splitlines()
+    assert learned[2:] == ["| row5 | 2.000 | 3.000 | 1,000 | 25.1% | 1.50 |"]
+
+
+def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
+    """A part that fails at its configuration would waste a lent machine."""
+    from pltmoe.config import load_config
+
+    seen = 0
+    for part in gpu_check.PARTS:
+        for command in part.commands:
+            words = shlex.split(command.replace("{{", "{").replace("}}", "}"))
+            if not {"tools/pretrain.py", "tools/benchmark_train.py"} & set(words):
+                continue
+            assert command.format(python="python").count("{") == command.count("{{")
+            overrides = [
+                w
+                for w in words
+                if re.match(r"(data|model|train|optimizer|parallel|checkpoint)\.", w)
+            ]
+            config = load_config(REPOSITORY / words[words.index("--config") + 1], overrides)
+            if part.name == "fp8":
+                assert config.train.precision == "fp8"
+            if part.name == "learn-plt2-shared-routing":
+                assert config.model.moe_loop_routing == "shared"
+            seen += 1
+    assert seen >= 3 + len(gpu_check.RECIPES) + 2 + len(gpu_check.LEARNING)
 
 
 def test_the_decode_parts_show_the_ratios_and_the_last_one_everything(
