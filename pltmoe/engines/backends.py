@@ -42,6 +42,18 @@ def choose_fp8(
     )
 
 
+def check_fusion(config: RunConfig, impl: Backend) -> None:
+    """Refuse fused weight gradients of layers that have none.
+
+    Raises:
+        ConfigError: they are asked for, and Transformer Engine does not run.
+    """
+    if config.train.gradient_accumulation_fusion and impl.choice != "TE":
+        raise ConfigError(
+            f"train.gradient_accumulation_fusion needs Transformer Engine's layers: {impl.reason}"
+        )
+
+
 def _branch(config: RunConfig, machine: fp8.Machine, window: bool) -> fp8.Branch:
     if not config.train.fp8_attention:
         return fp8.Branch("bf16", "train.fp8_attention is false")

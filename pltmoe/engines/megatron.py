@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pltmoe.config import RunConfig
 from pltmoe.engines import megatron_state
-from pltmoe.engines.backends import backends, choose_fp8
+from pltmoe.engines.backends import backends, check_fusion, choose_fp8
 from pltmoe.engines.base import Batch, Capabilities, StepResult
 from pltmoe.engines.megatron_optimizer import (
     build_optimizer,
@@ -59,6 +59,7 @@ class MegatronEngine:
         dtype = devices.parameter_dtype(config.train.precision)
         impl = devices.transformer_impl(config.train.transformer_impl, dtype)
         kind = "transformer_engine" if impl.choice == "TE" else "local"
+        check_fusion(config, impl)
         in_fp8, branches = choose_fp8(config, impl, fp8.this_machine())
         self.model = build_stage(config, layout, groups, dtype, self._device, kind, in_fp8)
         initialize(self.model, config.train.seed)

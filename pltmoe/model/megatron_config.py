@@ -27,6 +27,7 @@ def transformer_config(
     parallel: ParallelConfig | None = None,
     transformer_impl: Literal["local", "transformer_engine"] = "local",
     fp8: Fp8 | None = None,
+    gradient_accumulation_fusion: bool = False,
 ) -> TransformerConfig:
     """Describe one Qwen3-style layer of ``model``, and where it runs, to Megatron-core.
 
@@ -57,7 +58,7 @@ def transformer_config(
         params_dtype=params_dtype,
         pipeline_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
-        gradient_accumulation_fusion=False,
+        gradient_accumulation_fusion=gradient_accumulation_fusion,
         calculate_per_token_loss=True,
         tensor_model_parallel_size=p.tensor_parallel_size,
         sequence_parallel=p.sequence_parallel and p.tensor_parallel_size > 1,

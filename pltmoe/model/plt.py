@@ -13,6 +13,7 @@ meet.
 Letters: s slots, b sequences, d hidden, v vocabulary.
 """
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
@@ -104,7 +105,8 @@ class PLTModel(LanguageModule):
         self.setup_embeddings_and_output_layer()
 
     def _build_head(self, pg_collection: Any) -> None:
-        plt, config = self.plt, self.config
+        plt, config = self.plt, copy.copy(self.config)
+        config.gradient_accumulation_fusion = False  # Megatron's own linear layer needs Apex for it
         self.final_norm = RMSNorm(config=config, hidden_size=plt.hidden_size, eps=plt.norm_eps)
         self.output_layer = ColumnParallelLinear(
             plt.hidden_size,

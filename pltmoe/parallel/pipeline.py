@@ -21,6 +21,7 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from pltmoe.config import RunConfig
+from pltmoe.model.first_micro_batch import begin_step, keep_flags_down
 from pltmoe.model.megatron_config import Fp8, transformer_config
 from pltmoe.model.plt import PLTModel, StageParts
 from pltmoe.model.reference import at_least_float32
@@ -56,6 +57,7 @@ def build_stage(
         parallel=config.parallel,
         transformer_impl=transformer_impl,
         fp8=fp8,
+        gradient_accumulation_fusion=config.train.gradient_accumulation_fusion,
     )
     is_cut = layout.context_parallel_size > 1 or layout.sequence_parallel
     return PLTModel(
@@ -97,6 +99,7 @@ class Pipeline:
         config = stage.config
         config.finalize_model_grads_func = self._finalize
         config.no_sync_func = ddp.no_sync
+        keep_flags_down(ddp)
         self._chunks: list[LoopChunk] = []
         if layout.pipeline_parallel_size > 1:
             self._build_chunks()
@@ -130,7 +133,7 @@ class Pipeline:
             chunk.begin_step()
         # Megatron's schedules ask the models they are given, and a chunk owns no weights: without
         # this a pipeline would go on with the FP8 copies of the first step's weights.
-        self._stage.set_is_first_microbatch()
+        begin_step(self._stage)
         virtual = self.layout.loop_chunks if self.layout.loop_chunks > 1 else None
         stages = self.layout.pipeline_parallel_size
         schedule = get_forward_backward_func(pp_size=stages, vp_size=virtual)

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from pltmoe.config import RunConfig, config_from_dict
-from pltmoe.engines.backends import choose_fp8
+from pltmoe.engines.backends import check_fusion, choose_fp8
 from pltmoe.errors import ConfigError
 from pltmoe.model.megatron_config import Fp8, transformer_config
 from pltmoe.plan.planner import make_plan
@@ -49,6 +49,14 @@ def test_what_the_machine_cannot_do_is_refused() -> None:
             choose_fp8(config(), impl, machine)
     with pytest.raises(ConfigError, match="train.fp8_recipe: recipe mxfp8 is for compute"):
         choose_fp8(config(fp8_recipe="mxfp8"), TE, H200)
+
+
+def test_fused_weight_gradients_need_transformer_engine() -> None:
+    fused = config(precision="bf16", gradient_accumulation_fusion=True)
+    check_fusion(fused, TE)
+    check_fusion(config(), Backend("torch", "none"))
+    with pytest.raises(ConfigError, match="needs Transformer Engine's layers: there is no GPU"):
+        check_fusion(fused, Backend("torch", "there is no GPU"))
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])

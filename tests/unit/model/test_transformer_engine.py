@@ -5,6 +5,7 @@ on a GPU only (tests/gpu/test_model.py).
 """
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from pltmoe.engines.backends import backends
 from pltmoe.engines.megatron_state import model_state
 from pltmoe.errors import ConfigError
 from pltmoe.model import megatron_config
+from pltmoe.model.first_micro_batch import begin_step, keep_flags_down
 from pltmoe.model.initialize import global_name
 from pltmoe.runtime import devices
 from pltmoe.runtime.devices import Backend
@@ -114,6 +116,25 @@ def test_megatrons_own_model_takes_our_weights(groups: Any, build_te: Any) -> No
     assert torch.equal(
         layer.mlp.experts.linear_fc1.weight3, ours.layers[1].mlp.experts.linear_fc1.weight3
     )
+
+
+@pytest.mark.parametrize("fp8", [None, "hybrid"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_flags_at_the_beginning_of_a_step(fused: bool, fp8: Any, build_te: Any) -> None:
+    """Fused: loop 1 must not overwrite the gradients of later loops, and FP8 copies must go."""
+    plt = build_te(small_model(**ALL["row5_plt2"]))
+    plt.config.gradient_accumulation_fusion, plt.config.fp8 = fused, fp8
+    linear = [m for m in plt.modules() if hasattr(m, "is_first_microbatch")]
+    assert len(linear) == 2 * 4  # QKV, output, experts' two products
+    for module in linear:
+        module.is_first_microbatch = not fused and not fp8
+        module._fp8_workspaces["weight"] = "of the step before"
+    wrapper = SimpleNamespace(config=plt.config, set_is_first_microbatch=None)
+    keep_flags_down(wrapper)
+    begin_step(plt)
+    assert {m.is_first_microbatch for m in linear} == {not fused}
+    assert {len(m._fp8_workspaces) for m in linear} == {0 if fused and fp8 else 1}
+    assert (wrapper.set_is_first_microbatch is not None) == fused
 
 
 def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
