@@ -4,11 +4,11 @@ from typing import Any
 
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from pltmoe.config import ModelConfig, RunConfig
+from pltmoe.config import RunConfig
 from pltmoe.errors import ConfigError
 from pltmoe.model.layer_specs import why_one_by_one
 from pltmoe.model.megatron_config import Fp8
-from pltmoe.runtime import fp8
+from pltmoe.runtime import fp8, te_attention
 from pltmoe.runtime.devices import Backend
 
 
@@ -65,14 +65,11 @@ def _branch(config: RunConfig, machine: fp8.Machine, window: bool) -> fp8.Branch
     return fp8.attention_precision(config.train.fp8_recipe, machine, **arguments)
 
 
-def backends(model: ModelConfig, config: TransformerConfig, impl: Backend) -> dict[str, Backend]:
+def backends(run: RunConfig, config: TransformerConfig, impl: Backend) -> dict[str, Backend]:
     """Say who computes what, and why; ``impl`` is the choice of ``train.transformer_impl``."""
+    model = run.model
     if config.transformer_impl == "transformer_engine":
-        found = {
-            "attention": Backend("TE", "DotProductAttention, another one for the window"),
-            "norm": impl,
-            "linear layers": impl,
-        }
+        found = _te_attention(run) | {"norm": impl, "linear layers": impl}
         if model.is_moe:
             found["experts"] = Backend("TE", "GroupedLinear, all experts at once")
         return found
@@ -87,3 +84,23 @@ def backends(model: ModelConfig, config: TransformerConfig, impl: Backend) -> di
             how = f"one matrix product pair per expert: {one_by_one}"
         found["experts"] = Backend("torch", how)
     return found
+
+
+def _te_attention(run: RunConfig) -> dict[str, Backend]:
+    """Ask for each branch in bf16; what FP8 changes about it stands beside it."""
+    m, p = run.model, run.parallel
+    windows = {"global attention kernel": None}
+    if m.gated_swa:
+        windows["local attention kernel"] = m.window_keys
+    return {
+        name: te_attention.selected(
+            slots=run.data.sequence_length // p.context_parallel_size,
+            batch=run.train.micro_batch_size,
+            heads=m.num_attention_heads // p.tensor_parallel_size,
+            kv_heads=max(m.num_kv_heads // p.tensor_parallel_size, 1),
+            head_dim=m.head_dim,
+            window_keys=window,
+            deterministic=run.train.deterministic,
+        )
+        for name, window in windows.items()
+    }

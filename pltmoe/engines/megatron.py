@@ -69,7 +69,7 @@ class MegatronEngine:
         self._guard = StepGuard(config.train)
         length = config.data.sequence_length
         self.pipeline = Pipeline(self.model, self._ddp, layout, groups, length, self._device)
-        found = backends(config.model, self.model.config, impl)
+        found = backends(config, self.model.config, impl)
         found |= branches | {"optimizer": devices.optimizer_backend()}
         precision = devices.precision_name(config.train.precision)
         self.capabilities = Capabilities(layout, precision, found)

@@ -5,10 +5,11 @@ from typing import Any
 import pytest
 
 from pltmoe.config import RunConfig, config_from_dict
-from pltmoe.engines.backends import check_fusion, choose_fp8
+from pltmoe.engines.backends import backends, check_fusion, choose_fp8
 from pltmoe.errors import ConfigError
 from pltmoe.model.megatron_config import Fp8, transformer_config
 from pltmoe.plan.planner import make_plan
+from pltmoe.runtime import te_attention
 from pltmoe.runtime.devices import Backend
 from pltmoe.runtime.fp8 import Machine
 from tests.unit.config.trees import DENSE, LOOP_ROWS, MOE, run_tree
@@ -57,6 +58,22 @@ def test_fused_weight_gradients_need_transformer_engine() -> None:
     check_fusion(config(), Backend("torch", "none"))
     with pytest.raises(ConfigError, match="needs Transformer Engine's layers: there is no GPU"):
         check_fusion(fused, Backend("torch", "there is no GPU"))
+
+
+def test_start_up_names_what_transformer_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = config(precision="bf16", micro_batch_size=4)
+    made = transformer_config(run.model)
+    made.transformer_impl = "transformer_engine"  # asked for at once it needs the library
+    asked = []
+    monkeypatch.setattr(
+        te_attention, "selected", lambda **how: asked.append(how) or Backend("TE", "cuDNN")
+    )
+    found = backends(run, made, TE)
+    assert {backend.choice for backend in found.values()} == {"TE"}
+    assert {"global attention kernel", "local attention kernel", "norm", "linear layers",
+            "experts"} == set(found)  # fmt: skip
+    assert [how["window_keys"] for how in asked] == [None, run.model.window_keys]
+    assert {(how["slots"], how["batch"], how["head_dim"]) for how in asked} == {(32, 4, 128)}
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])

@@ -1,5 +1,6 @@
 """Experts in one grouped product compute what they compute one by one, gradients included."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ def test_where_experts_run_one_by_one_and_why(monkeypatch: pytest.MonkeyPatch) -
     config = transformer_config(model, params_dtype=torch.bfloat16)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "a loop on a CPU" in str(layer_specs.why_one_by_one(config))
-    said = backends(model, config, Backend("torch", "asked for"))["experts"]
+    said = backends(SimpleNamespace(model=model), config, Backend("torch", "asked for"))["experts"]
     assert "one matrix product pair per expert: torch's grouped product" in str(said)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert layer_specs.why_one_by_one(config) is None

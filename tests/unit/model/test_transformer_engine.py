@@ -15,14 +15,12 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from pltmoe.config import ModelConfig
-from pltmoe.engines.backends import backends
 from pltmoe.engines.megatron_state import model_state
 from pltmoe.errors import ConfigError
 from pltmoe.model import megatron_config
 from pltmoe.model.first_micro_batch import begin_step, keep_flags_down
 from pltmoe.model.initialize import global_name
 from pltmoe.runtime import devices
-from pltmoe.runtime.devices import Backend
 from pltmoe.train.benchmark.megatron_gpt import gpt_layer_spec, load_gpt
 from tests.single_process import build_model
 from tests.unit.model.cases import ALL, small_model
@@ -161,13 +159,3 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(devices.importlib, "import_module", lambda name: None)
     assert devices.transformer_impl("auto", torch.bfloat16).choice == "TE"
-
-
-def test_start_up_names_what_transformer_engine_does() -> None:
-    model = small_model(**ALL["row5_plt2"])
-    config = megatron_config.transformer_config(model, params_dtype=torch.bfloat16)
-    config.transformer_impl = "transformer_engine"  # asked for at once it needs the library
-    impl = Backend("TE", "Transformer Engine is installed")
-    found = backends(model, config, impl)
-    assert all(backend.choice == "TE" for backend in found.values())
-    assert {"attention", "norm", "linear layers", "experts"} == set(found)
