@@ -186,18 +186,14 @@ def transformer_engine_fits(c: RunConfig) -> Iterator[str]:
             f"({p.pipeline_parallel_size}) and model.num_loops ({m.num_loops}): loops of a micro "
             "batch would be scaled by one another's history; use another recipe"
         )
+    tp = p.tensor_parallel_size
     widths = {
         "model.hidden_size": (m.hidden_size, 1),
-        "model.num_attention_heads x head_dim": (
-            m.num_attention_heads * m.head_dim, p.tensor_parallel_size),
-        "model.num_kv_heads x head_dim": (m.num_kv_heads * m.head_dim, p.tensor_parallel_size),
-        "model.ffn_hidden_size": (m.ffn_hidden_size or 16 * p.tensor_parallel_size,
-                                  p.tensor_parallel_size),
-        "model.moe_ffn_hidden_size": (
-            m.moe_ffn_hidden_size or 16 * p.expert_tensor_parallel_size,
-            p.expert_tensor_parallel_size,
-        ),
-    }  # fmt: skip
+        "model.num_attention_heads x head_dim": (m.num_attention_heads * m.head_dim, tp),
+        "model.num_kv_heads x head_dim": (m.num_kv_heads * m.head_dim, tp),
+        "model.ffn_hidden_size": (m.ffn_hidden_size or 0, tp),
+        "model.moe_ffn_hidden_size": (m.moe_ffn_hidden_size or 0, p.expert_tensor_parallel_size),
+    }
     for name, (width, parts) in widths.items():
         if width % (16 * parts):
             yield (

@@ -93,6 +93,10 @@ class OptimizerConfig(Section):
     """Global gradient-norm limit; 0 turns clipping off."""
 
 
+Precision = Literal["auto", "fp32", "bf16", "fp8"]
+Fp8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+
+
 class TrainConfig(Section):
     """How long, how much at once, and what is printed when."""
 
@@ -104,10 +108,10 @@ class TrainConfig(Section):
     """Sequences per optimizer step, over all ranks."""
     micro_batch_size: PositiveInt = 1
     """Sequences per forward pass on one rank."""
-    precision: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
+    precision: Precision = "auto"
     """auto: bf16 with fp32 master weights and gradients on a GPU, fp32 on a CPU. fp8: bf16 with
     the matrix products of linear layers and experts in FP8 (Transformer Engine)."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    fp8_recipe: Fp8Recipe = "tensorwise"
     """How FP8 scales are chosen: by the tensor's history, by tensor, by blocks (Hopper), by 32
     neighbours (Blackwell)."""
     fp8_attention: bool = False

@@ -1,7 +1,5 @@
 """Who computes what, and in FP8 or not: decided before the model is built, told at start-up."""
 
-from typing import Any
-
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pltmoe.config import RunConfig
@@ -35,11 +33,8 @@ def choose_fp8(
         for name, window in (("global attention", False), ("local attention", True))
         if model.gated_swa or not window
     }
-    in_fp8 = [name for name, branch in branches.items() if branch.precision == "fp8"]
-    return (
-        Fp8(train.fp8_recipe, "global attention" in in_fp8, "local attention" in in_fp8),
-        branches,
-    )
+    in_fp8 = (branch.precision == "fp8" for branch in branches.values())
+    return Fp8(train.fp8_recipe, *in_fp8), branches
 
 
 def check_fusion(config: RunConfig, impl: Backend) -> None:
@@ -57,12 +52,13 @@ def check_fusion(config: RunConfig, impl: Backend) -> None:
 def _branch(config: RunConfig, machine: fp8.Machine, window: bool) -> fp8.Branch:
     if not config.train.fp8_attention:
         return fp8.Branch("bf16", "train.fp8_attention is false")
-    arguments: dict[str, Any] = {
-        "window": window,
-        "head_dim": config.model.head_dim,
-        "deterministic": config.train.deterministic,
-    }
-    return fp8.attention_precision(config.train.fp8_recipe, machine, **arguments)
+    return fp8.attention_precision(
+        config.train.fp8_recipe,
+        machine,
+        window=window,
+        head_dim=config.model.head_dim,
+        deterministic=config.train.deterministic,
+    )
 
 
 def backends(run: RunConfig, config: TransformerConfig, impl: Backend) -> dict[str, Backend]:

@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pltmoe.model.grouped_product import fits_grouped_product
+
 FP8 = torch.float8_e4m3fn
 GROUPED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GROUPED_BYTES = 16
-"""grouped_mm wants rows that are multiples of this."""
 
 
 def experts(
@@ -66,8 +66,8 @@ def _is_grouped(x_rd: Tensor, weight_eod: Tensor) -> bool:
 
     On a CPU it calls a product for every expert, used or not.
     """
-    row_bytes = (size * x_rd.element_size() for size in weight_eod.shape[1:])
-    if x_rd.dtype not in GROUPED_DTYPES or any(size % GROUPED_BYTES for size in row_bytes):
+    sizes = weight_eod.shape[1:]
+    if x_rd.dtype not in GROUPED_DTYPES or not fits_grouped_product(sizes, x_rd.dtype):
         return False
     return x_rd.is_cuda or 4 * x_rd.size(0) > weight_eod.size(0)
 

@@ -34,6 +34,7 @@ from pltmoe.config import ModelConfig
 from pltmoe.errors import DataError
 from pltmoe.inference.cache import StaticCache
 from pltmoe.inference.model import PLTDecoder, Routes
+from pltmoe.model.sdpa import attend_fused
 
 CHUNK_SLOTS = 8192
 """Rows that run through the stack together."""
@@ -371,19 +372,11 @@ class _SpanAttention:
 def attend_causally(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor) -> Tensor:
     """Attend from the last ``a`` of ``n`` slots to all slots up to each."""
     rows, slots = q_1hak.size(2), k_1gnk.size(2)
-    if q_1hak.dtype == torch.float32 and q_1hak.is_cuda:
-        k_1gnk, v_1gnk = _for_every_head(q_1hak, k_1gnk, v_1gnk)
-    grouped = q_1hak.size(1) != k_1gnk.size(1)
     if rows == slots or rows == 1:
-        return F.scaled_dot_product_attention(
-            q_1hak, k_1gnk, v_1gnk, is_causal=rows > 1, enable_gqa=grouped
-        )
+        return attend_fused(q_1hak, k_1gnk, v_1gnk, is_causal=rows > 1)
     if not q_1hak.is_cuda:
         return attend_in_window(q_1hak, k_1gnk, v_1gnk, slots)
-    k_1hnk, v_1hnk = _for_every_head(q_1hak, k_1gnk, v_1gnk)
-    return F.scaled_dot_product_attention(
-        q_1hak, k_1hnk, v_1hnk, attn_mask=causal_lower_right(rows, slots)
-    )
+    return attend_fused(q_1hak, k_1gnk, v_1gnk, attn_mask=causal_lower_right(rows, slots))
 
 
 def attend_in_window(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor, window_keys: int) -> Tensor:
@@ -410,7 +403,7 @@ def attend_in_window(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor, window_keys
 
 
 def _for_every_head(q_1hak: Tensor, k_1gnk: Tensor, v_1gnk: Tensor) -> tuple[Tensor, Tensor]:
-    """Repeat KV heads: with a mask or in float32, grouped attention is slow and large on GPUs."""
+    """Repeat KV heads once, for all pieces: masked, grouped attention is slow on GPUs."""
     repeat = q_1hak.size(1) // k_1gnk.size(1)
     if repeat == 1:
         return k_1gnk, v_1gnk

@@ -12,14 +12,6 @@ from megatron.core.transformer.moe.experts import SequentialMLP
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-GROUPED_BYTES = 16
-"""torch's grouped_mm wants rows that are multiples of this."""
-
-
-def fits_grouped_product(sizes: list[int], dtype: torch.dtype) -> bool:
-    """Whether grouped_mm takes matrices with rows of these sizes."""
-    return all(size * dtype.itemsize % GROUPED_BYTES == 0 for size in sizes)
-
 
 class GroupedExperts(SequentialMLP):
     """Megatron's experts, multiplied all at once.

@@ -6,7 +6,7 @@ Both kinds of layers have the same parameters, under the same names in a checkpo
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -29,7 +29,8 @@ from torch import Tensor
 from pltmoe.config.model import ModelConfig
 from pltmoe.model.block import PLTLayer
 from pltmoe.model.gated_attention import GatedAttentionSubmodules, GatedSelfAttention
-from pltmoe.model.grouped_experts import GroupedExperts, fits_grouped_product
+from pltmoe.model.grouped_experts import GroupedExperts
+from pltmoe.model.grouped_product import fits_grouped_product
 from pltmoe.model.router import LoopRouter
 from pltmoe.model.sdpa import SDPACoreAttention
 from pltmoe.model.slots import Slots
@@ -138,23 +139,30 @@ def _te_attention(*, window_keys: int | None, config: TransformerConfig, **megat
     to rank only for the whole past.
     """
     from megatron.core.extensions.transformer_engine import TEDotProductAttention
+
+    if window_keys is None:
+        return TEDotProductAttention(config=config, **megatron)
+    own, attention = copy.copy(config), TEDotProductAttention
+    own.window_size = (window_keys - 1, 0)
+    own.window_attn_skip_freq = None  # else it depends on the layer's number
+    megatron["cp_comm_type"] = "all_gather"
+    if config.fp8 and not config.local_attention_in_fp8:
+        attention = _bf16_attention()
+    return attention(config=own, **megatron)
+
+
+@cache
+def _bf16_attention() -> type:
+    """Return the class of an attention that stays bf16 where the other branch is FP8."""
+    from megatron.core.extensions.transformer_engine import TEDotProductAttention
     from transformer_engine.pytorch import autocast
 
     class BF16Attention(TEDotProductAttention):
-        """Computes in bf16 where the other branch is FP8."""
-
         def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
             with autocast(enabled=False):
                 return super().forward(*args, **kwargs)
 
-    own, attention = copy.copy(config), TEDotProductAttention
-    if window_keys is not None and config.fp8 and not config.local_attention_in_fp8:
-        attention = BF16Attention
-    own.window_size = None if window_keys is None else (window_keys - 1, 0)
-    own.window_attn_skip_freq = None  # else it depends on the layer's number
-    if window_keys is not None:
-        megatron["cp_comm_type"] = "all_gather"
-    return attention(config=own, **megatron)
+    return BF16Attention
 
 
 def why_one_by_one(config: TransformerConfig) -> str | None:

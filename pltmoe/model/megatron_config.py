@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pltmoe.config.model import ModelConfig
-from pltmoe.config.run import ParallelConfig
+from pltmoe.config.run import Fp8Recipe, ParallelConfig
 
 
 @dataclass(frozen=True)
 class Fp8:
     """Matrix products in FP8, and which attention branches."""
 
-    recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+    recipe: Fp8Recipe
     global_attention: bool = False
     local_attention: bool = False
 

@@ -22,8 +22,8 @@ def causal_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor) -> Tensor:
     """
     queries, keys = q_bhsk.size(2), k_bgsk.size(2)
     if queries == keys:
-        return _attend(q_bhsk, k_bgsk, v_bgsk, is_causal=True)
-    return _attend(q_bhsk, k_bgsk, v_bgsk, attn_mask=causal_lower_right(queries, keys))
+        return attend_fused(q_bhsk, k_bgsk, v_bgsk, is_causal=True)
+    return attend_fused(q_bhsk, k_bgsk, v_bgsk, attn_mask=causal_lower_right(queries, keys))
 
 
 def window_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor, window_keys: int) -> Tensor:
@@ -52,7 +52,7 @@ def window_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor, window_keys
         before = torch.cat([torch.zeros_like(x[:, :1]), x[:, :-1]], dim=1)
         return torch.cat([before, x], dim=3).flatten(0, 1)
 
-    out = _attend(
+    out = attend_fused(
         cut(q_bhsk).flatten(0, 1),
         with_previous(cut(k_bgsk)),
         with_previous(cut(v_bgsk)),
@@ -61,14 +61,14 @@ def window_attention(q_bhsk: Tensor, k_bgsk: Tensor, v_bgsk: Tensor, window_keys
     return out.view(b, blocks, h, size, k).transpose(1, 2).reshape(b, h, blocks * size, k)[:, :, :s]
 
 
-def _attend(q_bhsk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, **how: Any) -> Tensor:
+def attend_fused(q_bhsk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, **how: Any) -> Tensor:
     """Call SDPA so that a fused kernel takes it.
 
     On a GPU only the flash kernel knows grouped heads, and it takes neither a mask nor float32;
     PyTorch would then build s x s scores without a word. There KV heads are repeated.
     """
     groups = q_bhsk.size(1) // k_bgtk.size(1)
-    flash = q_bhsk.dtype in (torch.bfloat16, torch.float16) and how.get("is_causal", False)
+    flash = q_bhsk.dtype in (torch.bfloat16, torch.float16) and "attn_mask" not in how
     if groups > 1 and q_bhsk.is_cuda and not flash:
         k_bgtk, v_bgtk = (x.repeat_interleave(groups, 1) for x in (k_bgtk, v_bgtk))
         groups = 1

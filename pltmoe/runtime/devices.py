@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from pltmoe.config.run import Precision
 from pltmoe.errors import ConfigError
 
 _PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
@@ -26,9 +27,6 @@ _PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
     ("A800", 3.12e14),
     ("L40S", 3.62e14),
 )
-
-
-Precision = Literal["auto", "fp32", "bf16", "fp8"]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ A sliding window in FP8 needs 10.0 and cuDNN 9.21: on Hopper the local branch is
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
+from pltmoe.config.run import Fp8Recipe
+
 Version = tuple[int, ...]
 ADA, HOPPER, BLACKWELL, CONSUMER_BLACKWELL = (8, 9), (9, 0), (10, 0), (12, 0)
 BLOCKWISE_CUDA = (12, 9)
@@ -64,7 +65,7 @@ def this_machine() -> Machine | None:
     )
 
 
-def why_recipe_cannot_run(recipe: Recipe, machine: Machine) -> str | None:
+def why_recipe_cannot_run(recipe: Fp8Recipe, machine: Machine) -> str | None:
     """Say what is missing for a recipe's matrix products, or return None."""
     capability = machine.capability
     has = f"this is {_dotted(capability)}"
@@ -80,7 +81,7 @@ def why_recipe_cannot_run(recipe: Recipe, machine: Machine) -> str | None:
 
 
 def attention_precision(
-    recipe: Recipe,
+    recipe: Fp8Recipe,
     machine: Machine,
     *,
     window: bool,
@@ -109,7 +110,7 @@ def attention_precision(
 
 
 def _hopper(
-    recipe: Recipe, machine: Machine, window: bool, head_dim: int
+    recipe: Fp8Recipe, machine: Machine, window: bool, head_dim: int
 ) -> tuple[tuple[bool, str], ...]:
     if machine.capability >= BLACKWELL:
         return ()
@@ -121,7 +122,7 @@ def _hopper(
 
 
 def _cudnn(
-    recipe: Recipe, machine: Machine, window: bool, deterministic: bool
+    recipe: Fp8Recipe, machine: Machine, window: bool, deterministic: bool
 ) -> tuple[tuple[bool, str], ...]:
     has = _dotted(machine.cudnn)
     blackwell = machine.capability >= BLACKWELL

@@ -8,7 +8,8 @@ import torch
 
 from pltmoe.engines.backends import backends
 from pltmoe.model import layer_specs
-from pltmoe.model.grouped_experts import GroupedExperts, GroupedLinear, fits_grouped_product
+from pltmoe.model.grouped_experts import GroupedExperts, GroupedLinear
+from pltmoe.model.grouped_product import fits_grouped_product
 from pltmoe.model.megatron_config import transformer_config
 from pltmoe.runtime.devices import Backend
 from tests.single_process import build_model, packed_batch
