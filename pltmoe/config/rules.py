@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 
+from pltmoe.config import deepspeed
 from pltmoe.config.model import ModelConfig
 from pltmoe.config.run import RunConfig
 
@@ -249,6 +250,20 @@ def validation_has_data(c: RunConfig) -> Iterator[str]:
         )
 
 
+def engine_can(c: RunConfig) -> Iterator[str]:
+    """The engine can do what is asked of it."""
+    yield from ENGINE_RULES[c.engine](c)
+
+
+def _megatron(c: RunConfig) -> Iterator[str]:
+    if c.deepspeed:
+        yield f"deepspeed ({', '.join(c.deepspeed)}) needs engine deepspeed (it is {c.engine})"
+
+
+ENGINE_RULES: dict[str, Callable[[RunConfig], Iterator[str]]] = {
+    "megatron": _megatron,
+    "deepspeed": deepspeed.rules,
+}
 MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[str]], ...] = (
     heads_divide,
     dense_or_moe,
@@ -263,6 +278,7 @@ RUN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     batch_divides,
     schedule_fits,
     validation_has_data,
+    engine_can,
 )
 
 

@@ -1,7 +1,7 @@
 """The whole run as one typed tree: model, parallel, data, optimizer, train, checkpoint, ..."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -188,6 +188,8 @@ class RunConfig(Section):
 
     name: str
     """Name of the run: MLflow run name, model name of the export."""
+    engine: Literal["megatron", "deepspeed"] = "megatron"
+    """Who takes the optimizer steps: Megatron-core, or DeepSpeed's ZeRO (docs/engines.md)."""
     model: ModelConfig
     parallel: ParallelConfig = ParallelConfig()
     data: DataConfig
@@ -195,3 +197,6 @@ class RunConfig(Section):
     train: TrainConfig
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
+    deepspeed: dict[str, Any] = {}
+    """Keys of DeepSpeed's JSON that are merged into what this file decides, e.g.
+    {zero_optimization: {stage: 2}}. The result is deepspeed.json in the run's folder."""

@@ -1,51 +1,15 @@
-"""What the Megatron engine saves and loads, as sharded state dicts.
-
-Tensors are stored in the model's own shapes under names that say what they are (``model.layers.0.
-mlp.experts.experts.linear_fc1.weight``, ``optimizer.state.exp_avg.model.…``), so that they load
-under any layout. Hyperparameters and schedule are not stored: the configuration is the only truth,
-and the checkpoint's must agree with it (checkpoint/compatible.py).
-"""
+"""Megatron's optimizer state in the shapes and names of engines/sharded_state.py."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from megatron.core.dist_checkpointing.mapping import ShardedObject
-from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
-from torch import nn
 
 from pltmoe.engines.megatron_optimizer import ensure_state
-from pltmoe.runtime.seeds import random_state
-
-
-def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Return Megatron's switches for state that can be loaded under another layout.
-
-    ``fully_reshardable`` stores optimizer state in the shapes of the weights. (The other formats
-    store pieces of flat buffers, under keys with rank numbers in them.)
-    """
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "distrib_optim_fully_reshardable_mem_efficient": False,
-        "singleton_local_shards": False,
-        "dp_cp_group": groups.dp_cp,
-    }
-
-
-def model_state(model: nn.Module, groups: ProcessGroupCollection) -> dict[str, Any]:
-    """Describe the weights; keys of the stored tensors begin with ``model.``.
-
-    Transformer Engine's extra state (the history of FP8 scales) stays out: it would tie a
-    checkpoint to one implementation and one precision.
-    """
-    state = model.sharded_state_dict(metadata=sharding_metadata(groups))
-    state = {name: part for name, part in state.items() if "._extra_state" not in name}
-    add_prefix_for_sharding(state, "model.")
-    return state
+from pltmoe.engines.sharded_state import sharding_metadata
 
 
 def optimizer_state(
@@ -92,18 +56,6 @@ def _places_without_padding(part: Any) -> Iterator[None]:
     finally:
         for buffer, places in zip(part.buffers, kept, strict=True):
             buffer.param_index_map = places
-
-
-def random_object(loading: bool) -> ShardedObject:
-    """Describe this rank's random states, stored one per rank."""
-    data = None if loading else random_state()
-    shape, offset = (dist.get_world_size(),), (dist.get_rank(),)
-    return ShardedObject("random", data, shape, offset, replica_id=0)
-
-
-def guard_object(state: dict[str, Any] | None) -> ShardedObject:
-    """Describe the step guard's state, which all ranks share; None to have it loaded."""
-    return ShardedObject("guard", state, (1,), (0,), replica_id=dist.get_rank())
 
 
 def restore_optimizer(optimizer: ChainedOptimizer, loaded: dict[int, Any], step: int) -> None:

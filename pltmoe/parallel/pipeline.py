@@ -163,20 +163,31 @@ class Pipeline:
         return torch.stack(reports).sum(0)
 
     def _forward_step(self, batches: Any, model: Any) -> tuple[Tensor, Callable[..., Any]]:
-        batch = {n: t.to(self._device, non_blocking=True) for n, t in next(batches).items()}
-        loss_tokens = batch["loss_mask"].sum()
-        slots = self._stage.slots
-        if isinstance(slots, CutSlots):
-            batch = {name: slots.take(tensor) for name, tensor in batch.items()}
-        output = model(batch["tokens"], batch["position_ids"], batch["labels"], loss_tokens)
-        return output, partial(_sum_loss, batch["loss_mask"])
+        output, mask_bs = forward_micro_batch(self._stage, model, next(batches), self._device)
+        return output, partial(sum_loss, mask_bs)
 
     def _finalize(self, model: Any, *arguments: Any, **options: Any) -> None:
         """Reduce the gradients of the one wrapper that owns them, whatever the chunks."""
         finalize_model_grads([self._ddp], *arguments, **options)
 
 
-def _sum_loss(mask_bs: Tensor, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def forward_micro_batch(
+    stage: PLTModel, model: Callable[..., Tensor], batch: Batch, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Give this rank's slots of a micro batch to ``model``, which is ``stage`` or wraps it.
+
+    Returns:
+        What ``model`` returns, and the loss mask [b, s] of those slots.
+    """
+    batch = {n: t.to(device, non_blocking=True) for n, t in batch.items()}
+    loss_tokens = batch["loss_mask"].sum()
+    if isinstance(stage.slots, CutSlots):
+        batch = {name: stage.slots.take(tensor) for name, tensor in batch.items()}
+    output = model(batch["tokens"], batch["position_ids"], batch["labels"], loss_tokens)
+    return output, batch["loss_mask"]
+
+
+def sum_loss(mask_bs: Tensor, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the summed loss, its tokens, and both for the log."""
     total, tokens = (at_least_float32(losses_bs) * mask_bs).sum(), mask_bs.sum()
     # Masked slots too: NaN * 0 is NaN, and a broken model must not hide behind the mask.

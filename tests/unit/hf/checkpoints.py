@@ -7,7 +7,7 @@ import torch
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.checkpoint.store import save_checkpoint
 from pltmoe.config import ModelConfig, RunConfig, config_from_dict
-from pltmoe.engines.megatron_state import model_state
+from pltmoe.engines.sharded_state import model_state
 from pltmoe.model.megatron_config import transformer_config
 from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.groups import create_groups, destroy_groups

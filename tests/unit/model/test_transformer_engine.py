@@ -15,7 +15,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from pltmoe.config import ModelConfig
-from pltmoe.engines.megatron_state import model_state
+from pltmoe.engines.sharded_state import model_state
 from pltmoe.errors import ConfigError
 from pltmoe.model import megatron_config
 from pltmoe.model.first_micro_batch import begin_step, keep_flags_down
