@@ -45,6 +45,8 @@ class Capabilities:
     backends: dict[str, Backend | Branch]
     """Job (``attention``, ``norm``, ``experts``, ``optimizer``) -> implementation and reason; in
     FP8 also what each attention branch computes in."""
+    files: dict[str, str] = field(default_factory=dict)
+    """Name -> text of what is kept beside config.yaml."""
 
 
 class Engine(Protocol):

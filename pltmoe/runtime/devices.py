@@ -33,7 +33,7 @@ _PEAK_BF16_FLOPS: tuple[tuple[str, float], ...] = (
 class Backend:
     """Which implementation does one job, and why."""
 
-    choice: Literal["TE", "Apex", "torch"]
+    choice: Literal["TE", "Apex", "torch", "DeepSpeed"]
     reason: str
 
     def __str__(self) -> str:

@@ -27,8 +27,8 @@ from pltmoe.config import RunConfig, config_to_dict, write_config
 from pltmoe.data.datasets import batches, build_datasets
 from pltmoe.data.fingerprint import fingerprints_of
 from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.engines import build_engine
 from pltmoe.engines.base import Batch, Engine
-from pltmoe.engines.megatron import MegatronEngine
 from pltmoe.errors import CheckpointError, EngineError
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
@@ -74,7 +74,7 @@ def pretrain(config: RunConfig) -> int:
             seeds.seed_everything(config.train.seed, config.train.deterministic)
             start = _find_start(config)
             data = Data(config, layout, layout.coordinates(processes.rank).data, start)
-            engine = MegatronEngine(config, layout, groups)
+            engine = build_engine(config, layout, groups)
             source = _load(config, engine, layout, start)
             log_startup(config, engine.capabilities, source)
             return _train(config, engine, data, start, stop)
@@ -223,10 +223,13 @@ def _end_save(saves: Checkpointing, step: int, error: BaseException) -> None:
 
 def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
     """Write config.yaml, now that everything fits, and open the run."""
-    written = config.train.output_dir / "config.yaml"
-    write_config(config, written.with_suffix(".part"))
-    os.replace(written.with_suffix(".part"), written)
-    capabilities = engine.capabilities
+    capabilities, folder = engine.capabilities, config.train.output_dir
+    written = [folder / "config.yaml", *(folder / name for name in capabilities.files)]
+    write_config(config, _part(written[0]))
+    for path, text in zip(written[1:], capabilities.files.values(), strict=True):
+        _part(path).write_text(text)
+    for path in written:
+        os.replace(_part(path), path)
     tags = {
         "model": config.name,
         "commit": commit(),
@@ -237,8 +240,14 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
     }
     tracker = build_tracker(config, config.train.output_dir)
     tracker.start(config_to_dict(config), tags, resume_step=start.step if start.manifest else None)
-    tracker.artifact(written)
+    for path in written:
+        tracker.artifact(path)
     return tracker
+
+
+def _part(path: Path) -> Path:
+    """Return where a file is written before it gets its name."""
+    return path.with_name(f".{path.name}.part")
 
 
 def _manifest(config: RunConfig, layout: Layout, data: Data, start: Start, step: int) -> Manifest:
