@@ -331,6 +331,7 @@ def _die_with_parent() -> None:
 
 def _fork_on_request() -> None:
     """Fork a rank for each line on stdin; write down how each ended."""
+    import pltmoe.engines.deepspeed
     import pltmoe.engines.megatron  # noqa: F401  so that no child has to
 
     logs: dict[int, Path] = {}

@@ -1,4 +1,4 @@
-"""Two ways to take a step behind one protocol: base.py. ``engine:`` in a configuration picks one."""
+"""Two ways to take a step behind one protocol (base.py); ``engine:`` in a configuration picks."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -15,11 +15,13 @@ and any number of ranks.
 Source: deepspeed 0.19.8, runtime/engine.py, runtime/zero/, runtime/bf16_optimizer.py.
 """
 
+import io
 import json
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -58,14 +60,19 @@ if not torch.cuda.is_available():  # else it warns that it found nothing better
 import deepspeed  # noqa: E402
 from deepspeed.moe.layer import MoE  # noqa: E402
 from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
-from deepspeed.utils import tensor_fragment as fragments  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+)
 
 # It would compile shared-memory collectives for a CPU at start-up: gloo does.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
+logger = logging.getLogger(__name__)
+
 _EXPERTS = "experts"
 """Name of the experts' process groups in DeepSpeed's tables."""
-_MASTER = "fp32_param"
+_MASTER = "param"
 _KINDS = (_MASTER, "exp_avg", "exp_avg_sq")
 """Optimizer state of a weight, under Megatron's names."""
 
@@ -155,7 +162,7 @@ class DeepSpeedEngine(SteppingEngine):
         counts = torch.stack([batch["loss_mask"].sum() for batch in batches]).sum().double()
         tokens = counts.to(self._device)
         dist.all_reduce(tokens, group=self._groups.dp)
-        scale = (self._groups.dp.size() / tokens.clamp(min=1)).float()
+        scale = (self._groups.dp.size() / tokens.clamp(min=1)).float().view(1)
         MoEAuxLossAutoScaler.set_loss_scale(scale)
         self._engine.train(not forward_only)
         reports = []
@@ -166,7 +173,7 @@ class DeepSpeedEngine(SteppingEngine):
                 loss, _, report = sum_loss(mask, losses)
                 reports.append(report)
                 if not forward_only:
-                    self._engine.backward(loss * scale, scale_wrt_gas=False)
+                    self._engine.backward(loss * scale.squeeze(), scale_wrt_gas=False)
         finally:
             self._engine.train()
         if self._groups.tp.rank() > 0:
@@ -225,15 +232,15 @@ class DeepSpeedEngine(SteppingEngine):
         # It wants torchrun's variable, and does not ask Slurm.
         local_rank = distributed.processes_from_environment().local_rank
         os.environ.setdefault("LOCAL_RANK", str(local_rank))
+        chatter = io.StringIO()  # it prints memory before and after each of its groups
         try:
-            engine, *_ = deepspeed.initialize(
-                model=wrapped,
-                optimizer=self._adam,
-                config=text,
-                mpu=_Mpu(self._groups),
-            )
+            with redirect_stdout(chatter):
+                engine, *_ = deepspeed.initialize(
+                    model=wrapped, optimizer=self._adam, config=text, mpu=_Mpu(self._groups)
+                )
         except (ValueError, AssertionError) as error:
             raise ConfigError(f"deepspeed: DeepSpeed refuses its JSON: {error}") from error
+        logger.debug("%s", chatter.getvalue())
         return engine
 
     def _sum_over_tensor_ranks(self) -> None:
@@ -318,7 +325,7 @@ class DeepSpeedEngine(SteppingEngine):
         with self._whole_weights():
             weights = super()._model_state()
             if self._stage == 3:
-                self._by_weight = _entries(weights, self._names)
+                self._by_weight = self._entries(weights)
                 dict_list_map_inplace(_copied, weights)
         return weights
 
@@ -327,7 +334,7 @@ class DeepSpeedEngine(SteppingEngine):
             super()._load_model(weights)
 
     def _optimizer_state(self, weights: dict[str, Any], loading: bool) -> dict[str, Any]:
-        entries = self._by_weight if self._stage == 3 else _entries(weights, self._names)
+        entries = self._by_weight if self._stage == 3 else self._entries(weights)
         found: dict[str, Any] = {kind: {} for kind in _KINDS}
         for name, entry in entries.items():
             for kind in _KINDS:
@@ -335,6 +342,14 @@ class DeepSpeedEngine(SteppingEngine):
                 found[kind][name] = make_sharded_optimizer_tensor(
                     entry, value, f"optimizer.state.{kind}"
                 )
+        return found
+
+    def _entries(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """Return name -> a weight's entry in the sharded state dict."""
+        by_id = {id(parameter): name for name, parameter in self._names.items()}
+        sharded, _ = extract_sharded_tensors_and_factories(weights)
+        found = {by_id[id(e.data)]: e for e in nested_values(sharded) if id(e.data) in by_id}
+        assert found.keys() == self._names.keys(), self._names.keys() - found.keys()
         return found
 
     def _get(self, name: str, kind: str, loading: bool) -> Tensor:
@@ -346,9 +361,9 @@ class DeepSpeedEngine(SteppingEngine):
         if self._stage == 0:
             return parameter.detach() if kind == _MASTER else self._adam.state[parameter][kind]
         if kind == _MASTER:
-            value = fragments.safe_get_full_fp32_param(parameter)
+            value = safe_get_full_fp32_param(parameter)
         else:
-            value = fragments.safe_get_full_optimizer_state(parameter, kind)
+            value = safe_get_full_optimizer_state(parameter, kind)
         return value.reshape(shape).cpu()
 
     def _restore_optimizer(self, loaded: dict[str, Any], updates: int) -> None:
@@ -451,15 +466,6 @@ def _cpu_adam(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.op
             f"be compiled here ({str(error).splitlines()[0]}): install a C++ compiler and ninja, "
             "or remove offload_optimizer"
         ) from error
-
-
-def _entries(weights: dict[str, Any], names: dict[str, nn.Parameter]) -> dict[str, Any]:
-    """Return name -> its entry in the sharded state dict."""
-    by_id = {id(parameter): name for name, parameter in names.items()}
-    sharded, _ = extract_sharded_tensors_and_factories(weights)
-    found = {by_id[id(e.data)]: e for e in nested_values(sharded) if id(e.data) in by_id}
-    assert found.keys() == names.keys(), names.keys() - found.keys()
-    return found
 
 
 def _copied(entry: Any) -> Any:

@@ -6,9 +6,9 @@ from unittest import mock
 
 import torch
 
+from pltmoe import engines
 from pltmoe.config import RunConfig, config_from_dict
 from pltmoe.engines import megatron_optimizer
-from pltmoe.engines.megatron import MegatronEngine
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime import distributed, seeds
@@ -67,14 +67,14 @@ def tiny_config(model: dict[str, Any] | None = None, **changes: Any) -> RunConfi
     return config_from_dict(tree)
 
 
-def build_engine(config: RunConfig) -> MegatronEngine:
-    """Start the processes as a run does, and build the engine."""
+def build_engine(config: RunConfig) -> Any:
+    """Start the processes as a run does, and build the engine that the configuration names."""
     processes = distributed.processes_from_environment()
     distributed.start(processes)
     layout = layout_for(config, processes.world_size)
     groups = create_groups(layout)
     seeds.seed_everything(config.train.seed)
-    return MegatronEngine(config, layout, groups)
+    return engines.build_engine(config, layout, groups)
 
 
 def small_buckets() -> Any:

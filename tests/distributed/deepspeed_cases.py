@@ -1,0 +1,170 @@
+"""What test_deepspeed.py runs on its ranks."""
+
+import contextlib
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from torch.utils import cpp_extension
+
+from pltmoe.checkpoint import store
+from pltmoe.checkpoint.manifest import Manifest, read_manifest
+from pltmoe.runtime import distributed
+from tests.distributed.tiny import MOE, batches, build_engine, drop_engine, tiny_config
+
+VANILLA = MOE | {
+    "num_loops": 1,
+    "cross_loop_shift": False,
+    "share_first_loop_kv": False,
+    "gated_swa": False,
+}
+MODELS = {1: VANILLA, 2: MOE, 3: MOE | {"num_loops": 3}}
+"""By number of loops."""
+
+
+def with_stage(stage: int | None) -> dict[str, Any]:
+    """Return the changes that pick DeepSpeed and its ZeRO stage; Megatron's engine for None."""
+    if stage is None:
+        return {}
+    return {"engine": "deepspeed", "deepspeed__zero_optimization__stage": stage}
+
+
+def curve(
+    stage: int | None,
+    steps: int,
+    model: dict[str, Any] | None = None,
+    load_from: Path | None = None,
+    copy_to: Path | None = None,
+    save_to: Path | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Take ``steps`` steps, from a checkpoint or the beginning; what was loaded goes to copy_to."""
+    config = tiny_config(model, **with_stage(stage), **changes)
+    engine, start = build_engine(config), 0
+    if load_from:
+        (load_from,) = load_from.glob("step_*")
+        start = read_manifest(load_from).step
+        wanted = engine.placeholders("optimizer", "guard")
+        engine.restore(store.load_state(load_from, wanted), start)
+    if copy_to:
+        store.save_checkpoint(copy_to, engine.state(), Manifest(config=config, step=start))
+    data = batches(engine.capabilities.layout, skip_steps=start)
+    results = [engine.train_step(data, start + k + 1, watch=True) for k in range(steps)]
+    valid = engine.eval_step(data)
+    if save_to:
+        store.save_checkpoint(save_to, engine.state(), Manifest(config=config, step=start + steps))
+    report = {
+        "losses": [r.loss for r in results],
+        "norms": [r.grad_norm for r in results],
+        "rates": [r.learning_rate for r in results],
+        "metrics": [r.model_metrics for r in results],
+        "valid": valid[0] / valid[1],
+        "optimizer": str(engine.capabilities.backends["optimizer"]),
+        "files": engine.capabilities.files,
+    }
+    _drop(engine)
+    return report
+
+
+def curves(stages: list[int | None], steps: int, **changes: Any) -> dict[int | None, Any]:
+    """Return the same run with each engine."""
+    return {stage: curve(stage, steps, **changes) for stage in stages}
+
+
+def three_micro_batches(stages: list[int | None], expert_parallel: int) -> dict[Any, Any]:
+    """Twenty steps of three micro batches with each number of loops and each stage."""
+    changes = {
+        "parallel__expert_parallel_size": expert_parallel,
+        "train__steps": 20,
+        "train__global_batch_size": 3 * dist_size(),
+        "train__micro_batch_size": 1,
+        "optimizer__lr": 1e-3,
+        "optimizer__clip_grad_norm": 0.5,
+    }
+    return {
+        (loops, stage): curve(stage, 20, model, **changes)
+        for loops, model in MODELS.items()
+        for stage in stages
+    }
+
+
+def dist_size() -> int:
+    """Return the number of processes before they have met."""
+    return distributed.processes_from_environment().world_size
+
+
+def sick_step(stage: int, kind: str, **changes: Any) -> dict[str, Any]:
+    """Take five steps, the third with a loss or gradient that is not a number, or a spike."""
+    spikes = {"train__spike_sigma": 4.0, "train__spike_window": 2} if kind == "spike" else {}
+    engine = build_engine(tiny_config(train__steps=10, **with_stage(stage), **spikes, **changes))
+    data, results, kept = batches(engine.capabilities.layout), [], []
+    last = dist.get_rank() == dist.get_world_size() - 1
+    for step in range(1, 6):
+        batch, hook = data, None
+        if step == 3 and kind == "loss" and last:
+            batch = ({**b, "loss_mask": b["loss_mask"] * float("nan")} for b in data)
+        if step == 3 and kind != "loss":
+            factor = {"gradient": float("inf"), "spike": 1e3}[kind]
+            weight = engine.model.final_norm.weight
+            hook = weight.register_hook(lambda gradient, factor=factor: gradient * factor)
+        if step == 3:
+            kept.append(everything(engine))
+        results.append(engine.train_step(batch, step, watch=False))
+        if hook is not None:
+            hook.remove()
+        if step == 3:
+            kept.append(everything(engine))
+    report = {
+        "skipped": [r.skipped for r in results],
+        "totals": [r.skipped_steps for r in results],
+        "losses": [r.loss for r in results],
+        "rates": [r.learning_rate for r in results],
+        "untouched": all(torch.equal(kept[0][k], kept[1][k]) for k in kept[0]),
+        "counts": sorted({float(s["step"]) for s in engine._adam.state.values()}),
+        "moved": any(not torch.equal(kept[1][k], v) for k, v in everything(engine).items()),
+    }
+    _drop(engine)
+    return report
+
+
+def everything(engine: Any) -> dict[str, torch.Tensor]:
+    """Copy weights, expert biases, master weights and moments, whole."""
+    state = engine.state()
+    found = {name: bias.clone() for name, bias in engine.model.named_buffers() if "bias" in name}
+    for kind, entries in state["optimizer"].items():
+        found |= {f"{kind} {name}": entry.data.clone() for name, entry in entries.items()}
+    weights = engine._entries(state["model"]) if engine._stage < 3 else {}
+    return found | {f"weight {n}": entry.data.detach().clone() for n, entry in weights.items()}
+
+
+def tensors(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
+    """Return every tensor of each checkpoint by key."""
+    distributed.start(distributed.processes_from_environment())
+    found = []
+    for folder in folders:
+        (checkpoint,) = folder.glob("step_*")
+        found.append(dict(dist_checkpointing.load_plain_tensors(str(checkpoint))))
+    return found
+
+
+def quiet_start() -> tuple[str, list[str]]:
+    """Build an engine and take a step; return what was printed and which ops were compiled."""
+    compiled: list[str] = []
+    load, cpp_extension.load = cpp_extension.load, lambda name, *a, **k: compiled.append(name)
+    output = io.StringIO()
+    try:
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+            for stage in (0, 1, 2, 3):
+                curve(stage, 1, train__precision="bf16" if stage else "fp32")
+    finally:
+        cpp_extension.load = load
+    return output.getvalue(), compiled
+
+
+def _drop(engine: Any) -> None:
+    if hasattr(engine, "_engine"):
+        engine._engine.destroy()
+    drop_engine()

@@ -1,0 +1,176 @@
+"""DeepSpeed's engine trains what Megatron's does, and each continues the other's runs."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+
+from tests.distributed.tiny import DENSE
+
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+CASES = "tests.distributed.deepspeed_cases"
+EP2 = {"parallel__expert_parallel_size": 2}
+TP2 = {"parallel__tensor_parallel_size": 2}
+
+
+def assert_same_curve(got, expected):
+    for key in ("losses", "norms"):
+        assert got[key] == pytest.approx(expected[key], rel=1e-5), key
+    assert got["rates"] == expected["rates"]
+    assert got["valid"] == pytest.approx(expected["valid"], rel=1e-5)
+    for mine, theirs in zip(got["metrics"], expected["metrics"], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("expert_parallel", [1, 2])
+def test_twenty_steps_equal_the_megatron_engine(warm_ranks, expert_parallel):
+    """ZeRO 0, 1, 2; L = 1, 2, 3; three micro batches; clipping, schedule and router losses on."""
+    stages = [None, 0, 1, 2]
+    rank, other = warm_ranks(
+        2, f"{CASES}:three_micro_batches", stages=stages, expert_parallel=expert_parallel
+    )
+    for (loops, stage), got in rank.items():
+        expected = rank[loops, None]
+        assert len(got["losses"]) == 20 and min(got["norms"]) > 0.5, "it is clipped"
+        assert_same_curve(got, expected)
+        assert other[loops, stage]["losses"] == got["losses"]
+        if stage is not None:
+            assert f"ZeRO stage {stage}" in got["optimizer"]
+
+
+@pytest.mark.parametrize(
+    ("stages", "ranks", "changes"),
+    [
+        ([3], 2, {}),
+        ([3], 2, {"model": DENSE} | TP2),
+        ([0, 1, 2], 2, TP2),
+        ([1, 2], 4, TP2 | EP2),
+        ([1, 2], 2, EP2 | {"parallel__recompute": "full"}),
+        ([1, 2], 2, EP2 | {"parallel__overlap_grad_reduce": True}),
+    ],
+    ids=str,
+)
+def test_other_stages_and_layouts_equal_the_megatron_engine(warm_ranks, stages, ranks, changes):
+    overlap = {"parallel__overlap_grad_reduce"}
+    plain = {key: value for key, value in changes.items() if key not in overlap}
+    expected = warm_ranks(ranks, f"{CASES}:curve", stage=None, steps=4, **plain)[0]
+    found = warm_ranks(ranks, f"{CASES}:curves", stages=stages, steps=4, **changes)[0]
+    for stage in stages:
+        assert_same_curve(found[stage], expected)
+
+
+@pytest.mark.parametrize(("stage", "changes"), [(2, EP2), (3, {})], ids=str)
+def test_optimizer_state_in_host_memory_trains_the_same(warm_ranks, stage, changes):
+    """DeepSpeedCPUAdam, compiled here: the same numbers as torch's AdamW on the device."""
+    expected = warm_ranks(2, f"{CASES}:curve", stage=None, steps=4, **changes)[0]
+    offload = {"deepspeed__zero_optimization__offload_optimizer": {"device": "cpu"}}
+    got = warm_ranks(2, f"{CASES}:curve", stage=stage, steps=4, **changes, **offload)[0]
+    assert "DeepSpeedCPUAdam" in got["optimizer"]
+    assert_same_curve(got, expected)
+
+
+def test_bf16_learns_as_the_megatron_engine_does(warm_ranks):
+    """Weights and sums of loops are bf16, so the curves part; masters and gradients are fp32."""
+    changes = {"train__precision": "bf16", **EP2}
+    expected = warm_ranks(2, f"{CASES}:curve", stage=None, steps=8, **changes)[0]
+    for stage in (1, 2):
+        got = warm_ranks(2, f"{CASES}:curve", stage=stage, steps=8, **changes)[0]
+        assert got["losses"] == pytest.approx(expected["losses"], rel=0.01)
+        assert got["norms"][:2] == pytest.approx(expected["norms"][:2], rel=0.005)
+
+
+JOURNEY = [(2, 2, EP2), (None, 1, {}), (1, 2, EP2), (3, 2, {}), (0, 2, {}), (None, 2, EP2)]
+"""Stage (None: Megatron), processes, layout of each leg of two steps."""
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_run_moves_between_stages_and_engines(warm_ranks, tmp_path, precision):
+    """What is loaded is bit-equal (weights, masters, moments, each expert), and the curve goes on.
+
+    Each rank loading the first experts, or moments that stay behind, would show in the copies;
+    moments that are not the ones in use, in the losses that follow.
+    """
+    legs = [leg for leg in JOURNEY if precision == "fp32" or leg[0] != 0]
+    changes = {"train__precision": precision, "train__steps": 20}
+    straight = warm_ranks(1, f"{CASES}:curve", stage=None, steps=2 * len(legs), **changes)[0]
+    folders = [tmp_path / f"{number}" for number in range(len(legs) + 1)]
+    losses, norms = [], []
+    for number, (stage, ranks, layout) in enumerate(legs):
+        report = warm_ranks(
+            ranks,
+            f"{CASES}:curve",
+            stage=stage,
+            steps=2,
+            load_from=folders[number] / "end" if number else None,
+            copy_to=folders[number] / "copy" if number else None,
+            save_to=folders[number + 1] / "end",
+            **changes,
+            **layout,
+        )[0]
+        losses += report["losses"]
+        norms += report["norms"]
+    close = {"rel": 1e-5} if precision == "fp32" else {"rel": 0.01}
+    assert losses == pytest.approx(straight["losses"], **close)
+    assert norms == pytest.approx(straight["norms"], rel=1e-4 if precision == "fp32" else 0.2)
+
+    ends = [folder / "end" for folder in folders[1:]]
+    copies = [folder / "copy" for folder in folders[1:-1]]
+    ends = warm_ranks(1, f"{CASES}:tensors", folders=ends)[0]
+    copies = warm_ranks(1, f"{CASES}:tensors", folders=copies)[0]
+    for number, (end, copy) in enumerate(zip(ends, copies, strict=False), 1):
+        assert copy.keys() == end.keys()
+        kinds = {key.split(".")[2] for key in end if key.startswith("optimizer.")}
+        assert kinds == {"param", "exp_avg", "exp_avg_sq"}
+        for key, value in end.items():
+            assert torch.equal(copy[key], value), f"leg {number}: {key}"
+    for before, after in pairwise(ends):
+        still = [k for k in before if "exp_avg" in k and torch.equal(before[k], after[k])]
+        assert not still, "moments that no longer move"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_resumed_run_is_bit_equal(warm_ranks, tmp_path, stage):
+    changes = {} if stage == 3 else EP2
+    straight = warm_ranks(2, f"{CASES}:curve", stage=stage, steps=4, **changes)[0]
+    warm_ranks(2, f"{CASES}:curve", stage=stage, steps=2, save_to=tmp_path, **changes)
+    resumed = warm_ranks(2, f"{CASES}:curve", stage=stage, steps=2, load_from=tmp_path, **changes)
+    assert resumed[0]["losses"] == straight["losses"][2:]
+    assert resumed[0]["norms"] == straight["norms"][2:]
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "changes"),
+    [
+        (0, "gradient", EP2),
+        (1, "loss", EP2),
+        (1, "gradient", EP2 | {"train__precision": "bf16"}),
+        (2, "spike", EP2),
+        (2, "gradient", {"train__precision": "bf16"}),
+        (3, "gradient", {}),
+        (3, "spike", {}),
+    ],
+    ids=str,
+)
+def test_a_skipped_step_changes_nothing(warm_ranks, stage, kind, changes):
+    """Weights, masters, moments, expert biases, Adam's count: as before; the rate moves on."""
+    for report in warm_ranks(2, f"{CASES}:sick_step", stage=stage, kind=kind, **changes):
+        assert report["skipped"] == [False, False, True, False, False]
+        assert report["totals"] == [0, 0, 1, 1, 1]
+        assert report["untouched"] and report["moved"]
+        assert report["counts"] == [4.0]
+        assert report["rates"][1] < report["rates"][2] > report["rates"][3]
+
+
+def test_start_up_is_quiet_and_compiles_nothing(warm_ranks):
+    printed, compiled = warm_ranks(1, f"{CASES}:quiet_start")[0]
+    assert not compiled
+    assert not [line for line in printed.splitlines() if "arn" not in line], printed
+
+
+def test_its_json_says_what_the_configuration_says(warm_ranks):
+    report = warm_ranks(2, f"{CASES}:curve", stage=2, steps=1, **EP2)[0]
+    text = json.loads(report["files"]["deepspeed.json"])
+    assert text["train_batch_size"] == 8 and text["train_micro_batch_size_per_gpu"] == 2
+    assert text["gradient_accumulation_steps"] == 2 and text["gradient_clipping"] == 1.0
+    assert text["zero_optimization"] == {"stage": 2, "overlap_comm": False}
