@@ -128,6 +128,8 @@ def _why_no_transformer_engine(dtype: torch.dtype) -> str | None:
 
 def optimizer_backend() -> Backend:
     """Say whose Adam Megatron's optimizer uses: TE's, Apex's or PyTorch's, in this order."""
+    if not torch.cuda.is_available():
+        return Backend("torch", "there is no GPU")  # runtime/cpu.py sees to it
     if _installed("transformer_engine.pytorch"):
         return Backend("TE", "Transformer Engine is installed")
     if _installed("apex.optimizers"):

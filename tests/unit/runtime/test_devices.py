@@ -48,10 +48,17 @@ def test_auto_precision_follows_the_device(monkeypatch, cuda, expected):
     ],
 )
 def test_optimizer_backend_and_its_reason(monkeypatch, installed, choice):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
     backend = devices.optimizer_backend()
     assert backend.choice == choice
     assert str(backend).startswith(f"{choice} (") and "installed" in backend.reason
+
+
+def test_without_a_gpu_adam_is_pytorchs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "_installed", lambda module: True)
+    assert str(devices.optimizer_backend()) == "torch (there is no GPU)"
 
 
 def test_peak_memory_is_plausible():
