@@ -8,8 +8,8 @@ Redirected: streams and events (no-ops, a CPU is synchronous), ``device="cuda"``
 and ``.to``, ``.cuda()``, ``Tensor.type()`` (Megatron compares it with ``torch.cuda.FloatTensor``),
 the CUDA random state, and what gloo lacks: tensor-valued split sizes of ``all_to_all_single``, and
 ``all_gather`` and ``reduce_scatter`` of uneven pieces (experts under expert tensor parallelism).
-Put back: PyTorch's arithmetic, where Megatron takes kernels of Transformer Engine or Apex as soon as
-one of them is installed (on a login node, in a container without a GPU).
+Put back: PyTorch's arithmetic, where Megatron takes kernels of Transformer Engine or Apex as soon
+as one of them is installed (on a login node, in a container without a GPU).
 """
 
 import contextlib
