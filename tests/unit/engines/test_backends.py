@@ -9,6 +9,8 @@ from pltmoe.config import RunConfig, config_from_dict
 from pltmoe.engines.backends import backends, choose_fp8, weight_gradients
 from pltmoe.errors import ConfigError
 from pltmoe.model.megatron_config import Fp8, transformer_config
+from pltmoe.parallel.layout import layout_for
+from pltmoe.parallel.pipeline import build_stage
 from pltmoe.plan.planner import make_plan
 from pltmoe.runtime import devices, te_attention
 from pltmoe.runtime.devices import Backend
@@ -77,6 +79,17 @@ def test_fused_weight_gradients_need_transformer_engine_or_apex(
     assert str(weight_gradients(config_from_dict(tree), none, bf16)) == (
         "Apex (inside the products of attention, dense layers and head)"
     )
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_run_takes_megatrons_repeatable_paths(
+    deterministic: bool, groups: Any
+) -> None:
+    """The embedding has another backward pass then; Transformer Engine's attention checks it."""
+    run = config(precision="fp32", deterministic=deterministic)
+    stage = build_stage(run, layout_for(run, 1), groups, torch.float32, torch.device("cpu"))
+    assert stage.config.deterministic_mode is deterministic
+    assert stage.embedding.word_embeddings.deterministic_mode is deterministic
 
 
 def test_start_up_names_what_transformer_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:
