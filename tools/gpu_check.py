@@ -67,6 +67,9 @@ SPEED_SIZES = (
 """Two models of these must fit the device, optimizers included."""
 
 
+PYTEST = "{python} -m pytest -q -rs --durations 5"
+
+
 @dataclass(frozen=True)
 class Part:
     """One check: shell commands in order, run in the repository with $WORK set."""
@@ -134,7 +137,16 @@ def _decode_folder(name: str) -> str:
 
 
 PARTS = (
-    Part("tests", "tests/gpu", ("{python} -m pytest tests/gpu -q -rs --durations 5",)),
+    Part(
+        "tests",
+        "tests/gpu but for whole runs",
+        (f"{PYTEST} tests/gpu --ignore tests/gpu/test_training.py",),
+    ),
+    Part(
+        "tests-runs",
+        "tests/gpu/test_training.py: runs that resume, repeat, or began on a CPU",
+        (f"{PYTEST} tests/gpu/test_training.py",),
+    ),
     Part(
         "speed",
         "PLT-2 step / vanilla step, and our vanilla step / Megatron-core's, four layers of 1B/7B",
@@ -332,7 +344,7 @@ def _run(command: str, work: Path, limit_s: float) -> tuple[int, str]:
 
 def _summary(name: str, work: Path, output: str) -> str:
     """Say in Markdown what a passed part measured."""
-    if name == "tests":
+    if name.startswith("tests"):
         closing = re.findall(r"^(?:=+ )?(\d+ passed.*?)(?: =+)?$", output, re.MULTILINE)
         return closing[-1] if closing else "no closing line"
     if name == "train":

@@ -27,8 +27,19 @@ def train(config: Path, output: Path, *overrides: str, device: str) -> dict[int,
     codes, outputs = finish(start)
     assert codes == [0], outputs[0]
     assert ("the CPU stands in for CUDA" in outputs[0]) == (device == "cpu"), outputs[0]
+    return losses(output)
+
+
+def losses(output: Path) -> dict[int, float]:
+    """Return the training loss of a run by step."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+
+
+def begin_on_cpu(config: Path, folder: Path) -> Path:
+    """Run all steps on a CPU in fp32; return the output directory."""
+    train(config, folder / "begun", "train.precision=fp32", device="cpu")
+    return folder / "begun"
 
 
 def move(source: Path, target: Path) -> None:
@@ -47,8 +58,8 @@ def weights(output: Path) -> dict[str, Tensor]:
 def assert_repeats(config: Path, folder: Path, *overrides: str, device: str) -> None:
     """Raise unless two runs have the same losses and the same weights and moments, bit for bit."""
     outputs = [folder / "first", folder / "second"]
-    losses = [train(config, output, *overrides, device=device) for output in outputs]
-    assert losses[0] == losses[1] and len(losses[0]) == STEPS
+    found = [train(config, output, *overrides, device=device) for output in outputs]
+    assert found[0] == found[1] and len(found[0]) == STEPS
     first, second = (weights(output) for output in outputs)
     assert first.keys() == second.keys() and any("exp_avg" in name for name in first)
     for name, tensor in first.items():
@@ -56,16 +67,21 @@ def assert_repeats(config: Path, folder: Path, *overrides: str, device: str) -> 
 
 
 def assert_continues(
-    config: Path, folder: Path, *overrides: str, device: str, tolerance: float
+    config: Path, begun: Path, moved: Path, *overrides: str, device: str, tolerance: float
 ) -> None:
-    """Raise unless a run of a CPU in fp32 goes on there and on ``device`` with the same losses.
+    """Raise unless what began on a CPU goes on with the losses that it has there.
 
-    ``overrides`` are those of the run that goes on; ``tolerance`` is relative.
+    Args:
+        config: configuration file.
+        begun: what ``begin_on_cpu`` returned.
+        moved: output directory of the run that goes on.
+        overrides: its changes.
+        device: where it goes on.
+        tolerance: of the losses, relative.
     """
-    straight = train(config, folder / "straight", "train.precision=fp32", device="cpu")
-    move(folder / "straight", folder / "moved")
+    move(begun, moved)
     accepted = "checkpoint.accept_changes=[train.precision]"
-    moved = train(config, folder / "moved", accepted, *overrides, device=device)
-    assert sorted(moved) == list(range(MOVED_AT + 1, STEPS + 1))
-    for step, loss in moved.items():
-        assert abs(loss - straight[step]) <= tolerance * straight[step], (step, moved, straight)
+    found, expected = train(config, moved, accepted, *overrides, device=device), losses(begun)
+    assert sorted(found) == list(range(MOVED_AT + 1, STEPS + 1))
+    for step, loss in found.items():
+        assert abs(loss - expected[step]) <= tolerance * expected[step], (step, found, expected)

@@ -56,12 +56,24 @@ def test_page_in_the_repository_is_what_the_tool_writes(
 def test_what_tells_most_comes_first_and_data_before_their_use(gpu_check: ModuleType) -> None:
     names = [part.name for part in gpu_check.PARTS]
     assert len(set(names)) == len(names)
-    kinds = ["tests", "speed", "mfu-bf16", "mfu-blockwise", "fp8", "decode", "learn-row1-seed1"]
+    kinds = [
+        "tests",
+        "tests-runs",
+        "speed",
+        "mfu-bf16",
+        "mfu-blockwise",
+        "fp8",
+        "decode",
+        "learn-row1-seed1",
+    ]
     assert sorted(kinds, key=names.index) == kinds
     assert names.index("train") < names.index("fp8") and names.index("train") < names.index(
         "decode"
     )
     assert names.index("learn-data") < names.index("learn-row1-seed1")
+    for part in gpu_check.PARTS[:2]:
+        paths = [word for word in part.commands[0].split() if word.startswith("tests/")]
+        assert paths and all((REPOSITORY / path).exists() for path in paths)
     last = names[-6:]
     assert last == [f"learn-row{n}-seed2" for n in range(1, 7)], "second seeds when all have one"
 
