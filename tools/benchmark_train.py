@@ -5,6 +5,7 @@
 
 loops      a looped model's step / the vanilla step of the same layers
 megatron   our vanilla step / Megatron-core's own GPT with experts
+mfu        one model alone, as large as the device takes: its time and MFU; not among the defaults
 precision  a step in FP8 / in bf16; needs Transformer Engine on a GPU, and is not among the defaults
 pipeline   forward and backward on two stages / what the schedule table predicts; starts its own
            processes
@@ -28,7 +29,7 @@ from pltmoe.runtime.logs import configure_logging
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULTS = ("loops", "megatron", "pipeline")
-NAMES = (*DEFAULTS, "precision")
+NAMES = (*DEFAULTS, "precision", "mfu")
 SMALL = (
     "model.vocab_size=1024",
     "model.num_layers=4",
@@ -129,7 +130,7 @@ def _compare(name: str, config: RunConfig, args: argparse.Namespace) -> None:
         )
         if distributed.is_main():
             print(markdown(report), profiles, sep="\n")
-            print("wrote", *write(report, args.output), flush=True)
+            print("wrote", *write(report, profiles, args.output), flush=True)
     finally:
         distributed.stop()
 

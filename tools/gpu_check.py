@@ -5,7 +5,8 @@
     python tools/gpu_check.py --again              also those that were done
 
 Every part takes less than ten minutes and remembers its result in --work, so a machine that is
-lent for a short while can do them one after another. docs/gpu_results.md is written from what was
+lent for a short while can do them one after another; those that tell most come first. The pages
+docs/gpu_results.md and docs/profile.md and the picture docs/gpu_learning.png are made from what was
 measured; a part that was not run is said to be not run.
 """
 
@@ -17,10 +18,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from pltmoe.reports import gpu_tables, learning
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT_S = 590
@@ -28,7 +30,9 @@ TRAIN_STEPS = 200
 MODELS = ("vanilla", "loop2", "plt2")
 RECIPES = ("tensorwise", "delayed", "blockwise")
 """Of FP8, on Hopper."""
+FULL_RECIPES = ("tensorwise", "blockwise")
 LEARN_STEPS = 150
+SEEDS = (1, 2)
 NORMED = "model.normalize_per_loop=true model.hidden_scale=0.053"
 LEARNING = {
     "row1": ("row1_vanilla", ""),
@@ -49,11 +53,21 @@ LEARN_SIZES = (
     "parallel.expert_parallel_size=1 optimizer.lr=0.001 optimizer.min_lr=0.0001"
 )
 """100M active of 0.7B parameters."""
+FULL_SIZES = (
+    "--config configs/plt_moe_1b_7b.yaml --rounds 8 --profile parallel.expert_parallel_size=1 "
+    "model.num_layers=10 train.global_batch_size=32"
+)
+"""One model that fills 139 GiB: 4.33B parameters of 18 bytes, 0.81B active."""
+FULL_MICRO_BATCHES = (4, 2)
+"""The first that fits is measured. tools/plan.py expects of 4 122 GiB in bf16, 130 GiB in FP8."""
 SPEED_SIZES = (
     "--config configs/plt_moe_1b_7b.yaml --rounds 10 parallel.expert_parallel_size=1 "
     "model.num_layers=4 train.micro_batch_size=2 train.global_batch_size=4"
 )
 """Two models of these must fit the device, optimizers included."""
+
+
+PYTEST = "{python} -m pytest -q -rs --durations 5"
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,7 @@ class Part:
 
 def _pretrain(model: str, name: str, more: str = "") -> str:
     return (
+        f"rm -rf $WORK/runs/{name} && "
         f"{{python}} tools/pretrain.py --config configs/quickstart_{model}.yaml "
         "data.tokenizer=$WORK/tokenizer.model 'data.train=[{{path: '$WORK/corpus'}}]' "
         f"parallel.expert_parallel_size=1 train.output_dir=$WORK/runs/{name} "
@@ -75,19 +90,37 @@ def _pretrain(model: str, name: str, more: str = "") -> str:
     ).strip()
 
 
-def _learning(name: str) -> Part:
+def _precision_name(precision: str) -> str:
+    return precision if precision == "bf16" else f"FP8 {precision}"
+
+
+def _full(precision: str, changes: str) -> Part:
+    """Time one model that fills the device, in a process of its own."""
+    command = "{python} tools/benchmark_train.py --compare mfu --output $WORK/mfu-" + precision
+    tries = (
+        f"{command} {FULL_SIZES} train.micro_batch_size={size} {changes}".strip()
+        for size in FULL_MICRO_BATCHES
+    )
+    what = f"MFU of PLT-2, ten layers of 1B/7B, {_precision_name(precision)}"
+    more = "export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; "
+    return Part(f"mfu-{precision}", what, (more + " || ".join(tries),))
+
+
+def _learning(name: str, seed: int) -> Part:
     """Train one model of about 100M active parameters on the sources of installed packages."""
     file, changes = LEARNING[name]
     command = (
+        f"rm -rf $WORK/learn/{name}-seed{seed} && "
         f"{{python}} tools/pretrain.py --config configs/ablation_680m_13b/{file}.yaml "
         "data.tokenizer=$WORK/learn/tokenizer.model "
         "'data.train=[{{path: '$WORK/learn/corpus'}}]' "
-        f"train.output_dir=$WORK/learn/{name} train.steps={LEARN_STEPS} "
-        f"train.eval_interval={LEARN_STEPS // 3} optimizer.warmup_steps={LEARN_STEPS // 10} "
+        f"train.output_dir=$WORK/learn/{name}-seed{seed} train.seed={seed} "
+        f"train.steps={LEARN_STEPS} train.eval_interval={LEARN_STEPS // 10} train.eval_steps=5 "
+        f"optimizer.warmup_steps={LEARN_STEPS // 10} "
         f"checkpoint.save_interval={LEARN_STEPS} {LEARN_SIZES} {changes}"
     ).strip()
-    what = f"{file}{', ' + changes if changes else ''}: {LEARN_STEPS} steps at 100M active"
-    return Part(f"learn-{name}", what, (command,))
+    what = f"{file}{', ' + changes if changes else ''}, seed {seed}: {LEARN_STEPS} steps"
+    return Part(f"learn-{name}-seed{seed}", what, (command,))
 
 
 def _decoding(name: str, what: str, options: str) -> Part:
@@ -104,7 +137,34 @@ def _decode_folder(name: str) -> str:
 
 
 PARTS = (
-    Part("tests", "tests/gpu", ("{python} -m pytest tests/gpu -q -rs --durations 5",)),
+    Part(
+        "tests",
+        "tests/gpu but for whole runs",
+        (f"{PYTEST} tests/gpu --ignore tests/gpu/test_training.py",),
+    ),
+    Part(
+        "tests-runs",
+        "tests/gpu/test_training.py: runs that resume, repeat, or began on a CPU",
+        (f"{PYTEST} tests/gpu/test_training.py",),
+    ),
+    Part(
+        "speed",
+        "PLT-2 step / vanilla step, and our vanilla step / Megatron-core's, four layers of 1B/7B",
+        (
+            "{python} tools/benchmark_train.py --compare loops,megatron --output $WORK/speed "
+            f"--profile {SPEED_SIZES}",
+        ),
+    ),
+    _full("bf16", "train.precision=bf16"),
+    *(_full(recipe, f"train.precision=fp8 train.fp8_recipe={recipe}") for recipe in FULL_RECIPES),
+    Part(
+        "speed-fp8",
+        "a step of the same PLT-2 in FP8 / in bf16",
+        (
+            "{python} tools/benchmark_train.py --compare precision --output $WORK/speed "
+            f"--profile {SPEED_SIZES}",
+        ),
+    ),
     Part(
         "train",
         f"{TRAIN_STEPS} steps of the quickstart's three models in bf16 on one GPU",
@@ -125,36 +185,6 @@ PARTS = (
             for recipe in RECIPES
         ),
     ),
-    Part(
-        "speed",
-        "PLT-2 step / vanilla step, and our vanilla step / Megatron-core's, four layers of 1B/7B",
-        (
-            "{python} tools/benchmark_train.py --compare loops,megatron --output $WORK/speed "
-            f"--profile {SPEED_SIZES}",
-        ),
-    ),
-    Part(
-        "speed-fp8",
-        "a step of the same PLT-2 in FP8 / in bf16",
-        (
-            "{python} tools/benchmark_train.py --compare precision --output $WORK/speed "
-            f"--profile {SPEED_SIZES}",
-        ),
-    ),
-    Part(
-        "learn-data",
-        "150 MB of source text of installed packages, for the parts that follow",
-        (
-            "mkdir -p $WORK/learn",
-            "{python} tools/build_corpus.py --output $WORK/learn/text.jsonl --max-bytes 150000000 "
-            "--library $({python} -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')",
-            "{python} tools/train_tokenizer.py $WORK/learn/text.jsonl --vocab-size 8192 "
-            "--output $WORK/learn/tokenizer.model",
-            "{python} tools/preprocess_data.py $WORK/learn/text.jsonl --workers 8 "
-            "--tokenizer $WORK/learn/tokenizer.model --output $WORK/learn/corpus",
-        ),
-    ),
-    *(_learning(name) for name in LEARNING),
     Part(
         "decode",
         "decoding of the three exported models through the engine",
@@ -200,7 +230,33 @@ PARTS = (
         "PLT-2 1.7B/40B, both routings, batch 1 to 256, prefill; the ratios",
         "--compare headline --only 'PLT-2 1.7B/40B' --only 'PLT-2 1.7B/40B, shared routing'",
     ),
+    Part(
+        "learn-data",
+        "150 MB of source text of installed packages, for the parts that follow",
+        (
+            "mkdir -p $WORK/learn",
+            "{python} tools/build_corpus.py --output $WORK/learn/text.jsonl --max-bytes 150000000 "
+            "--library $({python} -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')",
+            "{python} tools/train_tokenizer.py $WORK/learn/text.jsonl --vocab-size 8192 "
+            "--output $WORK/learn/tokenizer.model",
+            "{python} tools/preprocess_data.py $WORK/learn/text.jsonl --workers 8 "
+            "--tokenizer $WORK/learn/tokenizer.model --output $WORK/learn/corpus",
+        ),
+    ),
+    *(_learning(name, SEEDS[0]) for name in LEARNING),
+    *(_learning(row, seed) for seed in SEEDS[1:] for row in LEARNING if row.startswith("row")),
 )
+LAST_DECODING = [part.name for part in PARTS if part.name.startswith("decode-")][-1]
+PROFILES = (
+    ("PLT-2 and vanilla, four layers of 1B/7B", "speed", "loops"),
+    ("Our vanilla model and Megatron-core's, four layers", "speed", "megatron"),
+    *(
+        (f"PLT-2, ten layers of 1B/7B, {_precision_name(precision)}", f"mfu-{precision}", "mfu")
+        for precision in ("bf16", *FULL_RECIPES)
+    ),
+    ("PLT-2 in FP8 and in bf16, four layers", "speed", "precision"),
+)
+"""Title, folder and comparison, in the order of docs/profile.md."""
 
 
 def main() -> int:
@@ -234,8 +290,7 @@ def main() -> int:
     for part in PARTS:
         if part.name in args.parts.split(","):
             _run_part(part, args.work, where, args.again)
-    args.page.write_text(_page(args.work))
-    print(f"wrote {args.page}")
+    _write_pages(args.work, args.page)
     results = [_read(args.work, part) for part in PARTS]
     return int(any(result and not result["passed"] for result in results))
 
@@ -289,66 +344,61 @@ def _run(command: str, work: Path, limit_s: float) -> tuple[int, str]:
 
 def _summary(name: str, work: Path, output: str) -> str:
     """Say in Markdown what a passed part measured."""
-    if name == "tests":
+    if name.startswith("tests"):
         closing = re.findall(r"^(?:=+ )?(\d+ passed.*?)(?: =+)?$", output, re.MULTILINE)
         return closing[-1] if closing else "no closing line"
     if name == "train":
-        return _train_table(work / "runs", MODELS)
+        return gpu_tables.training_table(work / "runs", MODELS)
     if name == "fp8":
-        return _train_table(work / "runs", ("plt2", *(f"plt2-{recipe}" for recipe in RECIPES)))
-    if name.startswith("speed"):
-        wanted = ("precision",) if name.endswith("fp8") else ("loops", "megatron")
-        reports = ((work / "speed" / f"{what}.md").read_text() for what in wanted)
-        return re.sub(r"^#+", "###", "\n".join(reports), flags=re.MULTILINE)
+        runs = ("plt2", *(f"plt2-{recipe}" for recipe in RECIPES))
+        return gpu_tables.training_table(work / "runs", runs)
+    if name.startswith(("speed", "mfu")):
+        return _reports(name, work)
     if name == "learn-data":
         return output.strip().splitlines()[-1]
     if name.startswith("learn-"):
-        done = [row for row in LEARNING if (work / "learn" / row / "metrics.jsonl").exists()]
-        return _train_table(work / "learn", done)
+        return gpu_tables.training_table(work / "learn", [name.removeprefix("learn-")])
     if name.startswith("decode-"):
         return _decode_section(name, work)
-    return _decode_table(work)
+    return gpu_tables.decoding_table(work / "decode.json")
+
+
+def _reports(name: str, work: Path) -> str:
+    """Return what benchmark_train.py wrote, its headings below those of the page."""
+    files = {"speed": ("speed/loops", "speed/megatron"), "speed-fp8": ("speed/precision",)}
+    texts = [(work / f"{file}.md").read_text() for file in files.get(name, (f"{name}/mfu",))]
+    return re.sub(r"^#+", "###", "\n".join(texts), flags=re.MULTILINE)
 
 
 def _decode_section(name: str, work: Path) -> str:
     """Return the ratios so far; with the last part, all that the decode benchmark wrote."""
     text = (work / _decode_folder(name) / "decode.md").read_text()
     text = re.sub(r"^#", "###", text, flags=re.MULTILINE)
-    if name == PARTS[-1].name:
+    if name == LAST_DECODING:
         return text
     return text[text.index("#### The paper's ratios") :].split("\n#### ")[0]
 
 
-def _decode_table(work: Path) -> str:
-    header = ("model", "ms per token", "cache KiB per sequence", "batch", "context", "dtype")
-    rows = []
-    for model, r in json.loads((work / "decode.json").read_text()).items():
-        kib = r["cache_bytes_per_sequence"] / 1024
-        ms = f"{r['ms_per_token']:.2f}"
-        rows.append((model, ms, f"{kib:.0f}", r["batch"], r["context"], r["dtype"]))
-    return _table(header, rows)
+def _learned(work: Path) -> list[str]:
+    """Put the learn parts side by side; the picture is drawn by ``_write_pages``."""
+    rows = learning.read_rows(work / "learn", list(LEARNING))
+    if not rows:
+        return [gpu_tables.NOT_RUN]
+    picture = ["", "![Validation losses of the rows](gpu_learning.png)"]
+    return [learning.losses_table(rows), "", learning.order(rows), *picture]
 
 
-def _train_table(runs: Path, models: Sequence[str]) -> str:
-    header = ("model", "loss", "validation loss", "tokens/s per GPU", "MFU", "peak GiB")
-    rows = []
-    for model in models:
-        last: dict[str, float] = {}
-        speed = []
-        for line in (runs / model / "metrics.jsonl").read_text().splitlines():
-            record = json.loads(line)
-            last |= record
-            speed.append(record.get("perf/tokens_per_second_per_gpu", 0.0))
-        middle = sorted(s for s in speed if s)[len([s for s in speed if s]) // 2]
-        losses = f"{last['train/loss']:.3f}", f"{last['valid/loss']:.3f}"
-        mfu = f"{last['perf/mfu']:.1%}" if "perf/mfu" in last else "-"
-        rows.append((model, *losses, f"{middle:,.0f}", mfu, f"{last['memory/peak_gib']:.2f}"))
-    return _table(header, rows)
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+def _write_pages(work: Path, page: Path) -> None:
+    """Write the page of results and, beside it, the profiles and the picture."""
+    page.write_text(_page(work))
+    profiles = page.with_name("profile.md")
+    profiles.write_text(gpu_tables.profile_page(work, PROFILES))
+    written = [page, profiles]
+    if rows := learning.read_rows(work / "learn", list(LEARNING)):
+        written.append(page.with_name("gpu_learning.png"))
+        title = f"Ablation rows at 100M active parameters, {LEARN_STEPS} steps"
+        learning.draw(rows, written[-1], title)
+    print("wrote", *written)
 
 
 def _page(work: Path) -> str:
@@ -357,6 +407,16 @@ def _page(work: Path) -> str:
         "# GPU results",
         "",
         "Written by `python tools/gpu_check.py` from what it measured; not edited by hand.",
+        "",
+        "## Targets",
+        "",
+        gpu_tables.targets_table(work, FULL_RECIPES),
+        "",
+        "What a step's time goes to: [profile.md](profile.md).",
+        "",
+        "## Learning",
+        "",
+        *_learned(work),
         "",
     ]
     for part in PARTS:

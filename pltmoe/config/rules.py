@@ -165,11 +165,6 @@ def parallel_parts_fit(c: RunConfig) -> Iterator[str]:
 def transformer_engine_fits(c: RunConfig) -> Iterator[str]:
     """What needs Transformer Engine, and the sizes that its FP8 products take."""
     t, p, m = c.train, c.parallel, c.model
-    if t.gradient_accumulation_fusion and t.transformer_impl == "local":
-        yield (
-            "train.gradient_accumulation_fusion (true) needs Transformer Engine: "
-            "train.transformer_impl (local)"
-        )
     if t.precision != "fp8":
         if t.fp8_attention:
             yield f"train.fp8_attention (true) needs train.precision fp8 (it is {t.precision})"

@@ -120,8 +120,9 @@ class TrainConfig(Section):
     """Whose layers compute: Transformer Engine's, or PyTorch's and Megatron-core's own (local).
     auto: Transformer Engine on a GPU where it is installed. Checkpoints fit both."""
     gradient_accumulation_fusion: bool = False
-    """Add weight gradients to the fp32 buffers inside the matrix products (Transformer Engine):
-    faster, and loops are summed in fp32 instead of bf16. Off until it has run on a GPU."""
+    """Add weight gradients to the fp32 buffers inside the matrix products: faster, and loops are
+    summed in fp32 instead of bf16. All layers with Transformer Engine; with local ones and NVIDIA
+    Apex attention, dense layers and head. Off until it has run on a GPU."""
     seed: int = 1234
     """Seed of weights and data order."""
     deterministic: bool = False

@@ -1,12 +1,13 @@
 """Who computes what, and in FP8 or not: decided before the model is built, told at start-up."""
 
+import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from pltmoe.config import RunConfig
 from pltmoe.errors import ConfigError
 from pltmoe.model.layer_specs import why_one_by_one
 from pltmoe.model.megatron_config import Fp8
-from pltmoe.runtime import fp8, te_attention
+from pltmoe.runtime import devices, fp8, te_attention
 from pltmoe.runtime.devices import Backend
 
 
@@ -37,16 +38,23 @@ def choose_fp8(
     return Fp8(train.fp8_recipe, *in_fp8), branches
 
 
-def check_fusion(config: RunConfig, impl: Backend) -> None:
-    """Refuse fused weight gradients of layers that have none.
+def weight_gradients(config: RunConfig, impl: Backend, dtype: torch.dtype) -> Backend:
+    """Say who adds up weight gradients over loops and micro batches.
 
     Raises:
-        ConfigError: they are asked for, and Transformer Engine does not run.
+        ConfigError: it is to happen inside the products, and no library here can do that.
     """
-    if config.train.gradient_accumulation_fusion and impl.choice != "TE":
+    if not config.train.gradient_accumulation_fusion:
+        return Backend("torch", "train.gradient_accumulation_fusion is false")
+    if impl.choice == "TE":
+        return Backend("TE", "inside the products of its layers; head: torch")
+    if (why_not := devices.why_no_apex_products(dtype)) is not None:
         raise ConfigError(
-            f"train.gradient_accumulation_fusion needs Transformer Engine's layers: {impl.reason}"
+            "train.gradient_accumulation_fusion needs Transformer Engine's layers "
+            f"({impl.reason}) or NVIDIA Apex's product ({why_not}): set it to false"
         )
+    rest = " and head; grouped experts: torch" if config.model.is_moe else ", dense layers and head"
+    return Backend("Apex", f"inside the products of attention{rest}")
 
 
 def _branch(config: RunConfig, machine: fp8.Machine, window: bool) -> fp8.Branch:

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from pltmoe.config import RunConfig
 from pltmoe.engines import megatron_state
-from pltmoe.engines.backends import backends, check_fusion, choose_fp8
+from pltmoe.engines.backends import backends, choose_fp8, weight_gradients
 from pltmoe.engines.base import Batch, Capabilities, StepResult
 from pltmoe.engines.megatron_optimizer import (
     build_optimizer,
@@ -53,7 +53,7 @@ class MegatronEngine(SteppingEngine):
         dtype = devices.parameter_dtype(config.train.precision)
         impl = devices.transformer_impl(config.train.transformer_impl, dtype)
         kind = "transformer_engine" if impl.choice == "TE" else "local"
-        check_fusion(config, impl)
+        gradients = weight_gradients(config, impl, dtype)
         in_fp8, branches = choose_fp8(config, impl, fp8.this_machine())
         self.model = build_stage(config, layout, groups, dtype, self._device, kind, in_fp8)
         initialize(self.model, config.train.seed)
@@ -64,7 +64,8 @@ class MegatronEngine(SteppingEngine):
         length = config.data.sequence_length
         self.pipeline = Pipeline(self.model, self._ddp, layout, groups, length, self._device)
         found = backends(config, self.model.config, impl)
-        found |= branches | {"optimizer": devices.optimizer_backend()}
+        found |= branches | {"weight gradients": gradients}
+        found["optimizer"] = devices.optimizer_backend()
         precision = devices.precision_name(config.train.precision)
         self.capabilities = Capabilities(layout, precision, found)
 

@@ -6,6 +6,7 @@ of the weight anew, and (with fused weight gradients) let this pass's gradient *
 batch, and a module lowers it after its first use. In a looped model that first use is loop 1, whose
 backward pass comes last: it would overwrite what the later loops have added. So with fused weight
 gradients the flag stays down, and the copies are thrown away instead; whoever misses one makes it.
+Megatron's own linear layers (tensor_parallel/layers.py) have no such flag: Apex's product adds.
 
 Sources: transformer_engine 2.20.2, pytorch/module/linear.py (``accumulate_wgrad_into_param_
 main_grad``, ``_fp8_workspaces``); megatron-core 0.19.2, extensions/transformer_engine.py.

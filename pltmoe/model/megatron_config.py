@@ -28,6 +28,7 @@ def transformer_config(
     transformer_impl: Literal["local", "transformer_engine"] = "local",
     fp8: Fp8 | None = None,
     gradient_accumulation_fusion: bool = False,
+    deterministic: bool = False,
 ) -> TransformerConfig:
     """Describe one Qwen3-style layer of ``model``, and where it runs, to Megatron-core.
 
@@ -59,6 +60,7 @@ def transformer_config(
         pipeline_dtype=params_dtype,
         bf16=params_dtype == torch.bfloat16,
         gradient_accumulation_fusion=gradient_accumulation_fusion,
+        deterministic_mode=deterministic,  # another backward pass of the embedding
         calculate_per_token_loss=True,
         tensor_model_parallel_size=p.tensor_parallel_size,
         sequence_parallel=p.sequence_parallel and p.tensor_parallel_size > 1,

@@ -106,7 +106,8 @@ class PLTModel(LanguageModule):
 
     def _build_head(self, pg_collection: Any) -> None:
         plt, config = self.plt, copy.copy(self.config)
-        config.gradient_accumulation_fusion = False  # Megatron's own linear layer needs Apex for it
+        if config.transformer_impl == "transformer_engine":
+            config.gradient_accumulation_fusion = False  # this layer is Megatron's: needs Apex
         self.final_norm = RMSNorm(config=config, hidden_size=plt.hidden_size, eps=plt.norm_eps)
         self.output_layer = ColumnParallelLinear(
             plt.hidden_size,

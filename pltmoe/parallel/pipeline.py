@@ -58,6 +58,7 @@ def build_stage(
         transformer_impl=transformer_impl,
         fp8=fp8,
         gradient_accumulation_fusion=config.train.gradient_accumulation_fusion,
+        deterministic=config.train.deterministic,
     )
     is_cut = layout.context_parallel_size > 1 or layout.sequence_parallel
     return PLTModel(

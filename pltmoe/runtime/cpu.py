@@ -8,6 +8,8 @@ Redirected: streams and events (no-ops, a CPU is synchronous), ``device="cuda"``
 and ``.to``, ``.cuda()``, ``Tensor.type()`` (Megatron compares it with ``torch.cuda.FloatTensor``),
 the CUDA random state, and what gloo lacks: tensor-valued split sizes of ``all_to_all_single``, and
 ``all_gather`` and ``reduce_scatter`` of uneven pieces (experts under expert tensor parallelism).
+Put back: PyTorch's arithmetic, where Megatron takes kernels of Transformer Engine or Apex as soon
+as one of them is installed (on a login node, in a container without a GPU).
 """
 
 import contextlib
@@ -42,6 +44,7 @@ def stand_in_for_cuda() -> bool:
     _redirect_streams()
     _redirect_collectives()
     _redirect_random_state()
+    _put_torch_arithmetic_back()
     return True
 
 
@@ -175,3 +178,28 @@ def _redirect_random_state() -> None:
     megatron_random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.random.set_rng_state(
         state
     )
+
+
+def _put_torch_arithmetic_back() -> None:
+    """Undo the choices that Megatron makes by what can be imported, not by what can run.
+
+    Everything else of Transformer Engine or Apex is asked for in the configuration, and
+    ``runtime/devices.py`` does not ask for it without a GPU. Source: megatron-core 0.19.2, the
+    ``except ImportError`` branches of the modules named here.
+    """
+    import megatron.core.optimizer as optimizers
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads, distrib_optimizer, optimizer
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None  # the router's product
+    optimizers.USING_PYTORCH_OPTIMIZER = True
+    optimizers.Adam, optimizers.SGD = torch.optim.AdamW, torch.optim.SGD
+    distrib_optimizer.HAVE_APEX_OR_TE = False  # where Adam's step count is stored
+    distrib_optimizer.USING_TE_OPTIMIZER = distrib_optimizer.USING_APEX_OPTIMIZER = False
+    distrib_optimizer.Adam = torch.optim.Adam
+    for module in (optimizer, clip_grads):
+        module.multi_tensor_applier = utils.local_multi_tensor_applier
+        module.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.multi_tensor_scale_tensor_impl = None
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm

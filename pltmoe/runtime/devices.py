@@ -128,11 +128,31 @@ def _why_no_transformer_engine(dtype: torch.dtype) -> str | None:
 
 def optimizer_backend() -> Backend:
     """Say whose Adam Megatron's optimizer uses: TE's, Apex's or PyTorch's, in this order."""
+    if not torch.cuda.is_available():
+        return Backend("torch", "there is no GPU")  # runtime/cpu.py sees to it
     if _installed("transformer_engine.pytorch"):
         return Backend("TE", "Transformer Engine is installed")
     if _installed("apex.optimizers"):
         return Backend("Apex", "NVIDIA Apex is installed, Transformer Engine is not")
     return Backend("torch", "neither Transformer Engine nor NVIDIA Apex is installed")
+
+
+def why_no_apex_products(dtype: torch.dtype) -> str | None:
+    """Say why weight gradients cannot be added up inside NVIDIA Apex's products; None if they can.
+
+    Its kernel adds to fp32 buffers; fp32 runs are for checking, and keep PyTorch's arithmetic.
+    """
+    if not _installed("fused_weight_gradient_mlp_cuda"):
+        return "NVIDIA Apex is not installed with its CUDA kernels"
+    if not torch.cuda.is_available():
+        return "NVIDIA Apex needs an NVIDIA GPU, and there is none"
+    if dtype != torch.bfloat16:
+        return "it is used in bf16 runs only"
+    try:
+        importlib.import_module("fused_weight_gradient_mlp_cuda")
+    except (ImportError, OSError) as error:  # built for another PyTorch or CUDA
+        return f"NVIDIA Apex cannot be loaded ({error})"
+    return None
 
 
 def _names(known: str, words: str) -> bool:

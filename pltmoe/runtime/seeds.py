@@ -4,12 +4,15 @@ The model itself draws nothing (no dropout) and data order is a pure function of
 state saved here only matters for whatever is added later; it is saved so that it cannot be missed.
 """
 
+import logging
 import os
 import random
 from typing import Any
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 def seed_everything(seed: int, deterministic: bool = False) -> None:
@@ -22,7 +25,7 @@ def seed_everything(seed: int, deterministic: bool = False) -> None:
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        os.environ.setdefault("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
+        os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] = "0"  # Transformer Engine's switch
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
     random.seed(seed)
@@ -46,12 +49,19 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Put every generator back to what ``random_state`` returned."""
+    """Put every generator back to what ``random_state`` returned.
+
+    The generators of a GPU and those that stand in for them on a CPU are of different kinds: from
+    a checkpoint of the other kind of machine they keep their seeds.
+    """
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *position = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), *position))
     torch.set_rng_state(state["torch"])
+    if state["cuda"].shape != torch.cuda.get_rng_state().shape:
+        logger.warning("the device's random state is of another kind of device: it is seeded anew")
+        return
     torch.cuda.set_rng_state(state["cuda"])
     _tracker().set_states(state["megatron"])
 

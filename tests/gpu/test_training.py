@@ -1,4 +1,4 @@
-"""A real run of tools/pretrain.py on the GPU: bf16, resume, and the way to Hugging Face."""
+"""Real runs of tools/pretrain.py on the GPU: resumed, repeated, begun on a CPU, and exported."""
 
 import json
 import subprocess
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distributed.moves import assert_continues, assert_repeats, begin_on_cpu
 from tests.distributed.run_files import finish, make_files, start_ranks
 from tests.launch import REPOSITORY
 
@@ -44,3 +45,36 @@ def test_checkpoint_made_on_gpu_converts(run: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "hf" / "model.safetensors.index.json").exists()
     assert torch.cuda.is_available()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+@pytest.fixture(scope="module")
+def begun(config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on the CPU of this machine, with a checkpoint on its way."""
+    return begin_on_cpu(config, tmp_path_factory.mktemp("cpu"))
+
+
+@pytest.fixture(params=["local", "transformer_engine"])
+def impl(request: pytest.FixtureRequest) -> str:
+    if request.param == "transformer_engine":
+        pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    return f"train.transformer_impl={request.param}"
+
+
+@pytest.mark.usefixtures("groups")
+def test_two_deterministic_runs_are_the_same_run(config: Path, impl: str, tmp_path: Path) -> None:
+    """Losses, weights and moments, bit for bit."""
+    assert_repeats(config, tmp_path, "train.deterministic=true", impl, device="cuda")
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 0.02)])
+def test_a_checkpoint_made_on_a_cpu_continues(
+    precision: str, tolerance: float, config: Path, begun: Path, impl: str, tmp_path: Path
+) -> None:
+    """Its next losses are those of the run that stays on the CPU."""
+    changes = (f"train.precision={precision}", impl)
+    assert_continues(config, begun, tmp_path, *changes, device="cuda", tolerance=tolerance)

@@ -16,6 +16,7 @@ from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.train.benchmark.megatron_gpt import MegatronGPT
 from pltmoe.train.benchmark.timing import Candidate
 
+ALONE = "step"
 _ONE_LOOP = {
     "num_loops": 1,
     "cross_loop_shift": False,
@@ -82,6 +83,11 @@ def megatron(config: RunConfig, groups: ProcessGroupCollection) -> list[Candidat
         theirs.copy_weights(engine.model)
         found.append(_candidate(name, vanilla, layout, theirs.train_step))
     return found
+
+
+def alone(config: RunConfig, groups: ProcessGroupCollection) -> list[Candidate]:
+    """Return the model of ``config``, which may fill the device."""
+    return [_engine(ALONE, config, groups)[0]]
 
 
 def precisions(config: RunConfig, groups: ProcessGroupCollection) -> list[Candidate]:

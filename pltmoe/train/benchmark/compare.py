@@ -8,6 +8,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pltmoe.config import RunConfig
+from pltmoe.config.counts import count_parameters
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime import devices, seeds
@@ -66,7 +67,8 @@ class Comparison:
     title: str
     goal: Goal
     slow: str
-    fast: str
+    fast: str | None
+    """None: one model alone, whose MFU is measured."""
     measure: Callable[[RunConfig, ProcessGroupCollection, Options], Measured]
     notes: tuple[str, ...]
     same_losses: bool = False
@@ -112,6 +114,14 @@ COMPARISONS = {
         in_turn(candidates.precisions),
         ("router, gate, norms, embedding, head and optimizer are the same in both",),
     ),
+    "mfu": Comparison(
+        "a step of one model alone",
+        Goal(at_least=0.45),
+        candidates.ALONE,
+        None,
+        in_turn(candidates.alone),
+        ("MFU: FLOPs that the model must compute, all loops, of the peak in bf16 (with FP8, too)",),
+    ),
     "pipeline": Comparison(
         "a step's forward and backward on the stages / what the schedule table predicts",
         Goal(at_most=1.15, at_least=0.85),
@@ -145,8 +155,8 @@ def compare(name: str, config: RunConfig, options: Options, command: str) -> tup
         name,
         what.title,
         what.goal,
-        ratio(found.times, what.slow, what.fast),
-        [row(work, found.times[work.name]) for work in found.works],
+        ratio(found.times, what.slow, what.fast) if what.fast else None,
+        [row(work, found.times[work.name], _peak_flops(config)) for work in found.works],
         setup(config, layout, options),
         where(command),
         _notes(what, found),
@@ -154,10 +164,19 @@ def compare(name: str, config: RunConfig, options: Options, command: str) -> tup
     return report, "\n".join(found.profiles)
 
 
+def _peak_flops(config: RunConfig) -> float | None:
+    """Return the FLOP/s of all devices together."""
+    dtype = devices.parameter_dtype(config.train.precision)
+    one = devices.peak_flops(devices.device_name(), dtype)
+    return None if one is None else one * dist.get_world_size()
+
+
 def _notes(what: Comparison, found: Measured) -> list[str]:
     """Return what a reader must know to judge the ratio, the measured things first."""
+    notes = [f"peak memory of this process: {devices.peak_memory_gib():.1f} GiB"]
+    if what.fast is None:
+        return [*notes, *what.notes]
     flops = {work.name: work.flops for work in found.works}
-    notes = []
     if flops[what.slow] != flops[what.fast]:
         more = flops[what.slow] / flops[what.fast]
         notes.append(f"{what.slow} must do {more:.3f} times the FLOPs of {what.fast}")
@@ -173,16 +192,20 @@ def _notes(what: Comparison, found: Measured) -> list[str]:
 
 def setup(config: RunConfig, layout: Layout, options: Options) -> dict[str, str]:
     """Say what ran."""
-    m, experts = config.model, ""
+    m, experts, precision = config.model, "", devices.precision_name(config.train.precision)
+    if precision == "fp8":
+        precision = f"fp8 ({config.train.fp8_recipe})"
+    parameters = count_parameters(m)
     if m.is_moe:
         experts = f", {m.num_experts} experts top-{m.moe_top_k} of width {m.moe_ffn_hidden_size}"
     return {
         "model": f"{m.num_layers} layers of width {m.hidden_size}, {m.num_attention_heads} heads "
         f"({m.num_kv_heads} KV) of {m.head_dim}{experts}, vocabulary {m.vocab_size:,}; looped: "
-        f"{m.num_loops} loops, window {m.local_window}",
+        f"{m.num_loops} loops, window {m.local_window}; {parameters.total / 1e9:.3g}B parameters, "
+        f"{parameters.active / 1e9:.3g}B active",
         "step": f"{layout.micro_batches} micro batch(es) of {layout.micro_batch_size} x "
         f"{config.data.sequence_length} tokens on each rank, {layout} ({layout.world_size} "
-        f"process(es)), {devices.precision_name(config.train.precision)}, recompute "
+        f"process(es)), {precision}, recompute "
         f"{config.parallel.recompute}",
         "rounds": f"{options.rounds}, after {options.warm_up} to warm up; in turn, median",
     }

@@ -8,8 +8,10 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from tqdm import tqdm
 
 
@@ -100,12 +102,38 @@ def ratio(times: Mapping[str, Times], slow: str, fast: str) -> Ratio:
 
 
 def profile(candidate: Candidate, number: int, rows: int = 20) -> str:
-    """Return a table of the operations that step ``number`` spends its time in."""
+    """Return Markdown tables of the operations, and on a GPU kernels, that step ``number`` runs."""
+    begin = now()
     with torch.profiler.profile() as profiler:  # processor, and GPU where there is one
         candidate.step(number)
-    by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    table = profiler.key_averages().table(sort_by=by, row_limit=rows, max_name_column_width=60)
-    return f"{candidate.name}, one step\n{table}"
+        wall = now() - begin
+    events = profiler.key_averages()
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]
+    operations = [e for e in events if e.device_type == DeviceType.CPU]
+    text = f"### {candidate.name}, one step\n\n{wall * 1e3:,.0f} ms with the profiler.\n\n"
+    if not kernels:
+        return text + _time_table(
+            "operation", [(e, e.self_cpu_time_total) for e in operations], rows
+        )
+    text += "Time on the GPU, by operation of PyTorch and by kernel:\n\n"
+    by = [(e, e.self_device_time_total) for e in operations]
+    text += _time_table("operation", by, rows) + "\n"
+    return text + _time_table("kernel", [(e, e.self_device_time_total) for e in kernels], rows)
+
+
+def _time_table(what: str, times: Sequence[tuple[Any, float]], rows: int) -> str:
+    """Write the most expensive events, with microseconds each, and one line for the rest."""
+    ordered = sorted(((e.key, us, e.count) for e, us in times if us > 0), key=lambda row: -row[1])
+    rest = ordered[rows:]
+    if rest:
+        ordered[rows:] = [(f"{len(rest)} others", sum(r[1] for r in rest), sum(r[2] for r in rest))]
+    total = sum(us for _, us, _ in ordered) or 1.0
+    lines = [f"| {what} | ms | share | calls |", "|---|---:|---:|---:|"]
+    for key, us, count in ordered:
+        name = key.replace("|", "\\|")
+        name = name if len(name) <= 80 else name[:77] + "..."
+        lines.append(f"| {name} | {us / 1e3:,.2f} | {us / total:.1%} | {count:,} |")
+    return "\n".join([*lines, f"| together | {total / 1e3:,.2f} | | |"]) + "\n"
 
 
 def quartiles(values: Sequence[float]) -> tuple[float, float, float]:

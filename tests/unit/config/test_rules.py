@@ -147,10 +147,6 @@ BROKEN = {
     ],
     "transformer_engine_fits": [
         (
-            run_tree(train__gradient_accumulation_fusion=True, train__transformer_impl="local"),
-            "train.gradient_accumulation_fusion (true) needs Transformer Engine",
-        ),
-        (
             run_tree(train__fp8_attention=True),
             "train.fp8_attention (true) needs train.precision fp8 (it is auto)",
         ),

@@ -3,13 +3,16 @@
 from typing import Any
 
 import pytest
+import torch
 
 from pltmoe.config import RunConfig, config_from_dict
-from pltmoe.engines.backends import backends, check_fusion, choose_fp8
+from pltmoe.engines.backends import backends, choose_fp8, weight_gradients
 from pltmoe.errors import ConfigError
 from pltmoe.model.megatron_config import Fp8, transformer_config
+from pltmoe.parallel.layout import layout_for
+from pltmoe.parallel.pipeline import build_stage
 from pltmoe.plan.planner import make_plan
-from pltmoe.runtime import te_attention
+from pltmoe.runtime import devices, te_attention
 from pltmoe.runtime.devices import Backend
 from pltmoe.runtime.fp8 import Machine
 from tests.unit.config.trees import DENSE, LOOP_ROWS, MOE, run_tree
@@ -52,12 +55,41 @@ def test_what_the_machine_cannot_do_is_refused() -> None:
         choose_fp8(config(fp8_recipe="mxfp8"), TE, H200)
 
 
-def test_fused_weight_gradients_need_transformer_engine() -> None:
-    fused = config(precision="bf16", gradient_accumulation_fusion=True)
-    check_fusion(fused, TE)
-    check_fusion(config(), Backend("torch", "none"))
-    with pytest.raises(ConfigError, match="needs Transformer Engine's layers: there is no GPU"):
-        check_fusion(fused, Backend("torch", "there is no GPU"))
+def test_fused_weight_gradients_need_transformer_engine_or_apex(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fused, bf16 = config(precision="bf16", gradient_accumulation_fusion=True), torch.bfloat16
+    none = Backend("torch", "there is no GPU")
+    assert weight_gradients(fused, TE, bf16).choice == "TE"
+    assert str(weight_gradients(config(), none, bf16)) == (
+        "torch (train.gradient_accumulation_fusion is false)"
+    )
+    with pytest.raises(
+        ConfigError,
+        match=r"needs Transformer Engine's layers \(there is no GPU\) or NVIDIA Apex's product "
+        r"\(NVIDIA Apex is not installed with its CUDA kernels\): set it to false",
+    ):
+        weight_gradients(fused, none, bf16)
+    monkeypatch.setattr(devices, "why_no_apex_products", lambda dtype: None)
+    assert str(weight_gradients(fused, none, bf16)) == (
+        "Apex (inside the products of attention and head; grouped experts: torch)"
+    )
+    tree = run_tree() | {"model": DENSE}
+    tree["train"] |= {"gradient_accumulation_fusion": True}
+    assert str(weight_gradients(config_from_dict(tree), none, bf16)) == (
+        "Apex (inside the products of attention, dense layers and head)"
+    )
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_deterministic_run_takes_megatrons_repeatable_paths(
+    deterministic: bool, groups: Any
+) -> None:
+    """The embedding has another backward pass then; Transformer Engine's attention checks it."""
+    run = config(precision="fp32", deterministic=deterministic)
+    stage = build_stage(run, layout_for(run, 1), groups, torch.float32, torch.device("cpu"))
+    assert stage.config.deterministic_mode is deterministic
+    assert stage.embedding.word_embeddings.deterministic_mode is deterministic
 
 
 def test_start_up_names_what_transformer_engine_does(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,10 +48,36 @@ def test_auto_precision_follows_the_device(monkeypatch, cuda, expected):
     ],
 )
 def test_optimizer_backend_and_its_reason(monkeypatch, installed, choice):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name in installed or None)
     backend = devices.optimizer_backend()
     assert backend.choice == choice
     assert str(backend).startswith(f"{choice} (") and "installed" in backend.reason
+
+
+def test_apex_adds_up_gradients_in_bf16_on_a_gpu_where_it_is_installed(monkeypatch):
+    ask = devices.why_no_apex_products
+    monkeypatch.setattr(devices, "_installed", lambda module: False)
+    assert ask(torch.bfloat16) == "NVIDIA Apex is not installed with its CUDA kernels"
+    monkeypatch.setattr(devices, "_installed", lambda module: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert ask(torch.bfloat16) == "NVIDIA Apex needs an NVIDIA GPU, and there is none"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert ask(torch.float32) == ask(torch.float64) == "it is used in bf16 runs only"
+
+    def broken(name):
+        raise ImportError("undefined symbol: _ZN3c10")
+
+    monkeypatch.setattr(devices.importlib, "import_module", broken)
+    assert ask(torch.bfloat16) == "NVIDIA Apex cannot be loaded (undefined symbol: _ZN3c10)"
+    monkeypatch.setattr(devices.importlib, "import_module", lambda name: None)
+    assert ask(torch.bfloat16) is None
+
+
+def test_without_a_gpu_adam_is_pytorchs(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(devices, "_installed", lambda module: True)
+    assert str(devices.optimizer_backend()) == "torch (there is no GPU)"
 
 
 def test_peak_memory_is_plausible():

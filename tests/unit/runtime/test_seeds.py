@@ -1,5 +1,6 @@
 """Every generator is seeded, and comes back to where it was."""
 
+import os
 import random
 
 import numpy as np
@@ -38,10 +39,25 @@ def test_states_come_back():
     assert draw() == first
 
 
+def test_states_of_another_kind_of_device_are_left_out(caplog):
+    """A checkpoint made on a CPU once could not be continued on a GPU: its state has 16 bytes."""
+    seeds.seed_everything(7)
+    state = seeds.random_state()
+    first = draw()
+    state |= {"cuda": torch.zeros(16, dtype=torch.uint8), "megatron": {}}
+    seeds.seed_everything(8)
+    with caplog.at_level("WARNING"):
+        seeds.restore_random_state(state)
+    assert "random state is of another kind of device" in caplog.text
+    assert draw()[:3] == first[:3], "the generators of Python, NumPy and the CPU come back"
+
+
 def test_deterministic_mode_asks_for_repeatable_kernels(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "1")
     try:
         seeds.seed_everything(7, deterministic=True)
         assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["NVTE_ALLOW_NONDETERMINISTIC_ALGO"] == "0"
     finally:
         torch.use_deterministic_algorithms(False)

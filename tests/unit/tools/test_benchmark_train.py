@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -57,7 +58,24 @@ def test_loops(measured: tuple[Path, str]) -> None:
     per_token = [row["tflops"] / row["tokens_per_second"] for row in (looped, vanilla)]
     assert 1.5 < per_token[0] / per_token[1] < 2.5, "two loops and a window, one head"
     assert (folder / "loops.md").read_text() in said
-    assert "looped, one step\n" in said and "aten::mm" in said
+    assert looped["mfu"] is None, "a CPU has no listed peak"
+    profiles = (folder / "loops.profile.md").read_text()
+    assert profiles in said
+    assert "### looped, one step\n" in profiles and "### vanilla, one step\n" in profiles
+    assert re.search(r"^\| aten::mm \| [\d.]+ \| [\d.]+% \| [\d,]+ \|$", profiles, re.MULTILINE)
+    assert "others | " in profiles and "| together | " in profiles
+
+
+def test_one_model_alone(tmp_path: Path) -> None:
+    done = run("--compare", "mfu", "--rounds", "2", "--output", str(tmp_path), *TINY)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "mfu.json").read_text())
+    assert [row["name"] for row in found["rows"]] == ["step"] and found["ratio"] is None
+    assert found["goal_is_met"] is None and "2 loops" in found["setup"]["model"]
+    page = (tmp_path / "mfu.md").read_text()
+    assert "**MFU unknown**, goal at least 0.45: the device has no listed peak." in page
+    assert "- peak memory of this process: " in page
+    assert not (tmp_path / "mfu.profile.md").exists()
 
 
 def test_megatron_computes_the_same(measured: tuple[Path, str]) -> None:
@@ -90,7 +108,10 @@ def test_says_where_and_how(measured: tuple[Path, str]) -> None:
 def test_unknown_comparison() -> None:
     done = run("--compare", "loops,deepspeed")
     assert done.returncode == 2
-    assert "unknown comparison deepspeed; there are loops, megatron, pipeline" in done.stderr
+    assert (
+        "unknown comparison deepspeed; there are loops, megatron, pipeline, precision, mfu"
+        in done.stderr
+    )
 
 
 def test_pipeline(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 
 from tests.launch import REPOSITORY
+from tests.unit.reports.test_learning import logged
 
 WHERE = {"device": "GPU", "versions": "v", "commit": "abc"}
 
@@ -46,7 +47,35 @@ def test_page_in_the_repository_is_what_the_tool_writes(
     page = (REPOSITORY / "docs/gpu_results.md").read_text()
     for part in gpu_check.PARTS:
         assert f"## {part.name}: {part.what}" in page
-    assert gpu_check._page(tmp_path).count("Not run.") == len(gpu_check.PARTS)
+    assert gpu_check._page(tmp_path).count("Not run.") == len(gpu_check.PARTS) + 1  # Learning
+    profiles = (REPOSITORY / "docs/profile.md").read_text()
+    headings = [f"## {title}" for title, _, _ in gpu_check.PROFILES]
+    assert re.findall("^## .*", profiles, re.MULTILINE) == headings
+
+
+def test_what_tells_most_comes_first_and_data_before_their_use(gpu_check: ModuleType) -> None:
+    names = [part.name for part in gpu_check.PARTS]
+    assert len(set(names)) == len(names)
+    kinds = [
+        "tests",
+        "tests-runs",
+        "speed",
+        "mfu-bf16",
+        "mfu-blockwise",
+        "fp8",
+        "decode",
+        "learn-row1-seed1",
+    ]
+    assert sorted(kinds, key=names.index) == kinds
+    assert names.index("train") < names.index("fp8") and names.index("train") < names.index(
+        "decode"
+    )
+    assert names.index("learn-data") < names.index("learn-row1-seed1")
+    for part in gpu_check.PARTS[:2]:
+        paths = [word for word in part.commands[0].split() if word.startswith("tests/")]
+        assert paths and all((REPOSITORY / path).exists() for path in paths)
+    last = names[-6:]
+    assert last == [f"learn-row{n}-seed2" for n in range(1, 7)], "second seeds when all have one"
 
 
 def test_a_passed_part_is_not_run_again(gpu_check: ModuleType, tmp_path: Path) -> None:
@@ -69,38 +98,96 @@ def test_a_failure_ends_the_part_and_is_shown(gpu_check: ModuleType, tmp_path: P
     assert "FAILED" in page and "exit code 3" in page
 
 
+def cells(table: str) -> list[list[str]]:
+    """A Markdown table without the line below its head."""
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    return rows[:1] + rows[2:]
+
+
 def test_tables_of_what_was_measured(gpu_check: ModuleType, tmp_path: Path) -> None:
     decoded = {"ms_per_token": 1.2345, "cache_bytes_per_sequence": 4096, "batch": 4}
     decoded |= {"context": 224, "dtype": "bfloat16"}
     (tmp_path / "decode.json").write_text(json.dumps({"plt2": decoded}))
-    assert gpu_check._summary("decode", tmp_path, "") == (
-        "| model | ms per token | cache KiB per sequence | batch | context | dtype |\n"
-        "| --- | --- | --- | --- | --- | --- |\n"
-        "| plt2 | 1.23 | 4 | 4 | 224 | bfloat16 |"
-    )
+    assert cells(gpu_check._summary("decode", tmp_path, "")) == [
+        ["model", "ms per token", "cache KiB per sequence", "batch", "context", "dtype"],
+        ["plt2", "1.23", "4", "4", "224", "bfloat16"],
+    ]
     for model in gpu_check.MODELS:
         (tmp_path / "runs" / model).mkdir(parents=True)
         records = [{"perf/tokens_per_second_per_gpu": speed} for speed in (9, 1000, 2000)]
         records.append({"train/loss": 2, "valid/loss": 3, "memory/peak_gib": 1.5})
         lines = [json.dumps(record) for record in records]
         (tmp_path / "runs" / model / "metrics.jsonl").write_text("\n".join(lines))
-    rows = gpu_check._summary("train", tmp_path, "").splitlines()
-    assert rows[0] == "| model | loss | validation loss | tokens/s per GPU | MFU | peak GiB |"
-    assert rows[2:] == [f"| {m} | 2.000 | 3.000 | 1,000 | - | 1.50 |" for m in gpu_check.MODELS]
-    (tmp_path / "learn/row5").mkdir(parents=True)
+    head, *rows = cells(gpu_check._summary("train", tmp_path, ""))
+    assert head == ["model", "loss", "validation loss", "tokens/s per GPU", "MFU", "peak GiB"]
+    assert rows == [[m, "2.000", "3.000", "1,000", "-", "1.50"] for m in gpu_check.MODELS]
+    (tmp_path / "learn/row5-seed2").mkdir(parents=True)
     records[-1]["perf/mfu"] = 0.251
-    (tmp_path / "learn/row5/metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
-    learned = gpu_check._summary("learn-row1", tmp_path, "").splitlines()
-    assert learned[2:] == ["| row5 | 2.000 | 3.000 | 1,000 | 25.1% | 1.50 |"]
+    (tmp_path / "learn/row5-seed2/metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    learned = cells(gpu_check._summary("learn-row5-seed2", tmp_path, ""))
+    assert learned[1:] == [["row5-seed2", "2.000", "3.000", "1,000", "25.1%", "1.50"]]
+
+
+def report(folder: Path, name: str, ratio: float | None, mfu: float | None, speed: float) -> None:
+    """Write what benchmark_train.py leaves in a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    where = {"device": "GPU", "versions": "v", "commit": "abc", "command": "`python it`"}
+    tree = {"where": where, "setup": {"model": "ten layers", "step": "a step"}}
+    tree |= {"ratio": ratio and {"median": ratio}, "rows": [{"mfu": mfu}]}
+    tree["rows"][0]["tokens_per_second"] = speed
+    (folder / f"{name}.json").write_text(json.dumps(tree))
+    (folder / f"{name}.md").write_text(f"## {name}: text\n")
+    (folder / f"{name}.profile.md").write_text("### step, one step\n\n| kernel | ms |\n")
+
+
+def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path: Path) -> None:
+    report(tmp_path / "mfu-bf16", "mfu", None, 0.43, 1000.0)
+    report(tmp_path / "mfu-blockwise", "mfu", None, 0.55, 1300.0)
+    report(tmp_path / "speed", "loops", 2.01, None, 1.0)
+    text = gpu_check._page(tmp_path).split("## Targets\n\n")[1].split("\n\n")[0]
+    assert cells(text) == [
+        ["what", "wanted", "measured", "", "commit"],
+        ["MFU, bf16", "at least 45 %", "43.0%", "MISSED", "abc"],
+        ["FP8 (tensorwise) / bf16, tokens per second", "at least 1.25", "not run", "", ""],
+        ["FP8 (blockwise) / bf16, tokens per second", "at least 1.25", "1.300", "met", "abc"],
+        ["PLT-2 step / vanilla step", "at most 2.05", "2.010", "met", "abc"],
+        ["our vanilla step / Megatron-core's", "at most 1.0", "not run", "", ""],
+    ]
+    report(tmp_path / "mfu-bf16", "mfu", None, None, 1000.0)
+    assert "| unknown  | no listed peak |" in gpu_check._page(tmp_path)
+    assert gpu_check._summary("mfu-bf16", tmp_path, "") == "### mfu: text\n"
+
+
+def test_pages_and_picture_are_made_from_what_was_measured(
+    gpu_check: ModuleType, tmp_path: Path
+) -> None:
+    page = tmp_path / "docs/gpu_results.md"
+    page.parent.mkdir()
+    gpu_check._write_pages(tmp_path, page)
+    profiles = (tmp_path / "docs/profile.md").read_text()
+    assert profiles.count("Not run.") == len(gpu_check.PROFILES)
+    assert not (tmp_path / "docs/gpu_learning.png").exists()
+    report(tmp_path / "mfu-bf16", "mfu", None, 0.43, 1000.0)
+    logged(tmp_path / "learn", {"row1": 3.0, "row4": 2.9, "plt2-normed": 2.8})
+    gpu_check._write_pages(tmp_path, page)
+    profiles = (tmp_path / "docs/profile.md").read_text()
+    assert "### step, one step\n\n| kernel | ms |" in profiles
+    assert "GPU, commit abc, v. ten layers; a step. `python it`" in profiles
+    assert profiles.count("Not run.") == len(gpu_check.PROFILES) - 1
+    assert (tmp_path / "docs/gpu_learning.png").exists()
+    text = page.read_text()
+    assert "![Validation losses of the rows](gpu_learning.png)" in text
+    assert "- row 4 better than row 1: **shows** (-0.1000, spread 0.0100)" in text
+    assert "| plt2-normed |" in text
 
 
 def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
     """A part that fails at its configuration would waste a lent machine."""
     from pltmoe.config import load_config
 
-    seen = 0
+    seen, sizes = 0, set()
     for part in gpu_check.PARTS:
-        for command in part.commands:
+        for command in [one for all_of in part.commands for one in all_of.split(" || ")]:
             words = shlex.split(command.replace("{{", "{").replace("}}", "}"))
             if not {"tools/pretrain.py", "tools/benchmark_train.py"} & set(words):
                 continue
@@ -111,12 +198,38 @@ def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
                 if re.match(r"(data|model|train|optimizer|parallel|checkpoint)\.", w)
             ]
             config = load_config(REPOSITORY / words[words.index("--config") + 1], overrides)
+            if "tools/pretrain.py" in words:  # else a new commit resumes what an old one finished
+                assert words[:4] == ["rm", "-rf", str(config.train.output_dir), "&&"]
             if part.name == "fp8":
                 assert config.train.precision == "fp8"
-            if part.name == "learn-plt2-shared-routing":
+            if part.name.startswith("learn-plt2-shared-routing"):
                 assert config.model.moe_loop_routing == "shared"
+            if part.name.startswith("learn-"):
+                assert part.name.endswith(f"-seed{config.train.seed}")
+                assert str(config.train.output_dir).endswith(part.name.removeprefix("learn-"))
+                assert config.train.steps % config.train.eval_interval == 0, "ends validated"
+            if part.name.startswith("mfu-"):
+                assert config.train.precision == ("bf16" if part.name == "mfu-bf16" else "fp8")
+                assert part.name.endswith(("bf16", config.train.fp8_recipe))
+                assert "--profile" in words
+                sizes.add((config.train.global_batch_size, config.model.num_layers))
             seen += 1
-    assert seen >= 3 + len(gpu_check.RECIPES) + 2 + len(gpu_check.LEARNING)
+    mfu = 2 * (1 + len(gpu_check.FULL_RECIPES))
+    assert seen >= 3 + len(gpu_check.RECIPES) + 2 + mfu + len(gpu_check.LEARNING) + 6
+    assert len(sizes) == 1, "the same model and the same tokens in all precisions"
+
+
+def test_the_model_that_fills_the_device_fits_it(gpu_check: ModuleType) -> None:
+    """As far as tools/plan.py knows; the larger micro batch in FP8 is the tightest."""
+    from pltmoe.config import load_config
+    from pltmoe.plan import check_fits
+
+    for precision in ("bf16", "fp8"):
+        words = gpu_check.FULL_SIZES.split()
+        overrides = [word for word in words if "=" in word]
+        overrides.append(f"train.micro_batch_size={gpu_check.FULL_MICRO_BATCHES[0]}")
+        config = load_config(words[1], [*overrides, f"train.precision={precision}"])
+        check_fits(config, 1, "H200")
 
 
 def test_the_decode_parts_show_the_ratios_and_the_last_one_everything(
@@ -128,7 +241,7 @@ def test_the_decode_parts_show_the_ratios_and_the_last_one_everything(
     )
     first = gpu_check._summary("decode-one-size", tmp_path, "")
     assert "ratios" in first and "times" not in first
-    last = gpu_check._summary(gpu_check.PARTS[-1].name, tmp_path, "")
+    last = gpu_check._summary(gpu_check.LAST_DECODING, tmp_path, "")
     assert "times" in last and "#### one size" in last
 
 

@@ -1,11 +1,21 @@
 """Steps are taken in turn, ratios are of rounds, and a goal is an interval."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from pltmoe.parallel.layout import Layout
 from pltmoe.train.benchmark.pipeline import ChunkSeconds, predict
-from pltmoe.train.benchmark.report import Goal
-from pltmoe.train.benchmark.timing import Candidate, Times, measure, quartiles, ratio
+from pltmoe.train.benchmark.report import Goal, Report, markdown, row
+from pltmoe.train.benchmark.timing import (
+    Candidate,
+    Times,
+    Work,
+    _time_table,
+    measure,
+    quartiles,
+    ratio,
+)
 
 
 def test_candidates_take_turns() -> None:
@@ -46,6 +56,7 @@ def test_quartiles_of_few() -> None:
     [
         (Goal(at_most=2.15), "at most 2.15", (0.1, 2.15), (2.16,)),
         (Goal(at_most=1.15, at_least=0.85), "0.85 to 1.15", (0.85, 1.0), (0.84, 1.16)),
+        (Goal(at_least=0.45), "at least 0.45", (0.45, 0.6), (0.44,)),
     ],
 )
 def test_goals(
@@ -54,6 +65,29 @@ def test_goals(
     assert str(goal) == text
     assert all(goal.is_met_by(value) for value in inside)
     assert not any(goal.is_met_by(value) for value in outside)
+
+
+@pytest.mark.parametrize(("seconds", "mfu", "says"), [(2.0, 0.5, "met"), (4.0, 0.25, "MISSED")])
+def test_one_model_is_held_to_its_mfu(seconds: float, mfu: float, says: str) -> None:
+    measured = row(Work("step", tokens=10, flops=1e15), Times([seconds]), peak_flops=1e15)
+    assert measured.mfu == mfu
+    report = Report("mfu", "one model", Goal(at_least=0.45), None, [measured], {}, {}, [])
+    assert f"**MFU {mfu:.1%}**, goal at least 0.45: {says}." in markdown(report)
+    assert f"| {mfu:.1%} |" in markdown(report)
+
+
+def test_kernels_stand_beside_operations() -> None:
+    """What a GPU's profile holds, written down: a table of operations and one of kernels."""
+    operation = SimpleNamespace(key="aten::mm", count=3)
+    kernel = SimpleNamespace(key="gemm|" + "x" * 100, count=3)
+    tiny = [(SimpleNamespace(key=f"k{n}", count=1), 10.0) for n in range(3)]
+    table = _time_table("kernel", [*tiny, (kernel, 60.0), (operation, 0.0)], rows=2)
+    assert table.splitlines()[2:] == [
+        "| gemm\\|" + "x" * 71 + "... | 0.06 | 66.7% | 3 |",
+        "| k0 | 0.01 | 11.1% | 1 |",
+        "| 2 others | 0.02 | 22.2% | 2 |",
+        "| together | 0.09 | | |",
+    ]
 
 
 def test_prediction_counts_every_pass_and_one_bubble() -> None:

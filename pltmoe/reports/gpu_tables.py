@@ -1,0 +1,133 @@
+"""What tools/gpu_check.py measured, as tables: targets, short runs, decoding, profiles."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pltmoe.reports.markdown import table
+
+NOT_RUN = "Not run."
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure that is wanted on a GPU, and where benchmark_train.py wrote what it is made of."""
+
+    what: str
+    wanted: str
+    files: tuple[str, ...]
+    """Reports in the work folder, given to ``value`` in this order."""
+    value: Callable[..., float | None]
+    is_met_by: Callable[[float], bool]
+    form: str = ".3f"
+
+
+def _ratio(report: dict[str, Any]) -> float:
+    return report["ratio"]["median"]
+
+
+def _mfu(report: dict[str, Any]) -> float | None:
+    return report["rows"][0]["mfu"]
+
+
+def _faster(report: dict[str, Any], beside: dict[str, Any]) -> float:
+    """Tokens per second over tokens per second: their micro batches may differ."""
+    return report["rows"][0]["tokens_per_second"] / beside["rows"][0]["tokens_per_second"]
+
+
+def _targets(recipes: Sequence[str]) -> list[Target]:
+    mfu = ("mfu-bf16/mfu.json",)
+    return [
+        Target("MFU, bf16", "at least 45 %", mfu, _mfu, lambda x: x >= 0.45, ".1%"),
+        *(
+            Target(
+                f"FP8 ({recipe}) / bf16, tokens per second", "at least 1.25",
+                (f"mfu-{recipe}/mfu.json", *mfu), _faster, lambda x: x >= 1.25,
+            )
+            for recipe in recipes
+        ),
+        Target("PLT-2 step / vanilla step", "at most 2.05", ("speed/loops.json",), _ratio,
+               lambda x: x <= 2.05),
+        Target("our vanilla step / Megatron-core's", "at most 1.0", ("speed/megatron.json",),
+               _ratio, lambda x: x <= 1.0),
+    ]  # fmt: skip
+
+
+def targets_table(work: Path, recipes: Sequence[str]) -> str:
+    """Put what is wanted beside what was measured, with the commit that was measured."""
+    rows = [("what", "wanted", "measured", "", "commit")]
+    for target in _targets(recipes):
+        paths = [work / file for file in target.files]
+        if not all(path.exists() for path in paths):
+            rows.append((target.what, target.wanted, "not run", "", ""))
+            continue
+        reports = [json.loads(path.read_text()) for path in paths]
+        value = target.value(*reports)
+        commits = ", ".join(dict.fromkeys(report["where"]["commit"] for report in reports))
+        if value is None:
+            rows.append((target.what, target.wanted, "unknown", "no listed peak", commits))
+            continue
+        verdict = "met" if target.is_met_by(value) else "MISSED"
+        rows.append((target.what, target.wanted, f"{value:{target.form}}", verdict, commits))
+    return table(rows, left=5)
+
+
+def training_table(runs: Path, models: Sequence[str]) -> str:
+    """Return last losses, median speed and memory of runs in ``runs/MODEL``."""
+    rows = [("model", "loss", "validation loss", "tokens/s per GPU", "MFU", "peak GiB")]
+    for model in models:
+        last: dict[str, float] = {}
+        speeds = []
+        for line in (runs / model / "metrics.jsonl").read_text().splitlines():
+            record = json.loads(line)
+            last |= record
+            speeds.append(record.get("perf/tokens_per_second_per_gpu", 0.0))
+        losses = f"{last['train/loss']:.3f}", f"{last['valid/loss']:.3f}"
+        speed = median([s for s in speeds if s] or [0.0])
+        mfu = f"{last['perf/mfu']:.1%}" if "perf/mfu" in last else "-"
+        rows.append((model, *losses, f"{speed:,.0f}", mfu, f"{last['memory/peak_gib']:.2f}"))
+    return table(rows)
+
+
+def decoding_table(path: Path) -> str:
+    """Return what tools/benchmark_decode.py measured of exported models."""
+    rows = [("model", "ms per token", "cache KiB per sequence", "batch", "context", "dtype")]
+    for model, r in json.loads(path.read_text()).items():
+        kib = r["cache_bytes_per_sequence"] / 1024
+        row = (model, f"{r['ms_per_token']:.2f}", f"{kib:.0f}", r["batch"], r["context"])
+        rows.append((*map(str, row), r["dtype"]))
+    return table(rows)
+
+
+def profile_page(work: Path, parts: Sequence[tuple[str, str, str]]) -> str:
+    """Return a page of profiles: of each part (title, folder, comparison) what one step is made of.
+
+    Each is a table of PyTorch's profiler, written by tools/benchmark_train.py --profile.
+    """
+    lines = [
+        "# Where a training step's time goes",
+        "",
+        "Tables of PyTorch's profiler, of one step each, written by `python tools/gpu_check.py` "
+        "from what it measured;",
+        "not edited by hand. An operation's time is that of the kernels it starts itself; with the "
+        "profiler a step takes longer.",
+        "",
+    ]
+    for title, folder, comparison in parts:
+        lines += [f"## {title}", ""]
+        profile = work / folder / f"{comparison}.profile.md"
+        if not profile.exists():
+            lines += [NOT_RUN, ""]
+            continue
+        report = json.loads((work / folder / f"{comparison}.json").read_text())
+        where = report["where"]
+        lines += [
+            f"{where['device']}, commit {where['commit']}, {where['versions']}. "
+            f"{report['setup']['model']}; {report['setup']['step']}. {where['command']}",
+            "",
+            profile.read_text(),
+        ]
+    return "\n".join(lines)
