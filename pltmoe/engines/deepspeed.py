@@ -239,7 +239,8 @@ class DeepSpeedEngine(SteppingEngine):
                     model=wrapped, optimizer=self._adam, config=text, mpu=_Mpu(self._groups)
                 )
         except (ValueError, AssertionError) as error:
-            raise ConfigError(f"deepspeed: DeepSpeed refuses its JSON: {error}") from error
+            says = " ".join(str(error).split())
+            raise ConfigError(f"deepspeed: DeepSpeed refuses its JSON: {says}") from error
         logger.debug("%s", chatter.getvalue())
         return engine
 

@@ -22,7 +22,7 @@ PAPER = [f for f in FILES if not f.name.startswith("quickstart")]
 
 
 def flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict) or prefix == "tracking.tags.":
+    if not isinstance(tree, dict) or prefix in ("tracking.tags.", "deepspeed."):
         return {prefix[:-1]: tree}
     return {k: v for key, sub in tree.items() for k, v in flat(sub, f"{prefix}{key}.").items()}
 

@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -12,7 +15,8 @@ from torch.utils import cpp_extension
 
 from pltmoe.checkpoint import store
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
-from pltmoe.runtime import distributed
+from pltmoe.errors import ConfigError
+from pltmoe.runtime import devices, distributed
 from tests.distributed.tiny import MOE, batches, build_engine, drop_engine, tiny_config
 
 VANILLA = MOE | {
@@ -52,7 +56,7 @@ def curve(
     if copy_to:
         store.save_checkpoint(copy_to, engine.state(), Manifest(config=config, step=start))
     data = batches(engine.capabilities.layout, skip_steps=start)
-    results = [engine.train_step(data, start + k + 1, watch=True) for k in range(steps)]
+    results = [engine.train_step(data, start + k, watch=k == steps) for k in range(1, steps + 1)]
     valid = engine.eval_step(data)
     if save_to:
         store.save_checkpoint(save_to, engine.state(), Manifest(config=config, step=start + steps))
@@ -75,7 +79,7 @@ def curves(stages: list[int | None], steps: int, **changes: Any) -> dict[int | N
 
 
 def three_micro_batches(stages: list[int | None], expert_parallel: int) -> dict[Any, Any]:
-    """Twenty steps of three micro batches with each number of loops and each stage."""
+    """Twenty steps of three micro batches with each number of loops and each stage; one layer."""
     changes = {
         "parallel__expert_parallel_size": expert_parallel,
         "train__steps": 20,
@@ -85,7 +89,7 @@ def three_micro_batches(stages: list[int | None], expert_parallel: int) -> dict[
         "optimizer__clip_grad_norm": 0.5,
     }
     return {
-        (loops, stage): curve(stage, 20, model, **changes)
+        (loops, stage): curve(stage, 20, model | {"num_layers": 1}, **changes)
         for loops, model in MODELS.items()
         for stage in stages
     }
@@ -162,6 +166,28 @@ def quiet_start() -> tuple[str, list[str]]:
     finally:
         cpp_extension.load = load
     return output.getvalue(), compiled
+
+
+def refused(case: str) -> str:
+    """Try to build an engine that cannot be; return what it says."""
+    zero = {"stage": 1}
+    if case == "unknown key":
+        zero["stagee"] = 2
+    if case == "no compiler":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if case == "bf16 by itself":
+        zero["stage"] = 0
+    config = tiny_config(engine="deepspeed", deepspeed__zero_optimization=zero)
+    bf16 = mock.patch.object(devices, "parameter_dtype", lambda precision: torch.bfloat16)
+    bare = mock.patch.dict("os.environ", {"PATH": "/nowhere", "TORCH_EXTENSIONS_DIR": mkdtemp()})
+    try:
+        with {"bf16 by itself": bf16, "no compiler": bare}.get(case, nullcontext()):
+            build_engine(config)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        drop_engine()
+    return "nothing was refused"
 
 
 def _drop(engine: Any) -> None:

@@ -1,11 +1,19 @@
 """DeepSpeed's engine trains what Megatron's does, and each continues the other's runs."""
 
 import json
+import re
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
+from pltmoe.checkpoint import store
+from pltmoe.hf.convert import ExportOptions, export_checkpoint
+from tests.distributed.run_files import finish, make_files, start_ranks
+from tests.distributed.test_pretrain import lines_of, wait_for
 from tests.distributed.tiny import DENSE
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
@@ -174,3 +182,83 @@ def test_its_json_says_what_the_configuration_says(warm_ranks):
     assert text["train_batch_size"] == 8 and text["train_micro_batch_size_per_gpu"] == 2
     assert text["gradient_accumulation_steps"] == 2 and text["gradient_clipping"] == 1.0
     assert text["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+
+
+@pytest.mark.parametrize(
+    ("case", "message"),
+    [
+        ("unknown key", "deepspeed: DeepSpeed refuses its JSON: 1 validation error"),
+        ("bf16 by itself", "deepspeed.zero_optimization.stage (0) trains in fp32 only, and train."),
+        ("no compiler", "needs DeepSpeedCPUAdam, which cannot be compiled here"),
+    ],
+)
+def test_what_deepspeed_or_the_machine_cannot_do_is_one_message(warm_ranks, case, message):
+    told = warm_ranks(1, f"{CASES}:refused", case=case)[0]
+    assert message in told and "\n" not in told
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory) -> Path:
+    return make_files(tmp_path_factory.mktemp("files"))
+
+
+ZERO2 = ("engine=deepspeed", "deepspeed.zero_optimization.stage=2")
+TWO_EXPERT_RANKS = ("parallel.expert_parallel_size=2", "train.steps=8")
+
+
+@pytest.fixture(scope="module")
+def straight(config, tmp_path_factory) -> tuple[Path, str]:
+    """Eight steps of ZeRO 2 with expert parallelism, by the tool: its folder and its log."""
+    output = tmp_path_factory.mktemp("straight")
+    arguments = (*ZERO2, *TWO_EXPERT_RANKS, f"train.output_dir={output}")
+    codes, logs = finish(start_ranks(config, *arguments, nprocs=2))
+    assert codes == [0, 0], logs
+    return output, logs[0]
+
+
+def test_a_run_says_what_it_is_and_nothing_of_deepspeeds(straight):
+    output, log = straight
+    assert re.search(r"^  optimizer +DeepSpeed \(ZeRO stage 2, AdamW\)$", log, re.M)
+    assert "deepspeed 0." in log and "step 8/8" in log
+    for noise in ("[INFO]", "[WARNING]", "DeepSpeed info", "built successfully", "MA ", "Time to"):
+        assert noise not in log, log
+    text = json.loads((output / "deepspeed.json").read_text())
+    assert text["zero_optimization"]["stage"] == 2
+    written = yaml.safe_load((output / "config.yaml").read_text())
+    assert written["engine"] == "deepspeed"
+    assert written["deepspeed"] == {"zero_optimization": {"stage": 2}}
+
+
+def test_a_killed_run_resumes_bit_for_bit(config, straight, tmp_path):
+    arguments = (*ZERO2, *TWO_EXPERT_RANKS, f"train.output_dir={tmp_path}")
+    ranks = start_ranks(config, *arguments, nprocs=2)
+    wait_for(ranks[0], "step 6/8")
+    for rank in ranks:
+        rank.kill()
+    finish(ranks)
+    assert store.latest_checkpoint(tmp_path).name == "step_00000004"
+    codes, logs = finish(start_ranks(config, *arguments, nprocs=2))
+    assert codes == [0, 0] and "(step 4)" in logs[0], logs
+    assert lines_of(tmp_path) == lines_of(straight[0])
+
+
+def test_all_experts_of_all_ranks_are_in_the_converted_model(
+    config, straight, warm_ranks, tmp_path
+):
+    """Each expert once, as the Megatron engine has it after the same eight steps."""
+    arguments = ["--config", str(config), *TWO_EXPERT_RANKS, f"train.output_dir={tmp_path}/run"]
+    ran = warm_ranks(2, "tests.distributed.pretrain_cases:run_many", cases={"": arguments})[0][""]
+    assert ran[0] == 0, ran[1]
+    exported = []
+    for name, run in (("megatron", tmp_path / "run"), ("deepspeed", straight[0])):
+        export_checkpoint(run, tmp_path / name, ExportOptions())
+        files = sorted((tmp_path / name).glob("*.safetensors"))
+        exported.append({k: v for file in files for k, v in load_file(file).items()})
+    theirs, ours = exported
+    assert ours.keys() == theirs.keys()
+    experts = {key: value for key, value in ours.items() if "experts" in key}
+    assert experts
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], rtol=1e-3, atol=1e-5, msg=key)
+    for key, value in experts.items():
+        assert len({part.sum().item() for part in value}) == len(value), f"{key}: one expert twice"

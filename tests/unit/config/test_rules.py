@@ -22,7 +22,105 @@ def fp8(**changes: Any) -> dict[str, Any]:
     return run_tree(train__precision="fp8", **sizes | changes)
 
 
+def deepspeed(stage: int = 1, zero: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    section = {"zero_optimization": {"stage": stage, **(zero or {})}, **changes.pop("more", {})}
+    return run_tree(engine="deepspeed", deepspeed=section, **changes)
+
+
+OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+NVME = {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}
 BROKEN = {
+    "engine_can": [
+        (
+            run_tree(deepspeed={"zero_optimization": {"stage": 1}}),
+            "deepspeed (zero_optimization) needs engine deepspeed (it is megatron)",
+        ),
+        (
+            deepspeed(parallel__pipeline_parallel_size=2),
+            "parallel.pipeline_parallel_size (2) cannot be used with engine deepspeed: use engine="
+            "megatron, or parallel.expert_parallel_size",
+        ),
+        (
+            deepspeed(parallel__context_parallel_size=2),
+            "parallel.context_parallel_size (2) cannot be used with engine deepspeed: use engine="
+            "megatron, or parallel.recompute=full",
+        ),
+        (
+            deepspeed(parallel__expert_tensor_parallel_size=2),
+            "parallel.expert_tensor_parallel_size (2) cannot be used with engine deepspeed",
+        ),
+        (deepspeed(4), "deepspeed.zero_optimization.stage (4) must be 0, 1, 2 or 3"),
+        (
+            deepspeed(3, parallel__expert_parallel_size=2),
+            "deepspeed.zero_optimization.stage (3) with experts and parallel.expert_parallel_size "
+            "(2): DeepSpeed would gather other ranks' experts; use stage 2, or "
+            "parallel.expert_parallel_size=1",
+        ),
+        (
+            deepspeed(3, parallel__tensor_parallel_size=2),
+            "deepspeed.zero_optimization.stage (3) with experts and parallel.tensor_parallel_size "
+            "(2)",
+        ),
+        (
+            deepspeed(0, OFFLOAD),
+            "deepspeed.zero_optimization.offload_optimizer (cpu) needs "
+            "deepspeed.zero_optimization.stage of at least 1 (it is 0)",
+        ),
+        (
+            deepspeed(2, NVME),
+            "deepspeed.zero_optimization.offload_optimizer.device (nvme) needs "
+            "deepspeed.zero_optimization.stage 3 (it is 2): use device cpu",
+        ),
+        (
+            deepspeed(0, train__precision="bf16"),
+            "deepspeed.zero_optimization.stage (0) with train.precision (bf16): DeepSpeed would "
+            "keep neither fp32 weights nor fp32 gradients; use stage 1",
+        ),
+        (
+            deepspeed(train__precision="fp8"),
+            "train.precision (fp8) cannot be used with engine deepspeed: use engine=megatron",
+        ),
+        (
+            deepspeed(train__gradient_accumulation_fusion=True),
+            "train.gradient_accumulation_fusion (true) adds to Megatron's gradient buffers, which "
+            "engine deepspeed does not have",
+        ),
+        (
+            deepspeed(more={"optimizer": {"type": "Lion"}}),
+            "deepspeed.optimizer is decided by optimizer.* here: remove it",
+        ),
+        (
+            deepspeed(more={"activation_checkpointing": {}}),
+            "deepspeed.activation_checkpointing is decided by parallel.recompute here",
+        ),
+        (
+            deepspeed(more={"gradient_accumulation_steps": 4}),
+            "deepspeed.gradient_accumulation_steps (4) follows from train.global_batch_size (4) and"
+            " train.micro_batch_size (1): remove it",
+        ),
+        (
+            deepspeed(more={"zero_optimisation": {}}),
+            "deepspeed.zero_optimisation is none of the keys of DeepSpeed's JSON that are handed "
+            "on (aio, bf16,",
+        ),
+        (
+            deepspeed(more={"gradient_clipping": 0.5}),
+            "deepspeed.gradient_clipping (0.5) contradicts optimizer.clip_grad_norm (1.0): remove",
+        ),
+        (
+            deepspeed(more={"train_batch_size": 8}),
+            "deepspeed.train_batch_size (8) contradicts train.global_batch_size (4)",
+        ),
+        (
+            deepspeed(more={"bf16": {"enabled": True}}, train__precision="fp32"),
+            "deepspeed.bf16.enabled (True) contradicts train.precision (fp32)",
+        ),
+        (
+            deepspeed(1, {"overlap_comm": True}),
+            "deepspeed.zero_optimization.overlap_comm (True) contradicts "
+            "parallel.overlap_grad_reduce (False)",
+        ),
+    ],
     "heads_divide": [
         (
             model(num_attention_heads=3),
@@ -248,6 +346,10 @@ def test_the_six_rows_of_the_ablation_are_valid(row: str):
 
 
 def test_what_the_rules_must_let_pass():
+    config_from_dict(deepspeed(more={"gradient_clipping": 1.0, "wall_clock_breakdown": True}))
+    config_from_dict(deepspeed(3, NVME))
+    config_from_dict(deepspeed(2, OFFLOAD, parallel__expert_parallel_size=2))
+    config_from_dict(run_tree(engine="deepspeed"))
     config_from_dict(run_tree(optimizer__schedule="wsd", optimizer__wsd_decay_steps=3))
     config_from_dict(run_tree(train__eval_interval=5, data__valid=[{"path": "v"}]))
     config_from_dict(run_tree(train__eval_interval=5, data__split=[98, 2, 0]))

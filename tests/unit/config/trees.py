@@ -39,6 +39,9 @@ def run_tree(**changes: Any) -> dict[str, Any]:
         "train": {"output_dir": "runs/small", "steps": 10, "global_batch_size": 4},
     }
     for path, value in changes.items():
-        section, _, key = path.partition("__")
-        tree.setdefault(section, {})[key] = value
+        section, nested, key = path.partition("__")
+        if nested:
+            tree.setdefault(section, {})[key] = value
+        else:
+            tree[section] = value
     return tree
