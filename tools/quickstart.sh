@@ -6,17 +6,18 @@
 #
 #   bash tools/quickstart.sh            about 0.4M tokens each, 2 processes
 #   bash tools/quickstart.sh --smoke    the same with a few steps, for continuous integration
-#   bash tools/quickstart.sh --output DIR [--processes N]
+#   bash tools/quickstart.sh --output DIR [--processes N] [--engine deepspeed]
 #
 # A second run reuses what is there; training continues from its newest checkpoint.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-out="" processes=2 smoke=no
+out="" processes=2 smoke=no engine=megatron
 while (($#)); do
     case $1 in
         --smoke) smoke=yes ;;
         --output) out=${2:?--output needs a folder} && shift ;;
+        --engine) engine=${2:?--engine needs megatron or deepspeed} && shift ;;
         --processes) processes=${2:?--processes needs a number} && shift ;;
         *) echo "error: unknown argument $1 (see the head of tools/quickstart.sh)" >&2 && exit 2 ;;
     esac
@@ -59,11 +60,11 @@ $python tools/preprocess_data.py "$out/corpus/corpus.jsonl" \
     --tokenizer "$out/tokenizer/tokenizer.model" --output "$out/data/corpus" --overwrite
 
 for model in vanilla loop2 plt2; do
-    step "pretrain $model on $processes processes, expert parallel"
+    step "pretrain $model on $processes processes, expert parallel, engine $engine"
     $python -m torch.distributed.run --standalone --nproc-per-node "$processes" \
         tools/pretrain.py --config "configs/quickstart_$model.yaml" \
         "data.tokenizer=$out/tokenizer/tokenizer.model" "data.train=[{path: $out/data/corpus}]" \
-        "parallel.expert_parallel_size=$processes" "train.output_dir=$out/runs/$model" \
+        "engine=$engine" "parallel.expert_parallel_size=$processes" "train.output_dir=$out/runs/$model" \
         "tracking.mlflow_uri=sqlite:///$out/mlflow.db" ${size[@]+"${size[@]}"}
 done
 

@@ -177,11 +177,11 @@ install_with_uv() (
     export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}
     # Like pip: the best version of all indexes, not all versions of the first index.
     retry "uv" "$VENV/bin/uv" pip install --python "$VENV/bin/python" \
-        --index-strategy unsafe-best-match -c "$LOCK" -b "$LOCK" -e '.[test,eval]'
+        --index-strategy unsafe-best-match -c "$LOCK" -b "$LOCK" -e '.[test,eval,deepspeed]'
 )
 
 install_with_pip() {
-    retry "pip" "$VENV/bin/python" -m pip install -c "$LOCK" -e '.[test,eval]'
+    retry "pip" "$VENV/bin/python" -m pip install -c "$LOCK" -e '.[test,eval,deepspeed]'
 }
 
 main() {

@@ -20,9 +20,11 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -459,6 +461,8 @@ def _cpu_adam(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.op
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
+    # ninja lies beside the interpreter, which need not be on PATH.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     try:
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     except Exception as error:  # no compiler, no ninja, no headers: each has its own error

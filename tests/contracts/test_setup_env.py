@@ -136,7 +136,7 @@ def test_second_call_does_nothing_and_a_changed_lock_installs_again(checkout: Pa
     assert setup(checkout).returncode == 0
     (install,) = calls(checkout)
     assert install.startswith("uv https://a/simple https://b/simple pip install"), "pip's indexes"
-    assert "-c tools/requirements.txt" in install and install.endswith("-e .[test,eval]")
+    assert "-c tools/requirements.txt" in install and install.endswith("-e .[test,eval,deepspeed]")
 
     again = setup(checkout)
     assert (again.returncode, again.stderr) == (0, "") and len(calls(checkout)) == 1
@@ -177,7 +177,7 @@ def test_pip_takes_over_when_uv_fails_and_failure_leaves_no_stamp(checkout: Path
     assert not (checkout / ".venv/.pltmoe_installed").exists()
 
     assert setup(checkout, UV_STATUS="1").returncode == 0
-    assert calls(checkout)[-1] == "pip -m pip install -c tools/requirements.txt -e .[test,eval]"
+    assert calls(checkout)[-1] == "pip -m pip install -c tools/requirements.txt -e .[test,eval,deepspeed]"
 
 
 @pytest.mark.parametrize("script", sorted(map(str, [*REPOSITORY.glob("tools/*.sh"),
