@@ -1,8 +1,10 @@
 """One layout of one run on one kind of GPU: what it needs, what it sends, how long a step takes."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pltmoe.config import ModelConfig, RunConfig
+from pltmoe.config import deepspeed as deepspeed_settings
 from pltmoe.config.counts import count_parameters, flops_per_token
 from pltmoe.errors import ConfigError
 from pltmoe.parallel.layout import Layout, layout_for
@@ -11,7 +13,13 @@ from pltmoe.plan import activations
 from pltmoe.plan.in_flight import peak_bytes
 from pltmoe.plan.machines import DEFAULT, GIB, Assumptions, Gpu, find_gpu
 from pltmoe.plan.messages import Message, step_messages
-from pltmoe.plan.weights import StageWeights, WeightBytes, stage_weights, weight_bytes
+from pltmoe.plan.weights import (
+    StageWeights,
+    WeightBytes,
+    stage_weights,
+    weight_bytes,
+    zero_bytes,
+)
 
 
 @dataclass(frozen=True)
@@ -229,17 +237,39 @@ def _stage_memory(
     left += activations.message_bytes(z, layout)
     whole = [activations.layer_bytes(z, loop) for loop in kept]
     dispatched = layers * chunks * sum(layer.dispatch for layer in whole)
+    kept_bytes = _ENGINES[config.engine](config, layout, z.e, weights)
     return StageMemory(
         stage=stage,
-        weights=weight_bytes(weights, layout, z.e, config.train.precision == "fp8"),
+        weights=kept_bytes,
         activations=alive + left,
-        working=_working(z, weights, recompute, last),
+        working=_working(z, weights, recompute, last) + kept_bytes.buckets,
         loop_chunks_alive=count,
         shared_kv=layers * chunks * activations.shared_kv_bytes(z),
         lent_gradients=sum(lent_gradients(chunk) for chunk in range(chunks)),
         dispatch=dispatched if recompute != "full" else 0,
         logits=logits if last else 0,
     )
+
+
+def _megatron_bytes(
+    config: RunConfig, layout: Layout, element: int, weights: StageWeights
+) -> WeightBytes:
+    return weight_bytes(weights, layout, element, config.train.precision == "fp8")
+
+
+def _deepspeed_bytes(
+    config: RunConfig, layout: Layout, element: int, weights: StageWeights
+) -> WeightBytes:
+    stage = deepspeed_settings.zero_stage(config)
+    offloaded = deepspeed_settings.offload_device(config) is not None
+    bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)
+    return zero_bytes(weights, layout, element, stage, offloaded, float(bucket))
+
+
+_ENGINES: dict[str, Callable[[RunConfig, Layout, int, StageWeights], WeightBytes]] = {
+    "megatron": _megatron_bytes,
+    "deepspeed": _deepspeed_bytes,
+}
 
 
 def _working(z: activations.Sizes, weights: StageWeights, recompute: str, last: bool) -> float:

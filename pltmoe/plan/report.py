@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
-from pltmoe.config import RunConfig
+from pltmoe.config import RunConfig, deepspeed
 from pltmoe.errors import ConfigError
 from pltmoe.parallel.layout import layout_for
 from pltmoe.plan.machines import DEFAULT, GIB, Assumptions
@@ -21,6 +21,7 @@ def as_text(plan: Plan) -> str:
     lines = [
         f"{config.name}: {total / 1e9:.2f} B parameters, {active / 1e9:.2f} B active, "
         f"{config.model.num_loops} loop(s), sequences of {config.data.sequence_length}",
+        f"engine        {config.engine}{_zero(config)}",
         f"layout        {layout} on {layout.world_size} x {plan.gpu.name}, "
         f"{layout.model_chunks_per_stage} model chunk(s) per stage, "
         f"sequence parallel {'on' if layout.sequence_parallel else 'off'}, "
@@ -38,6 +39,17 @@ def as_text(plan: Plan) -> str:
         *_time_lines(plan),
     ]
     return "\n".join(lines)
+
+
+def _zero(config: RunConfig) -> str:
+    """Name the ZeRO stage, and what these numbers do not know about it."""
+    if not config.deepspeed:
+        return ""
+    stage, device = deepspeed.zero_stage(config), deepspeed.offload_device(config)
+    unknown = [f"an optimizer in {device} memory"] if device else []
+    unknown += ["gradients sent for every micro batch"] if stage >= 2 else []
+    unknown += ["weights gathered in every pass"] if stage == 3 else []
+    return f", ZeRO stage {stage}" + (f"; times leave out {', '.join(unknown)}" if unknown else "")
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:

@@ -28,7 +28,9 @@ class WeightBytes:
     optimizer: float
     """Two fp32 moments, and an fp32 master copy where weights are bf16; this rank's shard."""
     shard: float
-    """Parameters that this rank updates."""
+    """Parameters that this rank updates on its GPU."""
+    buckets: float = 0.0
+    """Buffers for messages, and weights gathered from other ranks, while a step runs."""
 
 
 def stage_weights(m: ModelConfig, layout: Layout, stage: int) -> StageWeights:
@@ -57,6 +59,45 @@ def weight_bytes(
     shard = weights.shared / copies + weights.experts / layout.expert_data_parallel_size
     kept = element + (2 if fp8 else 0)
     return WeightBytes(kept * count, 4 * count, shard * (12 if element == 2 else 8), shard)
+
+
+def zero_bytes(
+    weights: StageWeights,
+    layout: Layout,
+    element: int,
+    stage: int,
+    offloaded: bool = False,
+    bucket: float = 5e8,
+) -> WeightBytes:
+    """Return the same for DeepSpeed (0.19.8).
+
+    From stage 1 on it keeps fp32 masters also beside fp32 weights. Stage 1 adds micro batches up in
+    whole gradients, in fp32 beside those of bf16 weights. Offloaded state and sums are in host
+    memory.
+
+    Args:
+        weights: of this rank.
+        layout: sizes.
+        element: bytes per weight.
+        stage: of ZeRO.
+        offloaded: whether the optimizer's state is in host memory.
+        bucket: numbers in a bucket of gradients (zero_optimization.reduce_bucket_size).
+    """
+    count = weights.shared + weights.experts
+    shard = weights.shared / layout.data_parallel_size
+    shard += weights.experts / layout.expert_data_parallel_size
+    if stage == 0:
+        return WeightBytes(element * count, 4 * count, 8 * count, count)
+    whole = element * count + 4 * (count if element == 2 else shard)
+    gradients = whole if stage == 1 else 4 * shard * (not offloaded)
+    live = element * min(count, 1e9) if stage == 3 else 0  # zero_optimization.max_live_parameters
+    return WeightBytes(
+        element * (round(shard) if stage == 3 else count),
+        round(gradients),
+        0 if offloaded else 12 * shard,
+        0 if offloaded else shard,
+        4 * bucket + live,
+    )
 
 
 def _layer_matrices(m: ModelConfig, layout: Layout) -> tuple[int, ...]:

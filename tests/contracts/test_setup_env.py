@@ -177,7 +177,10 @@ def test_pip_takes_over_when_uv_fails_and_failure_leaves_no_stamp(checkout: Path
     assert not (checkout / ".venv/.pltmoe_installed").exists()
 
     assert setup(checkout, UV_STATUS="1").returncode == 0
-    assert calls(checkout)[-1] == "pip -m pip install -c tools/requirements.txt -e .[test,eval,deepspeed]"
+    assert (
+        calls(checkout)[-1]
+        == "pip -m pip install -c tools/requirements.txt -e .[test,eval,deepspeed]"
+    )
 
 
 @pytest.mark.parametrize("script", sorted(map(str, [*REPOSITORY.glob("tools/*.sh"),

@@ -1,5 +1,6 @@
 """What test_plan.py runs on its ranks: an engine, and the bytes that it holds."""
 
+import gc
 from typing import Any
 from unittest import mock
 
@@ -27,6 +28,41 @@ def held_bytes(model: dict[str, Any], **changes: Any) -> dict[str, Any]:
     }
     drop_engine()
     return held
+
+
+def deepspeed_bytes(model: dict[str, Any], **changes: Any) -> dict[str, int]:
+    """Return what an engine holds when built, and what gradients add: of one micro batch, of all.
+
+    Of one: whole, where a stage keeps whole ones until the last; of all: this rank's part.
+    """
+    before = _alive()
+    engine = build_engine(tiny_config(model, **changes))
+    built = _alive() - before
+    batch = next(batches(engine.capabilities.layout))
+    set_boundary = engine._engine.set_gradient_accumulation_boundary
+    found = {"built": built}
+    for name, is_last in (("of one", False), ("of all", True)):
+        engine._engine.set_gradient_accumulation_boundary = lambda _, is_last=is_last: set_boundary(
+            is_last
+        )
+        engine._run([dict(batch)], forward_only=False)
+        found[name] = _alive() - before - built
+    engine._engine.destroy()
+    drop_engine()
+    return found
+
+
+def _alive() -> int:
+    """Return the bytes of every storage that a tensor in Python, or its gradient, has."""
+    gc.collect()
+    storages = {}
+    for thing in gc.get_objects():
+        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None:
+                    storage = tensor.untyped_storage()
+                    storages[storage.data_ptr()] = storage.nbytes()
+    return sum(storages.values())
 
 
 def activation_bytes(model: dict[str, Any], **changes: Any) -> dict[str, int]:

@@ -5,7 +5,7 @@ import pytest
 from pltmoe.parallel.layout import layout_for
 from pltmoe.plan.activations import CPU, sizes_for
 from pltmoe.plan.planner import _stage_memory
-from pltmoe.plan.weights import stage_weights, weight_bytes
+from pltmoe.plan.weights import stage_weights, weight_bytes, zero_bytes
 from tests.distributed.layouts import parallel_section
 from tests.distributed.tiny import DENSE, MOE, tiny_config
 
@@ -58,6 +58,41 @@ def test_bytes_of_an_engine(warm_ranks, case):
         for r in held
     )  # fmt: skip
     assert expected / ranks == pytest.approx(optimizer, rel=0.05)
+
+
+SMALL_BUCKETS = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
+EP2_BF16 = {"parallel__expert_parallel_size": 2, "train__precision": "bf16"}
+ZERO = {
+    "0": (0, WIDE_MOE, {}),
+    "1": (1, WIDE_MOE, {}),
+    "1-ep2-bf16": (1, WIDE_MOE, EP2_BF16),
+    "2-ep2-bf16": (2, WIDE_MOE, EP2_BF16),
+    "3-bf16": (3, WIDE_DENSE, {"train__precision": "bf16"}),
+}
+
+
+@pytest.mark.parametrize("case", ZERO)
+def test_bytes_of_deepspeed(warm_ranks, case):
+    stage, model, changes = ZERO[case]
+    more = {"param_persistence_threshold": 0} if stage == 3 else {}
+    changes = {
+        **{"engine": "deepspeed", "train__precision": "fp32"},
+        **{"deepspeed__zero_optimization": {"stage": stage, **SMALL_BUCKETS, **more}},
+        **changes,
+    }
+    config = tiny_config(model, **changes)
+    layout, element = layout_for(config, 2), 2 if config.train.precision == "bf16" else 4
+    weights = stage_weights(config.model, layout, 0)
+    planned = zero_bytes(weights, layout, element, stage, bucket=1000)
+    held = warm_ranks(2, "tests.distributed.plan_cases:deepspeed_bytes", model=model, **changes)
+    for rank in held:
+        # At the last micro batch stage 1 has whole gradients and makes this rank's part of them;
+        # with bf16 weights the part is made where the sums are.
+        both = stage == 1 and element == 4
+        measured = rank["built"] + (rank["of one"] if both else 0) + rank["of all"]
+        assert planned.parameters + planned.optimizer + planned.gradients == pytest.approx(
+            measured, rel=0.05
+        )
 
 
 PLT3 = {"num_loops": 3, "normalize_per_loop": True}
