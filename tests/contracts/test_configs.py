@@ -49,7 +49,7 @@ def test_all_announced_files_are_there():
                         f.name.split("_")[0] for f in FILES if "ablation" in str(f)}  # fmt: skip
     expected = {"quickstart_vanilla", "quickstart_loop2", "quickstart_plt2", "plt_1.7b_40b",
                 "vanilla_2.5b_60b", "plt_dense_1.2b", "vanilla_dense_1.2b", "plt_moe_1b_7b",
-                "vanilla_moe_1b_7b"}  # fmt: skip
+                "vanilla_moe_1b_7b", "plt_1.7b_40b_one_node"}  # fmt: skip
     assert expected <= {f.stem for f in FILES}
 
 
@@ -102,6 +102,8 @@ def test_pairs_differ_only_in_their_loops():
         assert different(pair) == LOOPS | NAMES
     headline = [CONFIGS / f"{name}.yaml" for name in ("plt_1.7b_40b", "vanilla_2.5b_60b")]
     assert different(headline) == LOOPS | NAMES | {"model.num_layers"}
+    one_node = [headline[0], CONFIGS / "plt_1.7b_40b_one_node.yaml"]
+    assert not {key for key in different(one_node) if key.startswith("model.")}
 
 
 @pytest.mark.parametrize("file", PAPER, ids=name_of)
@@ -110,7 +112,8 @@ def test_papers_configurations_use_the_papers_loop_and_its_tokens(file: Path):
     m = config.model
     assert (m.normalize_per_loop, m.emb_scale, m.hidden_scale, m.window_keys) == (False, 1, 1, 64)
     tokens = config.train.steps * config.train.global_batch_size * config.data.sequence_length
-    budget = {"ablation_680m_13b": 150e9, "headline": 1000e9}.get(config.tracking.experiment, 400e9)
+    budgets = {"ablation_680m_13b": 150e9, "headline": 1000e9, "one-node": 10e9}
+    budget = budgets.get(config.tracking.experiment, 400e9)
     assert 0 <= tokens / budget - 1 < 1e-4
     assert f"{int(budget):,} / " in file.read_text(), "the arithmetic is written out"
 
