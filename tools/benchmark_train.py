@@ -7,6 +7,8 @@ loops      a looped model's step / the vanilla step of the same layers
 megatron   our vanilla step / Megatron-core's own GPT with experts
 mfu        one model alone, as large as the device takes: its time and MFU; not among the defaults
 precision  a step in FP8 / in bf16; needs Transformer Engine on a GPU, and is not among the defaults
+engines    a step of DeepSpeed's ZeRO 2 / of the Megatron engine, the other stages beside them, and
+           the memory of each; starts its own processes, and is not among the defaults
 pipeline   forward and backward on two stages / what the schedule table predicts; starts its own
            processes
 
@@ -29,7 +31,7 @@ from pltmoe.runtime.logs import configure_logging
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULTS = ("loops", "megatron", "pipeline")
-NAMES = (*DEFAULTS, "precision", "mfu")
+NAMES = (*DEFAULTS, "precision", "mfu", "engines")
 SMALL = (
     "model.vocab_size=1024",
     "model.num_layers=4",
@@ -47,11 +49,15 @@ SMALL = (
     "optimizer.min_lr=0.0001",
 )
 """What makes the quickstart's PLT-2 wide enough for its matrix products to dominate."""
-SMALL_PIPELINE = (
-    "parallel.pipeline_parallel_size=2",
-    "train.micro_batch_size=2",
-    "train.global_batch_size=16",
-)
+STARTS_PROCESSES = {
+    "pipeline": (
+        "parallel.pipeline_parallel_size=2",
+        "train.micro_batch_size=2",
+        "train.global_batch_size=16",
+    ),
+    "engines": ("parallel.expert_parallel_size=2", "train.global_batch_size=16"),
+}
+"""Comparisons on two processes, and what changes in the small model for them."""
 
 
 def main() -> int:
@@ -60,8 +66,9 @@ def main() -> int:
     code = 0
     for name in args.compare.split(","):
         config = _config(args, name)
-        if name == "pipeline" and "WORLD_SIZE" not in os.environ:
-            code = _start_processes(config.parallel.pipeline_parallel_size, name) or code
+        if name in STARTS_PROCESSES and "WORLD_SIZE" not in os.environ:
+            count = max(config.parallel.pipeline_parallel_size, 2)
+            code = _start_processes(count, name) or code
         else:
             _compare(name, config, args)
     return code
@@ -88,7 +95,7 @@ def _config(args: argparse.Namespace, name: str) -> RunConfig:
     path, small = args.config, ()
     if path is None:
         path = REPOSITORY / "configs/quickstart_plt2.yaml"
-        small = (*SMALL, *SMALL_PIPELINE) if name == "pipeline" else SMALL
+        small = (*SMALL, *STARTS_PROCESSES.get(name, ()))
     config = load_config(path, [*small, *args.overrides])
     p = config.parallel
     cuts = p.tensor_parallel_size * p.context_parallel_size

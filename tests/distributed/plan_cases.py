@@ -1,6 +1,5 @@
 """What test_plan.py runs on its ranks: an engine, and the bytes that it holds."""
 
-import gc
 from typing import Any
 from unittest import mock
 
@@ -9,6 +8,7 @@ import torch.distributed as dist
 
 from pltmoe.engines.megatron_optimizer import ensure_state
 from pltmoe.model import sdpa
+from pltmoe.runtime.memory import tensor_bytes
 from tests.distributed.tiny import batches, build_engine, drop_engine, tiny_config
 from tests.unit.plan.live_memory import LiveMemory
 
@@ -35,9 +35,9 @@ def deepspeed_bytes(model: dict[str, Any], **changes: Any) -> dict[str, int]:
 
     Of one: whole, where a stage keeps whole ones until the last; of all: this rank's part.
     """
-    before = _alive()
+    before = tensor_bytes()
     engine = build_engine(tiny_config(model, **changes))
-    built = _alive() - before
+    built = tensor_bytes() - before
     batch = next(batches(engine.capabilities.layout))
     set_boundary = engine._engine.set_gradient_accumulation_boundary
     found = {"built": built}
@@ -46,23 +46,10 @@ def deepspeed_bytes(model: dict[str, Any], **changes: Any) -> dict[str, int]:
             is_last
         )
         engine._run([dict(batch)], forward_only=False)
-        found[name] = _alive() - before - built
+        found[name] = tensor_bytes() - before - built
     engine._engine.destroy()
     drop_engine()
     return found
-
-
-def _alive() -> int:
-    """Return the bytes of every storage that a tensor in Python, or its gradient, has."""
-    gc.collect()
-    storages = {}
-    for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, torch.nn.Parameter) and thing.device.type == "cpu":
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
 
 
 def activation_bytes(model: dict[str, Any], **changes: Any) -> dict[str, int]:

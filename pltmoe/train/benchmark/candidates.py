@@ -9,10 +9,12 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pltmoe.config import RunConfig, config_from_dict, config_to_dict
 from pltmoe.config.counts import flops_per_token
+from pltmoe.engines import build_engine
 from pltmoe.engines.base import Batch
-from pltmoe.engines.megatron import MegatronEngine
+from pltmoe.errors import ConfigError
 from pltmoe.model.sdpa import SDPACoreAttention
 from pltmoe.parallel.layout import Layout, layout_for
+from pltmoe.runtime.memory import tensor_bytes
 from pltmoe.train.benchmark.megatron_gpt import MegatronGPT
 from pltmoe.train.benchmark.timing import Candidate
 
@@ -98,16 +100,61 @@ def precisions(config: RunConfig, groups: ProcessGroupCollection) -> list[Candid
     ]
 
 
+MEGATRON, ZERO = "Megatron", "DeepSpeed, ZeRO 2"
+_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
+_ENGINES: dict[str, dict[str, Any] | None] = {
+    MEGATRON: None,
+    "DeepSpeed, ZeRO 0": {"stage": 0},
+    "DeepSpeed, ZeRO 1": {"stage": 1},
+    ZERO: {"stage": 2},
+    "DeepSpeed, ZeRO 3": {"stage": 3},
+    "DeepSpeed, ZeRO 2, optimizer in host memory": {"stage": 2, **_OFFLOAD},
+}
+"""Name -> DeepSpeed's zero_optimization."""
+
+
+def engines(config: RunConfig, groups: ProcessGroupCollection) -> tuple[list[Candidate], list[str]]:
+    """Return ``config`` in each engine that can run it, and the memory that each takes."""
+    found, notes = [], []
+    for name, zero in _ENGINES.items():
+        tree = config_to_dict(config)
+        if zero is not None:
+            tree |= {"engine": "deepspeed", "deepspeed": {"zero_optimization": zero}}
+        try:
+            candidate, note = _weighed(name, config_from_dict(tree), groups)
+        except ConfigError as error:
+            notes.append(f"{name} is left out: {error}")
+            continue
+        found.append(candidate)
+        notes.append(note)
+    return found, notes
+
+
+def _weighed(name: str, config: RunConfig, groups: ProcessGroupCollection) -> tuple[Candidate, str]:
+    """Build an engine; say what it holds after a step, and after a backward pass."""
+    before = tensor_bytes()
+    candidate, engine = _engine(name, config, groups)
+    candidate.step(0)  # allocates Adam's moments
+    held = tensor_bytes() - before
+    layout = engine.capabilities.layout
+    engine._forward_backward(random_batches(config, layout, 0), forward_only=False)
+    gradients = tensor_bytes() - before
+    candidate.step(0)  # takes the gradients away
+    where = "this rank" if layout.world_size > 1 else "the process"
+    return candidate, (
+        f"tensors of {where}, {name}: {held / 2**20:.1f} MiB between steps, "
+        f"{gradients / 2**20:.1f} MiB before an update"
+    )
+
+
 def _with_train(config: RunConfig, **changes: Any) -> RunConfig:
     tree = config_to_dict(config)
     return config_from_dict({**tree, "train": {**tree["train"], **changes}})
 
 
-def _engine(
-    name: str, config: RunConfig, groups: ProcessGroupCollection
-) -> tuple[Candidate, MegatronEngine]:
+def _engine(name: str, config: RunConfig, groups: ProcessGroupCollection) -> tuple[Candidate, Any]:
     layout = layout_for(config, dist.get_world_size())
-    engine = MegatronEngine(config, layout, groups)
+    engine = build_engine(config, layout, groups)
 
     def step(batches: Iterator[Batch]) -> float:
         return engine.train_step(batches, 1, watch=False).loss

@@ -36,6 +36,7 @@ class Measured:
     works: Sequence[Work]
     times: Mapping[str, Times]
     profiles: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
 
 def in_turn(
@@ -51,6 +52,12 @@ def in_turn(
         return Measured(built, times, profiles)
 
     return measured
+
+
+def engines(config: RunConfig, groups: ProcessGroupCollection, options: Options) -> Measured:
+    """Measure both engines, step by step in turn, and what they hold."""
+    built, notes = candidates.engines(config, groups)
+    return Measured(built, measure(built, options.rounds, options.warm_up), (), notes)
 
 
 def stages(config: RunConfig, groups: ProcessGroupCollection, options: Options) -> Measured:
@@ -113,6 +120,17 @@ COMPARISONS = {
         "bf16",
         in_turn(candidates.precisions),
         ("router, gate, norms, embedding, head and optimizer are the same in both",),
+    ),
+    "engines": Comparison(
+        "a step of DeepSpeed's ZeRO 2 / the same step of the Megatron engine",
+        Goal(at_most=1.5),
+        candidates.ZERO,
+        candidates.MEGATRON,
+        engines,
+        (
+            "Megatron keeps its gradient buffers between steps, DeepSpeed does not; on a CPU host "
+            "memory is the device's memory, so that an optimizer there saves nothing",
+        ),
     ),
     "mfu": Comparison(
         "a step of one model alone",
@@ -187,7 +205,7 @@ def _notes(what: Comparison, found: Measured) -> list[str]:
         slow, fast = (found.times[name].losses for name in (what.slow, what.fast))
         most = max(abs(a - b) for a, b in zip(slow, fast, strict=True))
         notes.append(f"largest difference of their losses: {most:.1e}")
-    return [*notes, *what.notes]
+    return [*notes, *found.notes, *what.notes]
 
 
 def setup(config: RunConfig, layout: Layout, options: Options) -> dict[str, str]:
