@@ -43,15 +43,19 @@ def curve(
     load_from: Path | None = None,
     copy_to: Path | None = None,
     save_to: Path | None = None,
+    parts: tuple[str, ...] = ("optimizer", "guard"),
     **changes: Any,
 ) -> dict[str, Any]:
-    """Take ``steps`` steps, from a checkpoint or the beginning; what was loaded goes to copy_to."""
+    """Take ``steps`` steps, from a checkpoint or the beginning; what was loaded goes to copy_to.
+
+    Without the optimizer among ``parts`` a new run starts from the checkpoint's weights.
+    """
     config = tiny_config(model, **with_stage(stage), **changes)
     engine, start = build_engine(config), 0
     if load_from:
         (load_from,) = load_from.glob("step_*")
-        start = read_manifest(load_from).step
-        wanted = engine.placeholders("optimizer", "guard")
+        start = read_manifest(load_from).step if parts else 0
+        wanted = engine.placeholders(*parts)
         engine.restore(store.load_state(load_from, wanted), start)
     if copy_to:
         store.save_checkpoint(copy_to, engine.state(), Manifest(config=config, step=start))

@@ -137,6 +137,15 @@ def test_a_run_moves_between_stages_and_engines(warm_ranks, tmp_path, precision)
         assert not still, "moments that no longer move"
 
 
+def test_a_new_run_starts_from_weights(warm_ranks, tmp_path):
+    """Masters are the new weights, moments are zero, at every stage; as the Megatron engine's."""
+    warm_ranks(1, f"{CASES}:curve", stage=None, steps=3, save_to=tmp_path)
+    new = {"load_from": tmp_path, "parts": (), "train__seed": 5, "steps": 3}
+    expected = warm_ranks(2, f"{CASES}:curve", stage=None, **new)[0]
+    for stage in range(4):
+        assert_same_curve(warm_ranks(2, f"{CASES}:curve", stage=stage, **new)[0], expected)
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resumed_run_is_bit_equal(warm_ranks, tmp_path, stage):
     changes = {} if stage == 3 else EP2
