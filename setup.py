@@ -33,7 +33,7 @@ REQUIRES = [
 EXTRAS = {
     # Built from source against the torch that is there; comes ready-made with NGC containers.
     "te": ["transformer-engine[pytorch]>=2.20,<3"],
-    # Megatron's experts use DeepSpeed's MoE internals, so stay near what was tried.
+    # Megatron's experts are entered in DeepSpeed's own tables, so stay near what was tried.
     "deepspeed": ["deepspeed>=0.19.8,<0.20"],
     # math: checks the answers of the MATH benchmark.
     "eval": ["lm-eval[math]>=0.4.13,<0.5", "accelerate>=1.10"],

@@ -10,8 +10,9 @@
 | zero_optimization.overlap_comm                        | parallel.overlap_grad_reduce            |
 | data_types.grad_accum_dtype, communication_data_type  | fp32, as Megatron's gradients           |
 
-The section ``deepspeed`` of a configuration is merged in. It may say again what stands in the
-table, and not otherwise; optimizer, schedule and everything parallel are not DeepSpeed's to decide.
+The section ``deepspeed`` of a configuration is merged in: sizes of buckets, ZeRO's stage, offload.
+It may say again what stands in the table, and not otherwise; optimizer, schedule and everything
+parallel are not DeepSpeed's to decide.
 """
 
 from collections.abc import Iterator, Mapping
@@ -39,22 +40,46 @@ _DECIDED_ELSEWHERE = {
     "csv_monitor": "tracking.*",
 }
 """DeepSpeed's key -> what decides that here."""
-_MERGED = {
-    "zero_optimization",
-    "bf16",
-    "data_types",
-    "communication_data_type",
-    "prescale_gradients",
-    "gradient_predivide_factor",
-    "aio",
+_SAME = {
+    "train_batch_size": "train.global_batch_size",
+    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
+    "gradient_clipping": "optimizer.clip_grad_norm",
+    "bf16.enabled": "train.precision",
+    "zero_optimization.overlap_comm": "parallel.overlap_grad_reduce",
+    "communication_data_type": "precision of gradients",
+    "data_types.grad_accum_dtype": "precision of gradients",
+}
+"""DeepSpeed's key -> what says the same here."""
+_STAGE_3 = (
+    "prefetch_bucket_size",
+    "param_persistence_threshold",
+    "model_persistence_threshold",
+    "max_live_parameters",
+    "max_reuse_distance",
+    "module_granularity_threshold",
+)
+_ZERO = (
+    "stage",
+    "reduce_bucket_size",
+    "allgather_bucket_size",
+    "sub_group_size",
+    "round_robin_gradients",
+    "parameter_alignment",
+    "use_multi_rank_bucket_allreduce",
+    "offload_optimizer.device",
+    "offload_optimizer.pin_memory",
+    *_STAGE_3,
+    *(f"stage3_{key}" for key in _STAGE_3),
+)
+_FREE = {
+    *(f"zero_optimization.{key}" for key in _ZERO),
     "steps_per_print",
     "wall_clock_breakdown",
     "memory_breakdown",
-    "comms_logger",
-    "flops_profiler",
-    "zero_force_ds_cpu_optimizer",
 }
-"""Further keys that are handed on. DeepSpeed takes any other key without a word and ignores it."""
+"""Keys that are handed on. Others would break what the engine counts on (a second optimizer, steps
+that cannot be skipped, other gradients), or be ignored by DeepSpeed without a word."""
+_SECTIONS = ("zero_optimization", "zero_optimization.offload_optimizer", "bf16", "data_types")
 
 
 def zero_stage(config: RunConfig) -> Any:
@@ -64,8 +89,14 @@ def zero_stage(config: RunConfig) -> Any:
 
 def offload_device(config: RunConfig) -> str | None:
     """Return where the optimizer's state is offloaded to: ``cpu``, ``nvme`` or None."""
-    device = (_zero(config).get("offload_optimizer") or {}).get("device", "none")
-    return None if device == "none" else str(device)
+    section = _zero(config).get("offload_optimizer")
+    device = section.get("device") if isinstance(section, Mapping) else None
+    return None if device in (None, "none") else str(device)
+
+
+def reduce_bucket_size(config: RunConfig) -> float:
+    """Return the numbers in a bucket of gradients."""
+    return float(_zero(config).get("reduce_bucket_size", 5e8))
 
 
 def derived(config: RunConfig, *, bf16: bool, micro_batches: int | None = None) -> dict[str, Any]:
@@ -90,6 +121,7 @@ def derived(config: RunConfig, *, bf16: bool, micro_batches: int | None = None) 
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31 - 1,
+        "timers": {"throughput": {"enabled": False}},  # they wait for the GPU at each micro batch
     }
     if micro_batches is not None:
         found["gradient_accumulation_steps"] = micro_batches
@@ -141,10 +173,10 @@ def _zero_fits(c: RunConfig) -> Iterator[str]:
             f"deepspeed.zero_optimization.offload_optimizer ({device}) needs "
             "deepspeed.zero_optimization.stage of at least 1 (it is 0)"
         )
-    if device == "nvme" and stage != 3:
+    if device not in (None, "cpu"):
         yield (
-            "deepspeed.zero_optimization.offload_optimizer.device (nvme) needs "
-            f"deepspeed.zero_optimization.stage 3 (it is {stage}): use device cpu"
+            f"deepspeed.zero_optimization.offload_optimizer.device ({device}) must be cpu: this "
+            "engine has not learnt to save and restore an optimizer that lies on a disk"
         )
     if stage == 0 and c.train.precision == "bf16":
         yield (
@@ -164,60 +196,55 @@ def _other_features(c: RunConfig) -> Iterator[str]:
 
 
 def _section(c: RunConfig) -> Iterator[str]:
-    known = derived(c, bf16=c.train.precision == "bf16")
-    for key, value in c.deepspeed.items():
-        if key in _DECIDED_ELSEWHERE:
-            yield f"deepspeed.{key} is decided by {_DECIDED_ELSEWHERE[key]} here: remove it"
-        elif key == "gradient_accumulation_steps":
-            yield (
-                f"deepspeed.{key} ({value}) follows from train.global_batch_size "
-                f"({c.train.global_batch_size}) and train.micro_batch_size "
-                f"({c.train.micro_batch_size}): remove it"
-            )
-        elif key not in _MERGED | known.keys():
-            yield (
-                f"deepspeed.{key} is none of the keys of DeepSpeed's JSON that are handed on "
-                f"({', '.join(sorted(_MERGED | known.keys()))})"
-            )
-    yield from _contradictions(c)
-
-
-_SAME = {
-    "train_batch_size": "train.global_batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_clipping": "optimizer.clip_grad_norm",
-    "bf16.enabled": "train.precision",
-    "zero_optimization.overlap_comm": "parallel.overlap_grad_reduce",
-}
-"""DeepSpeed's key -> our field that says the same."""
-
-
-def _contradictions(c: RunConfig) -> Iterator[str]:
+    means: dict[str, Any] = {"fp32": False, "bf16": True}
     ours = {
         "train.global_batch_size": c.train.global_batch_size,
         "train.micro_batch_size": c.train.micro_batch_size,
         "optimizer.clip_grad_norm": c.optimizer.clip_grad_norm,
         "train.precision": c.train.precision,
         "parallel.overlap_grad_reduce": c.parallel.overlap_grad_reduce,
+        "precision of gradients": "fp32",
     }
-    means: dict[str, Any] = {"fp32": False, "bf16": True}
-    for path, field in _SAME.items():
-        theirs = _get(c.deepspeed, path)
-        mine = ours[field]
-        if theirs is not None and theirs != means.get(str(mine), mine):
-            yield f"deepspeed.{path} ({theirs}) contradicts {field} ({mine}): remove the first"
+    for path, value in _leaves(c.deepspeed):
+        top = path.partition(".")[0]
+        if top in _DECIDED_ELSEWHERE:
+            yield f"deepspeed.{top} is decided by {_DECIDED_ELSEWHERE[top]} here: remove it"
+        elif path in _SECTIONS:
+            if value is not None or path != "zero_optimization.offload_optimizer":
+                yield f"deepspeed.{path} ({value}) must be a section with keys of its own"
+        elif path in _SAME:
+            field = _SAME[path]
+            same = means.get(ours[field], ours[field]) if path == "bf16.enabled" else ours[field]
+            if value != same:
+                yield (
+                    f"deepspeed.{path} ({value}) contradicts {field} ({ours[field]}): "
+                    "remove the first"
+                )
+        elif path == "gradient_accumulation_steps":
+            yield (
+                f"deepspeed.{path} ({value}) follows from train.global_batch_size "
+                f"({c.train.global_batch_size}) and train.micro_batch_size "
+                f"({c.train.micro_batch_size}): remove it"
+            )
+        elif path not in _FREE:
+            yield (
+                f"deepspeed.{path} ({value}) is none of the keys of DeepSpeed's JSON that are "
+                f"handed on ({', '.join(sorted(_FREE))})"
+            )
 
 
-def _zero(config: RunConfig) -> dict[str, Any]:
-    return config.deepspeed.get("zero_optimization") or {}
+def _zero(config: RunConfig) -> Mapping[str, Any]:
+    zero = config.deepspeed.get("zero_optimization")
+    return zero if isinstance(zero, Mapping) else {}
 
 
-def _get(tree: Mapping[str, Any], path: str) -> Any:
-    for key in path.split("."):
-        if not isinstance(tree, Mapping):
-            return None
-        tree = tree.get(key)  # type: ignore[assignment]
-    return tree
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (dotted path, value) of everything that is no section."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
 
 
 def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

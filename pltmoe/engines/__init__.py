@@ -27,6 +27,8 @@ def build_engine(config: RunConfig, layout: Any, groups: Any) -> "Engine":
     try:
         engine = getattr(import_module(module), name)
     except ModuleNotFoundError as error:
+        if error.name != config.engine:
+            raise
         raise EngineError(
             f"engine is {config.engine}, but {error.name} is not installed: pip install "
             f"'pltmoe[{config.engine}]', or set engine=megatron"

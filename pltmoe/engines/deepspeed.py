@@ -58,14 +58,15 @@ from pltmoe.runtime.devices import Backend
 
 if not torch.cuda.is_available():  # else it warns that it found nothing better
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+with redirect_stdout(io.StringIO()):  # it tells which of its kernels cannot be built
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+    from deepspeed.runtime.config import DeepSpeedConfigError
+    from deepspeed.runtime.zero.utils import ZeRORuntimeException
+    from deepspeed.utils import groups as their_groups
 
-import deepspeed  # noqa: E402
-from deepspeed.moe.layer import MoE  # noqa: E402
-from deepspeed.utils import groups as deepspeed_groups  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
-)
+for handler in logging.getLogger("DeepSpeed").handlers:
+    handler.setStream(sys.stderr)  # it took what stdout was at its import
 
 # It would compile shared-memory collectives for a CPU at start-up: gloo does.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -150,6 +151,7 @@ class DeepSpeedEngine(SteppingEngine):
                 _update_router_expert_bias([self.model], self.model.config, self._groups.tp_dp_cp)
             self._guard.accept(loss, norm)
         else:
+            self._forget_gradients()
             self._skip(step, reason)
         reset_model_temporary_tensors(self.model.config, [self.model])
         self._schedule.step(1)
@@ -183,6 +185,13 @@ class DeepSpeedEngine(SteppingEngine):
         return torch.stack(reports).sum(0)
 
     # DeepSpeed's engine
+
+    def _forget_gradients(self) -> None:
+        """Throw away the sums of a step that is skipped: with offload DeepSpeed adds to them."""
+        sums = getattr(self._engine.optimizer, "averaged_gradients", {})
+        if 0 < self._stage < 3:
+            for group in sums:
+                sums[group] = None
 
     def _build_adam(self) -> torch.optim.Optimizer:
         """Build the optimizer whose update DeepSpeed calls on its partitions."""
@@ -240,7 +249,7 @@ class DeepSpeedEngine(SteppingEngine):
                 engine, *_ = deepspeed.initialize(
                     model=wrapped, optimizer=self._adam, config=text, mpu=_Mpu(self._groups)
                 )
-        except (ValueError, AssertionError) as error:
+        except (ValueError, AssertionError, DeepSpeedConfigError, ZeRORuntimeException) as error:
             says = " ".join(str(error).split())
             raise ConfigError(f"deepspeed: DeepSpeed refuses its JSON: {says}") from error
         logger.debug("%s", chatter.getvalue())
@@ -318,11 +327,13 @@ class DeepSpeedEngine(SteppingEngine):
         first = self._adam.param_groups[0]
         return flats if group is first else []
 
-    def _whole_weights(self) -> AbstractContextManager[Any]:
-        """Hold whole weights where ranks have parts; what is changed on rank 0 is kept."""
+    def _whole_weights(self, changed: bool = False) -> AbstractContextManager[Any]:
+        """Hold whole weights where ranks have parts; keep what is ``changed``, on rank 0."""
         if self._stage < 3:
             return nullcontext()
-        return deepspeed.zero.GatheredParameters(list(self._names.values()), modifier_rank=0)
+        return deepspeed.zero.GatheredParameters(
+            list(self._names.values()), modifier_rank=0 if changed else None
+        )
 
     def _model_state(self) -> dict[str, Any]:
         with self._whole_weights():
@@ -333,7 +344,7 @@ class DeepSpeedEngine(SteppingEngine):
         return weights
 
     def _load_model(self, weights: dict[str, Any]) -> None:
-        with self._whole_weights():
+        with self._whole_weights(changed=True):
             super()._load_model(weights)
 
     def _optimizer_state(self, weights: dict[str, Any], loading: bool) -> dict[str, Any]:
@@ -364,9 +375,9 @@ class DeepSpeedEngine(SteppingEngine):
         if self._stage == 0:
             return parameter.detach() if kind == _MASTER else self._adam.state[parameter][kind]
         if kind == _MASTER:
-            value = safe_get_full_fp32_param(parameter)
+            value = deepspeed.utils.safe_get_full_fp32_param(parameter)
         else:
-            value = safe_get_full_optimizer_state(parameter, kind)
+            value = deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
         return value.reshape(shape).cpu()
 
     def _restore_optimizer(self, loaded: dict[str, Any], updates: int) -> None:
@@ -423,13 +434,13 @@ class _ExpertGroups(MoE):
         """Enter Megatron's groups into DeepSpeed's tables, instead of making new ones."""
         for table, ranks, group in (
             (
-                deepspeed_groups._EXPERT_PARALLEL_GROUP,
-                deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS,
+                their_groups._EXPERT_PARALLEL_GROUP,
+                their_groups._EXPERT_PARALLEL_GROUP_RANKS,
                 self._groups.ep,
             ),
             (
-                deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP,
-                deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+                their_groups._EXPERT_DATA_PARALLEL_GROUP,
+                their_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
                 self._groups.expt_dp,
             ),
         ):
@@ -466,10 +477,11 @@ def _cpu_adam(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.op
     try:
         return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
     except Exception as error:  # no compiler, no ninja, no headers: each has its own error
+        why = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
         raise ConfigError(
             "deepspeed.zero_optimization.offload_optimizer needs DeepSpeedCPUAdam, which cannot "
-            f"be compiled here ({str(error).splitlines()[0]}): install a C++ compiler and ninja, "
-            "or remove offload_optimizer"
+            f"be compiled here ({why[:300]}): install a C++ compiler and ninja, or remove "
+            "offload_optimizer"
         ) from error
 
 

@@ -262,8 +262,8 @@ def _deepspeed_bytes(
 ) -> WeightBytes:
     stage = deepspeed_settings.zero_stage(config)
     offloaded = deepspeed_settings.offload_device(config) is not None
-    bucket = config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", 5e8)
-    return zero_bytes(weights, layout, element, stage, offloaded, float(bucket))
+    bucket = deepspeed_settings.reduce_bucket_size(config)
+    return zero_bytes(weights, layout, element, stage, offloaded, bucket)
 
 
 _ENGINES: dict[str, Callable[[RunConfig, Layout, int, StageWeights], WeightBytes]] = {

@@ -43,7 +43,7 @@ def as_text(plan: Plan) -> str:
 
 def _zero(config: RunConfig) -> str:
     """Name the ZeRO stage, and what these numbers do not know about it."""
-    if not config.deepspeed:
+    if config.engine != "deepspeed":
         return ""
     stage, device = deepspeed.zero_stage(config), deepspeed.offload_device(config)
     unknown = [f"an optimizer in {device} memory"] if device else []

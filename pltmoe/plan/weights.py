@@ -72,8 +72,8 @@ def zero_bytes(
     """Return the same for DeepSpeed (0.19.8).
 
     From stage 1 on it keeps fp32 masters also beside fp32 weights. Stage 1 adds micro batches up in
-    whole gradients, in fp32 beside those of bf16 weights. Offloaded state and sums are in host
-    memory.
+    whole gradients, in fp32 beside those of bf16 weights. Offloaded state is in host memory; sums
+    of fp32 gradients are, too, but those of bf16 weights stay, this rank's part of them.
 
     Args:
         weights: of this rank.
@@ -89,14 +89,15 @@ def zero_bytes(
     if stage == 0:
         return WeightBytes(element * count, 4 * count, 8 * count, count)
     whole = element * count + 4 * (count if element == 2 else shard)
-    gradients = whole if stage == 1 else 4 * shard * (not offloaded)
+    part = 4 * shard * (element == 2 or not offloaded)
+    gradients = whole if stage == 1 and not offloaded else part
     live = element * min(count, 1e9) if stage == 3 else 0  # zero_optimization.max_live_parameters
     return WeightBytes(
         element * (round(shard) if stage == 3 else count),
         round(gradients),
         0 if offloaded else 12 * shard,
         0 if offloaded else shard,
-        4 * bucket + live,
+        (8 if element == 2 else 4) * bucket + live,  # bf16 gradients, flattened, and in fp32
     )
 
 

@@ -33,7 +33,10 @@ def with_stage(stage: int | None) -> dict[str, Any]:
     """Return the changes that pick DeepSpeed and its ZeRO stage; Megatron's engine for None."""
     if stage is None:
         return {}
-    return {"engine": "deepspeed", "deepspeed__zero_optimization__stage": stage}
+    zero: dict[str, Any] = {"stage": stage}
+    if stage == 3:
+        zero["param_persistence_threshold"] = 0  # else small weights stay whole
+    return {"engine": "deepspeed", "deepspeed__zero_optimization": zero}
 
 
 def curve(
@@ -107,7 +110,8 @@ def dist_size() -> int:
 def sick_step(stage: int, kind: str, **changes: Any) -> dict[str, Any]:
     """Take five steps, the third with a loss or gradient that is not a number, or a spike."""
     spikes = {"train__spike_sigma": 4.0, "train__spike_window": 2} if kind == "spike" else {}
-    engine = build_engine(tiny_config(train__steps=10, **with_stage(stage), **spikes, **changes))
+    config = tiny_config(train__steps=10, **with_stage(stage), **spikes, **changes)
+    engine = build_engine(config)
     data, results, kept = batches(engine.capabilities.layout), [], []
     last = dist.get_rank() == dist.get_world_size() - 1
     for step in range(1, 6):

@@ -67,9 +67,37 @@ BROKEN = {
             "deepspeed.zero_optimization.stage of at least 1 (it is 0)",
         ),
         (
-            deepspeed(2, NVME),
-            "deepspeed.zero_optimization.offload_optimizer.device (nvme) needs "
-            "deepspeed.zero_optimization.stage 3 (it is 2): use device cpu",
+            deepspeed(3, NVME),
+            "deepspeed.zero_optimization.offload_optimizer.device (nvme) must be cpu: this engine "
+            "has not learnt to save and restore an optimizer that lies on a disk",
+        ),
+        *(
+            (run_tree(engine="deepspeed", deepspeed=section), f"deepspeed.{says} must be a section")
+            for section, says in (
+                ({"zero_optimization": None}, "zero_optimization (None)"),
+                ({"zero_optimization": 2}, "zero_optimization (2)"),
+                ({"bf16": None}, "bf16 (None)"),
+                (
+                    {"zero_optimization": {"offload_optimizer": True}},
+                    "zero_optimization.offload_optimizer (True)",
+                ),
+            )
+        ),
+        *(
+            (deepspeed(3, {key: 1}), f"deepspeed.zero_optimization.{key} (1) is none of the keys")
+            for key in ("compute_grad_norm", "cpu_offload", "zenflow", "zero_hpz_partition_size")
+        ),
+        (
+            deepspeed(3, {"offload_optimizer": {"device": "cpu", "ratio": 0.5}}),
+            "deepspeed.zero_optimization.offload_optimizer.ratio (0.5) is none of the keys of",
+        ),
+        (
+            deepspeed(more={"communication_data_type": "bf16"}),
+            "deepspeed.communication_data_type (bf16) contradicts precision of gradients (fp32)",
+        ),
+        (
+            deepspeed(more={"data_types": {"grad_accum_dtype": "bf16"}}),
+            "deepspeed.data_types.grad_accum_dtype (bf16) contradicts precision of gradients",
         ),
         (
             deepspeed(0, train__precision="bf16"),
@@ -100,8 +128,8 @@ BROKEN = {
         ),
         (
             deepspeed(more={"zero_optimisation": {}}),
-            "deepspeed.zero_optimisation is none of the keys of DeepSpeed's JSON that are handed "
-            "on (aio, bf16,",
+            "deepspeed.zero_optimisation ({}) is none of the keys of DeepSpeed's JSON that are "
+            "handed on (memory_breakdown, steps_per_print,",
         ),
         (
             deepspeed(more={"gradient_clipping": 0.5}),
@@ -347,7 +375,7 @@ def test_the_six_rows_of_the_ablation_are_valid(row: str):
 
 def test_what_the_rules_must_let_pass():
     config_from_dict(deepspeed(more={"gradient_clipping": 1.0, "wall_clock_breakdown": True}))
-    config_from_dict(deepspeed(3, NVME))
+    config_from_dict(deepspeed(3, {"offload_optimizer": None, "stage3_max_live_parameters": 1e8}))
     config_from_dict(deepspeed(2, OFFLOAD, parallel__expert_parallel_size=2))
     config_from_dict(run_tree(engine="deepspeed"))
     config_from_dict(run_tree(optimizer__schedule="wsd", optimizer__wsd_decay_steps=3))
