@@ -44,6 +44,13 @@ _KEEP_TENSORS = (
     "megatron.core.transformer.moe.token_dispatcher",
     "megatron.core.pipeline_parallel.fine_grained_activation_offload",
 )
+_KEEP_WEIGHTS = {
+    "BF16_Optimizer",
+    "DeepSpeedEngine",
+    "DeepSpeedZeRoOffload",
+    "DeepSpeedZeroOptimizer",
+    "DeepSpeedZeroOptimizer_Stage3",
+}
 _LOG_TAIL_BYTES = 6000
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 _GRACE_S = 3.0
@@ -433,11 +440,16 @@ def _free_process_groups() -> None:
 
     Some of Megatron's objects keep tensors of the last forward pass; from there the way to the
     model's own gradient hooks leads through autograd's graph, which Python cannot look into.
-    Methods with an lru_cache keep what they belong to.
+    Methods with an lru_cache keep what they belong to. DeepSpeed's optimizers hang on the weights'
+    hooks, and its groups in a module.
     """
+    if groups := sys.modules.get("deepspeed.utils.groups"):
+        groups.mpu = None
+        groups._EXPERT_PARALLEL_GROUP.clear()
+        groups._EXPERT_DATA_PARALLEL_GROUP.clear()
     for thing in gc.get_objects():
         kind, module = type(thing), getattr(thing, "__module__", None)
-        if kind.__module__ in _KEEP_TENSORS:
+        if kind.__module__ in _KEEP_TENSORS or kind.__name__ in _KEEP_WEIGHTS:
             if hasattr(thing, "__dict__"):
                 vars(thing).clear()
         elif kind.__name__ == "_lru_cache_wrapper" and str(module).startswith("megatron."):

@@ -179,8 +179,8 @@ def quiet_start() -> tuple[str, list[str]]:
 def refused(case: str) -> str:
     """Try to build an engine that cannot be; return what it says."""
     zero = {"stage": 1}
-    if case == "unknown key":
-        zero["stagee"] = 2
+    if case == "wrong value":
+        zero["reduce_bucket_size"] = -1
     if case == "no compiler":
         zero["offload_optimizer"] = {"device": "cpu"}
     if case == "bf16 by itself":

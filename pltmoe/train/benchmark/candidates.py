@@ -139,7 +139,7 @@ def _weighed(name: str, config: RunConfig, groups: ProcessGroupCollection) -> tu
     layout = engine.capabilities.layout
     engine._forward_backward(random_batches(config, layout, 0), forward_only=False)
     gradients = tensor_bytes() - before
-    candidate.step(0)  # takes the gradients away
+    candidate.step(0)  # takes the gradients away (DeepSpeed adds this step's to them first)
     where = "this rank" if layout.world_size > 1 else "the process"
     return candidate, (
         f"tensors of {where}, {name}: {held / 2**20:.1f} MiB between steps, "
