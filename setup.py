@@ -34,7 +34,7 @@ EXTRAS = {
     # Built from source against the torch that is there; comes ready-made with NGC containers.
     "te": ["transformer-engine[pytorch]>=2.20,<3"],
     # Megatron's experts are entered in DeepSpeed's own tables, so stay near what was tried.
-    "deepspeed": ["deepspeed>=0.19.8,<0.20"],
+    "deepspeed": ["deepspeed>=0.19.8,<0.20", "filelock>=3.12"],
     # math: checks the answers of the MATH benchmark.
     "eval": ["lm-eval[math]>=0.4.13,<0.5", "accelerate>=1.10"],
     # transformers[serving], openai: an exported model behind `transformers serve`, and its client.

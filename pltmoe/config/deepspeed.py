@@ -99,18 +99,19 @@ def reduce_bucket_size(config: RunConfig) -> float:
     return float(_zero(config).get("reduce_bucket_size", 5e8))
 
 
-def derived(config: RunConfig, *, bf16: bool, micro_batches: int | None = None) -> dict[str, Any]:
-    """Return what our fields say in DeepSpeed's words.
+def merged(config: RunConfig, *, bf16: bool, micro_batches: int) -> dict[str, Any]:
+    """Return the whole JSON: the section ``deepspeed``, and over it what our fields decide.
 
     Args:
         config: the run.
         bf16: whether weights are bf16 on this machine.
-        micro_batches: per rank and step; None where the number of ranks is not known yet.
+        micro_batches: per rank and step.
     """
     stage = zero_stage(config)
-    found: dict[str, Any] = {
+    decided: dict[str, Any] = {
         "train_batch_size": config.train.global_batch_size,
         "train_micro_batch_size_per_gpu": config.train.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
         # Stage 0 has no norm over experts on several ranks: the engine clips there.
         "gradient_clipping": config.optimizer.clip_grad_norm if stage else 0.0,
         "bf16": {"enabled": bf16},
@@ -120,17 +121,9 @@ def derived(config: RunConfig, *, bf16: bool, micro_batches: int | None = None) 
         },
         "communication_data_type": "fp32",
         "data_types": {"grad_accum_dtype": "fp32"},
-        "steps_per_print": 2**31 - 1,
         "timers": {"throughput": {"enabled": False}},  # they wait for the GPU at each micro batch
     }
-    if micro_batches is not None:
-        found["gradient_accumulation_steps"] = micro_batches
-    return found
-
-
-def merged(config: RunConfig, *, bf16: bool, micro_batches: int) -> dict[str, Any]:
-    """Return the whole JSON: what is derived, and the section ``deepspeed``."""
-    return _merge(derived(config, bf16=bf16, micro_batches=micro_batches), config.deepspeed)
+    return _merge({"steps_per_print": 2**31 - 1, **config.deepspeed}, decided)
 
 
 def rules(c: RunConfig) -> Iterator[str]:
@@ -247,11 +240,11 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + key, value
 
 
-def _merge(below: dict[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Lay ``above`` over ``below``, section by section."""
     result = dict(below)
     for key, value in above.items():
         inner = result.get(key)
-        both = isinstance(inner, dict) and isinstance(value, Mapping)
+        both = isinstance(inner, Mapping) and isinstance(value, Mapping)
         result[key] = _merge(inner, value) if both else value  # type: ignore[arg-type]
     return result

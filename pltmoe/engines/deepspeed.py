@@ -24,7 +24,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -44,13 +43,13 @@ from pltmoe.config import RunConfig
 from pltmoe.config import deepspeed as settings
 from pltmoe.engines.backends import backends
 from pltmoe.engines.base import Batch, Capabilities, StepResult
+from pltmoe.engines.deepspeed_offload import build_cpu_adam
 from pltmoe.engines.megatron_optimizer import build_schedule
 from pltmoe.engines.step_guard import StepGuard
 from pltmoe.engines.stepping import SteppingEngine, sum_over_ranks
 from pltmoe.errors import ConfigError
 from pltmoe.model.first_micro_batch import begin_step
 from pltmoe.model.initialize import initialize
-from pltmoe.model.loop_stats import reset_loop_stats
 from pltmoe.parallel.layout import Layout
 from pltmoe.parallel.pipeline import build_stage, forward_micro_batch, sum_loss
 from pltmoe.runtime import devices, distributed
@@ -154,12 +153,7 @@ class DeepSpeedEngine(SteppingEngine):
             self._forget_gradients()
             self._skip(step, reason)
         reset_model_temporary_tensors(self.model.config, [self.model])
-        self._schedule.step(1)
-        metrics = self._model_metrics() if watch else {}
-        reset_loop_stats(self.model.layers)
-        return StepResult(
-            loss, norm, float(learning_rate), metrics, self._guard.skipped, reason is not None
-        )
+        return self._finish_step(loss, norm, learning_rate, reason, watch)
 
     def _run(self, batches: list[dict[str, Tensor]], forward_only: bool) -> Tensor:
         begin_step(self.model)
@@ -207,7 +201,7 @@ class DeepSpeedEngine(SteppingEngine):
             fused = self._device.type == "cuda"
             adam: torch.optim.Optimizer = torch.optim.AdamW(groups, fused=fused, **options)
         else:
-            adam = _cpu_adam(groups, options)
+            adam = build_cpu_adam(groups, options)
         update = adam.step
 
         def step_if_decided(*args: Any, **kwargs: Any) -> Any:
@@ -462,27 +456,6 @@ class _Mpu:
             setattr(self, f"get_{name}_parallel_world_size", lambda g=group: g.size())
         ranks = dist.get_process_group_ranks(groups.dp)
         self.get_data_parallel_group_ranks = lambda: ranks
-
-
-def _cpu_adam(groups: list[dict[str, Any]], options: dict[str, Any]) -> torch.optim.Optimizer:
-    """Build DeepSpeed's Adam for state in host memory; it is compiled at its first use.
-
-    Raises:
-        ConfigError: it cannot be compiled here.
-    """
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    # ninja lies beside the interpreter, which need not be on PATH.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    try:
-        return DeepSpeedCPUAdam(groups, adamw_mode=True, **options)
-    except Exception as error:  # no compiler, no ninja, no headers: each has its own error
-        why = " ".join(str(error.__cause__ or error).split()) or type(error).__name__
-        raise ConfigError(
-            "deepspeed.zero_optimization.offload_optimizer needs DeepSpeedCPUAdam, which cannot "
-            f"be compiled here ({why[:300]}): install a C++ compiler and ninja, or remove "
-            "offload_optimizer"
-        ) from error
 
 
 def _copied(entry: Any) -> Any:

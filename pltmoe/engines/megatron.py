@@ -37,7 +37,6 @@ from pltmoe.engines.megatron_optimizer import (
 from pltmoe.engines.step_guard import StepGuard
 from pltmoe.engines.stepping import SteppingEngine, sum_over_ranks
 from pltmoe.model.initialize import global_name, initialize
-from pltmoe.model.loop_stats import reset_loop_stats
 from pltmoe.parallel.layout import Layout
 from pltmoe.parallel.pipeline import Pipeline, build_stage
 from pltmoe.runtime import devices, fp8
@@ -89,12 +88,7 @@ class MegatronEngine(SteppingEngine):
             for bias, value in zip(biases, before, strict=True):
                 bias.copy_(value)  # finalize_model_grads has moved them already
             self._skip(step, reason)
-        self._schedule.step(1)
-        metrics = self._model_metrics() if watch else {}
-        reset_loop_stats(self.model.layers)
-        return StepResult(
-            loss, norm, float(learning_rate), metrics, self._guard.skipped, reason is not None
-        )
+        return self._finish_step(loss, norm, learning_rate, reason, watch)
 
     def _run(self, batches: list[dict[str, Tensor]], forward_only: bool) -> Tensor:
         return self.pipeline.run(batches, forward_only)

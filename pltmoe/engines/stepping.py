@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pltmoe.config import RunConfig
 from pltmoe.engines import sharded_state
-from pltmoe.engines.base import Batch, Capabilities
+from pltmoe.engines.base import Batch, Capabilities, StepResult
 from pltmoe.engines.step_guard import StepGuard
 from pltmoe.model.loop_diagnostics import diagnostic_metrics
-from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics
+from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
 from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.layout import Layout
 from pltmoe.runtime.distributed import highest, is_main
@@ -115,6 +115,17 @@ class SteppingEngine:
             restore_random_state(loaded["random"])
         self._schedule.num_steps = step
         self._schedule.step(0)
+
+    def _finish_step(
+        self, loss: float, norm: float, learning_rate: float, reason: str | None, watch: bool
+    ) -> StepResult:
+        """Move on to the next step's learning rate and statistics; say what this step did."""
+        self._schedule.step(1)
+        metrics = self._model_metrics() if watch else {}
+        reset_loop_stats(self.model.layers)
+        return StepResult(
+            loss, norm, float(learning_rate), metrics, self._guard.skipped, reason is not None
+        )
 
     def _expert_biases(self) -> list[Tensor]:
         return [b for name, b in self.model.named_buffers() if name.endswith("expert_bias")]

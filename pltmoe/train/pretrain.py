@@ -12,7 +12,6 @@
 """
 
 import logging
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from pltmoe.checkpoint.integrity import check_files_together
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.checkpoint.newest import newest_intact
 from pltmoe.config import RunConfig, config_to_dict, write_config
+from pltmoe.data.atomic import complete_file
 from pltmoe.data.datasets import batches, build_datasets
 from pltmoe.data.fingerprint import fingerprints_of
 from pltmoe.data.tokenizer import Tokenizer
@@ -224,12 +224,11 @@ def _end_save(saves: Checkpointing, step: int, error: BaseException) -> None:
 def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
     """Write config.yaml, now that everything fits, and open the run."""
     capabilities, folder = engine.capabilities, config.train.output_dir
-    written = [folder / "config.yaml", *(folder / name for name in capabilities.files)]
-    write_config(config, _part(written[0]))
-    for path, text in zip(written[1:], capabilities.files.values(), strict=True):
-        _part(path).write_text(text)
-    for path in written:
-        os.replace(_part(path), path)
+    with complete_file(folder / "config.yaml") as temporary:
+        write_config(config, temporary)
+    for name, text in capabilities.files.items():
+        with complete_file(folder / name) as temporary:
+            temporary.write_text(text)
     tags = {
         "model": config.name,
         "commit": commit(),
@@ -240,14 +239,9 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
     }
     tracker = build_tracker(config, config.train.output_dir)
     tracker.start(config_to_dict(config), tags, resume_step=start.step if start.manifest else None)
-    for path in written:
-        tracker.artifact(path)
+    for name in ("config.yaml", *capabilities.files):
+        tracker.artifact(folder / name)
     return tracker
-
-
-def _part(path: Path) -> Path:
-    """Return where a file is written before it gets its name."""
-    return path.with_name(f".{path.name}.part")
 
 
 def _manifest(config: RunConfig, layout: Layout, data: Data, start: Start, step: int) -> Manifest:
