@@ -10,12 +10,15 @@
 | zero_optimization.overlap_comm                        | parallel.overlap_grad_reduce            |
 | data_types.grad_accum_dtype, communication_data_type  | fp32, as Megatron's gradients           |
 
-The section ``deepspeed`` of a configuration is merged in: sizes of buckets, ZeRO's stage, offload.
+The section ``deepspeed`` of a configuration is merged in: sizes of buckets, ZeRO's stage, offload
+(``nvme_path``: runs may share it, each has a folder in it).
 It may say again what stands in the table, and not otherwise; optimizer, schedule and everything
 parallel are not DeepSpeed's to decide.
 """
 
+import hashlib
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from pltmoe.config.run import RunConfig
@@ -66,20 +69,27 @@ _ZERO = (
     "round_robin_gradients",
     "parameter_alignment",
     "use_multi_rank_bucket_allreduce",
-    "offload_optimizer.device",
-    "offload_optimizer.pin_memory",
+    *(f"offload_optimizer.{key}" for key in ("device", "pin_memory", "nvme_path", "buffer_count")),
     *_STAGE_3,
     *(f"stage3_{key}" for key in _STAGE_3),
 )
+_AIO = ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events")
 _FREE = {
     *(f"zero_optimization.{key}" for key in _ZERO),
+    *(f"aio.{key}" for key in _AIO),
     "steps_per_print",
     "wall_clock_breakdown",
     "memory_breakdown",
 }
 """Keys that are handed on. Others would break what the engine counts on (a second optimizer, steps
 that cannot be skipped, other gradients), or be ignored by DeepSpeed without a word."""
-_SECTIONS = ("zero_optimization", "zero_optimization.offload_optimizer", "bf16", "data_types")
+_SECTIONS = (
+    "zero_optimization",
+    "zero_optimization.offload_optimizer",
+    "aio",
+    "bf16",
+    "data_types",
+)
 
 
 def zero_stage(config: RunConfig) -> Any:
@@ -89,9 +99,14 @@ def zero_stage(config: RunConfig) -> Any:
 
 def offload_device(config: RunConfig) -> str | None:
     """Return where the optimizer's state is offloaded to: ``cpu``, ``nvme`` or None."""
-    section = _zero(config).get("offload_optimizer")
-    device = section.get("device") if isinstance(section, Mapping) else None
+    device = _offload(config).get("device")
     return None if device in (None, "none") else str(device)
+
+
+def swap_folder(config: RunConfig) -> Path:
+    """Return where an optimizer on a disk lies: a run has a folder, and finds it again."""
+    run = hashlib.sha1(str(config.train.output_dir.absolute()).encode()).hexdigest()[:12]
+    return Path(str(_offload(config).get("nvme_path"))) / f"pltmoe_{run}"
 
 
 def reduce_bucket_size(config: RunConfig) -> float:
@@ -123,6 +138,9 @@ def merged(config: RunConfig, *, bf16: bool, micro_batches: int) -> dict[str, An
         "data_types": {"grad_accum_dtype": "fp32"},
         "timers": {"throughput": {"enabled": False}},  # they wait for the GPU at each micro batch
     }
+    if offload_device(config) == "nvme":
+        folder = str(swap_folder(config))
+        decided["zero_optimization"]["offload_optimizer"] = {"nvme_path": folder}
     return _merge({"steps_per_print": 2**31 - 1, **config.deepspeed}, decided)
 
 
@@ -166,10 +184,27 @@ def _zero_fits(c: RunConfig) -> Iterator[str]:
             f"deepspeed.zero_optimization.offload_optimizer ({device}) needs "
             "deepspeed.zero_optimization.stage of at least 1 (it is 0)"
         )
-    if device not in (None, "cpu"):
+    if device not in (None, "cpu", "nvme"):
         yield (
-            f"deepspeed.zero_optimization.offload_optimizer.device ({device}) must be cpu: this "
-            "engine has not learnt to save and restore an optimizer that lies on a disk"
+            f"deepspeed.zero_optimization.offload_optimizer.device ({device}) must be cpu, nvme or "
+            "none"
+        )
+    if device == "nvme" and stage != 3:
+        yield (
+            f"deepspeed.zero_optimization.offload_optimizer.device (nvme) needs "
+            f"deepspeed.zero_optimization.stage 3 (it is {stage}): DeepSpeed swaps its parts only; "
+            "use cpu"
+        )
+    path = _offload(c).get("nvme_path")
+    if device == "nvme" and not isinstance(path, str):
+        yield (
+            "deepspeed.zero_optimization.offload_optimizer.device (nvme) needs nvme_path "
+            f"({path}): a folder on a local disk"
+        )
+    if device != "nvme" and path is not None:
+        yield (
+            f"deepspeed.zero_optimization.offload_optimizer.nvme_path ({path}) needs device nvme "
+            f"(it is {device})"
         )
     if stage == 0 and c.train.precision == "bf16":
         yield (
@@ -229,6 +264,11 @@ def _section(c: RunConfig) -> Iterator[str]:
 def _zero(config: RunConfig) -> Mapping[str, Any]:
     zero = config.deepspeed.get("zero_optimization")
     return zero if isinstance(zero, Mapping) else {}
+
+
+def _offload(config: RunConfig) -> Mapping[str, Any]:
+    section = _zero(config).get("offload_optimizer")
+    return section if isinstance(section, Mapping) else {}
 
 
 def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

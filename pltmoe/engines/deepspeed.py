@@ -22,8 +22,9 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -43,7 +44,8 @@ from pltmoe.config import RunConfig
 from pltmoe.config import deepspeed as settings
 from pltmoe.engines.backends import backends
 from pltmoe.engines.base import Batch, Capabilities, StepResult
-from pltmoe.engines.deepspeed_offload import build_cpu_adam
+from pltmoe.engines.deepspeed_offload import build_cpu_adam, prepare_disk
+from pltmoe.engines.deepspeed_state import KINDS, STATES
 from pltmoe.engines.megatron_optimizer import build_schedule
 from pltmoe.engines.step_guard import StepGuard
 from pltmoe.engines.stepping import SteppingEngine, sum_over_ranks
@@ -74,9 +76,6 @@ logger = logging.getLogger(__name__)
 
 _EXPERTS = "experts"
 """Name of the experts' process groups in DeepSpeed's tables."""
-_MASTER = "param"
-_KINDS = (_MASTER, "exp_avg", "exp_avg_sq")
-"""Optimizer state of a weight, under Megatron's names."""
 
 
 class DeepSpeedEngine(SteppingEngine):
@@ -110,7 +109,8 @@ class DeepSpeedEngine(SteppingEngine):
         self._adam = self._build_adam()
         self._decide: Callable[[float], bool] = lambda norm: True
         self._engine = self._initialize(text)
-        self._allocate_moments()
+        self._state = STATES[self._stage](self._engine, self._adam, self._names)
+        self._state.allocate()
         self._schedule = build_schedule(config, self._adam)
         self._guard = StepGuard(config.train)
         found = backends(config, self.model.config, impl)
@@ -197,7 +197,10 @@ class DeepSpeedEngine(SteppingEngine):
             "weight_decay": o.weight_decay,
         }
         groups = self._parameter_groups()
-        if settings.offload_device(self.config) is None:
+        device = settings.offload_device(self.config)
+        if device == "nvme":
+            prepare_disk(self.config)
+        if device is None:
             fused = self._device.type == "cuda"
             adam: torch.optim.Optimizer = torch.optim.AdamW(groups, fused=fused, **options)
         else:
@@ -299,57 +302,30 @@ class DeepSpeedEngine(SteppingEngine):
 
     # What is saved and restored
 
-    def _allocate_moments(self) -> None:
-        """Allocate Adam's moments as the first step would, so that they can be saved and filled."""
-        for group in self._adam.param_groups:
-            for flat in self._flat_parameters(group):
-                fused = group.get("fused", False)
-                is_torch = isinstance(self._adam, torch.optim.AdamW)
-                count = torch.zeros((), device=flat.device if fused else "cpu")
-                self._adam.state[flat] = {
-                    "step": count if is_torch else 0,
-                    "exp_avg": torch.zeros_like(flat),
-                    "exp_avg_sq": torch.zeros_like(flat),
-                }
-        if 0 < self._stage < 3:
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
-
-    def _flat_parameters(self, group: dict[str, Any]) -> list[Tensor]:
-        if self._stage < 3:
-            return group["params"]
-        flats = self._engine.optimizer.fp32_partitioned_groups_flat
-        first = self._adam.param_groups[0]
-        return flats if group is first else []
-
-    def _whole_weights(self, changed: bool = False) -> AbstractContextManager[Any]:
-        """Hold whole weights where ranks have parts; keep what is ``changed``, on rank 0."""
-        if self._stage < 3:
-            return nullcontext()
-        return deepspeed.zero.GatheredParameters(
-            list(self._names.values()), modifier_rank=0 if changed else None
-        )
-
     def _model_state(self) -> dict[str, Any]:
-        with self._whole_weights():
+        with self._state.whole_weights():
             weights = super()._model_state()
+            self._by_weight = self._entries(weights)
             if self._stage == 3:
-                self._by_weight = self._entries(weights)
                 dict_list_map_inplace(_copied, weights)
         return weights
 
     def _load_model(self, weights: dict[str, Any]) -> None:
-        with self._whole_weights(changed=True):
+        with self._state.whole_weights(changed=True):
             super()._load_model(weights)
 
     def _optimizer_state(self, weights: dict[str, Any], loading: bool) -> dict[str, Any]:
-        entries = self._by_weight if self._stage == 3 else self._entries(weights)
-        found: dict[str, Any] = {kind: {} for kind in _KINDS}
-        for name, entry in entries.items():
-            for kind in _KINDS:
-                value = self._get(name, kind, loading)
-                found[kind][name] = make_sharded_optimizer_tensor(
-                    entry, value, f"optimizer.state.{kind}"
-                )
+        """See the base class; ``weights`` are those that ``_model_state`` returned last."""
+        found: dict[str, Any] = {kind: {} for kind in KINDS}
+        for number, names in self._state.subgroups().items():
+            with nullcontext() if loading else self._state.in_memory(number, changed=False):
+                for name, kind in product(names, KINDS):
+                    parameter = self._names[name]
+                    shape = getattr(parameter, "ds_shape", parameter.shape)
+                    value = torch.empty(shape) if loading else self._state.get(name, kind)
+                    found[kind][name] = make_sharded_optimizer_tensor(
+                        self._by_weight[name], value, f"optimizer.state.{kind}"
+                    )
         return found
 
     def _entries(self, weights: dict[str, Any]) -> dict[str, Any]:
@@ -360,50 +336,15 @@ class DeepSpeedEngine(SteppingEngine):
         assert found.keys() == self._names.keys(), self._names.keys() - found.keys()
         return found
 
-    def _get(self, name: str, kind: str, loading: bool) -> Tensor:
-        """Return state of a weight, whole, in host memory unless it is there on every rank."""
-        parameter = self._names[name]
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        if loading:
-            return torch.empty(shape, dtype=torch.float32)
-        if self._stage == 0:
-            return parameter.detach() if kind == _MASTER else self._adam.state[parameter][kind]
-        if kind == _MASTER:
-            value = deepspeed.utils.safe_get_full_fp32_param(parameter)
-        else:
-            value = deepspeed.utils.safe_get_full_optimizer_state(parameter, kind)
-        return value.reshape(shape).cpu()
-
     def _restore_optimizer(self, loaded: dict[str, Any], updates: int) -> None:
-        for kind, values in loaded.items():
-            for name, value in values.items():
-                self._set(self._names[name], kind, value)
-        for state in self._adam.state.values():
-            if isinstance(state["step"], Tensor):
-                state["step"].fill_(updates)
-            else:
-                state["step"] = updates
-
-    def _set(self, parameter: nn.Parameter, kind: str, value: Tensor) -> None:
-        key = None if kind == _MASTER else kind
-        if self._stage == 0:
-            (parameter.data if key is None else self._adam.state[parameter][key]).copy_(value)
-        elif self._stage < 3:
-            parameter.set_full_hp_param(value, key)  # type: ignore[attr-defined]
-        else:
-            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
-            part = torch.zeros(size)  # the last rank's part is padded
-            mine = value.flatten()[size * self._groups.dp.rank() :][:size]
-            part[: mine.numel()] = mine
-            self._engine.optimizer.set_local_hp_param(part, parameter, key)
+        for number, names in self._state.subgroups().items():
+            with self._state.in_memory(number, changed=True):
+                for name, kind in product(names, KINDS):
+                    self._state.set(name, kind, loaded[kind][name])
+        self._state.set_updates(updates)
 
     def _start_optimizer(self) -> None:
-        if 0 < self._stage < 3:
-            self._engine.optimizer.refresh_fp32_params()
-        elif self._stage == 3:
-            for parameter in self._names.values():
-                part = parameter.ds_tensor.detach().float()  # type: ignore[attr-defined]
-                self._engine.optimizer.set_local_hp_param(part, parameter, None)
+        self._state.start()
 
 
 class _Model(nn.Module):

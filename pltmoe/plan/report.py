@@ -1,6 +1,6 @@
 """A plan as text for people, as JSON for programs, and the page docs/plan.md."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -21,7 +21,7 @@ def as_text(plan: Plan) -> str:
     lines = [
         f"{config.name}: {total / 1e9:.2f} B parameters, {active / 1e9:.2f} B active, "
         f"{config.model.num_loops} loop(s), sequences of {config.data.sequence_length}",
-        f"engine        {config.engine}{_zero(config)}",
+        f"engine        {config.engine}{_ABOUT_ENGINE[config.engine](config)}",
         f"layout        {layout} on {layout.world_size} x {plan.gpu.name}, "
         f"{layout.model_chunks_per_stage} model chunk(s) per stage, "
         f"sequence parallel {'on' if layout.sequence_parallel else 'off'}, "
@@ -43,13 +43,17 @@ def as_text(plan: Plan) -> str:
 
 def _zero(config: RunConfig) -> str:
     """Name the ZeRO stage, and what these numbers do not know about it."""
-    if config.engine != "deepspeed":
-        return ""
     stage, device = deepspeed.zero_stage(config), deepspeed.offload_device(config)
     unknown = [f"an optimizer in {device} memory"] if device else []
     unknown += ["gradients sent for every micro batch"] if stage >= 2 else []
     unknown += ["weights gathered in every pass"] if stage == 3 else []
     return f", ZeRO stage {stage}" + (f"; times leave out {', '.join(unknown)}" if unknown else "")
+
+
+_ABOUT_ENGINE: dict[str, Callable[[RunConfig], str]] = {
+    "megatron": lambda c: "",
+    "deepspeed": _zero,
+}
 
 
 def _memory_lines(plan: Plan) -> Iterator[str]:

@@ -15,9 +15,10 @@ from torch.utils import cpp_extension
 
 from pltmoe.checkpoint import store
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
+from pltmoe.config.deepspeed import swap_folder
 from pltmoe.errors import ConfigError
 from pltmoe.runtime import devices, distributed
-from tests.distributed.tiny import MOE, batches, build_engine, drop_engine, tiny_config
+from tests.distributed.tiny import DENSE, MOE, batches, build_engine, drop_engine, tiny_config
 
 VANILLA = MOE | {
     "num_loops": 1,
@@ -185,11 +186,19 @@ def refused(case: str) -> str:
         zero["offload_optimizer"] = {"device": "cpu"}
     if case == "bf16 by itself":
         zero["stage"] = 0
-    config = tiny_config(engine="deepspeed", deepspeed__zero_optimization=zero)
+    folder, model = Path(mkdtemp()), None
+    if case in ("no disk", "no libaio", "a file"):
+        path = folder / "gone" if case == "no disk" else folder
+        disk = {"device": "nvme", "nvme_path": str(path)}
+        zero, model = {"stage": 3, "offload_optimizer": disk}, DENSE
+    config = tiny_config(model, engine="deepspeed", deepspeed__zero_optimization=zero)
+    if case == "a file":
+        swap_folder(config).touch()
     bf16 = mock.patch.object(devices, "parameter_dtype", lambda precision: torch.bfloat16)
-    bare = mock.patch.dict("os.environ", {"PATH": "/nowhere", "TORCH_EXTENSIONS_DIR": mkdtemp()})
+    bare = mock.patch.dict("os.environ", {"PATH": "/nowhere", "TORCH_EXTENSIONS_DIR": str(folder)})
     try:
-        with {"bf16 by itself": bf16, "no compiler": bare}.get(case, nullcontext()):
+        patches = {"bf16 by itself": bf16, "no compiler": bare, "no libaio": bare}
+        with patches.get(case, nullcontext()):
             build_engine(config)
     except ConfigError as error:
         return str(error)

@@ -99,6 +99,38 @@ def test_optimizer_state_in_host_memory_trains_the_same(warm_ranks, stage, chang
     assert_same_curve(got, expected)
 
 
+HEADERS = any(Path(root, "libaio.h").exists() for root in ("/usr/include", "/usr/local/include"))
+WIDE = {"model": DENSE | {"hidden_size": 128, "ffn_hidden_size": 1024}}
+"""Enough weights that DeepSpeed swaps a rank's part of them: a mebibyte."""
+
+
+@pytest.mark.skipif(not HEADERS, reason="DeepSpeed's async_io is compiled against libaio-dev")
+def test_optimizer_state_on_a_disk_trains_and_resumes_the_same(warm_ranks, tmp_path):
+    """What was swapped is saved and loaded: Megatron and NVMe continue each other's runs."""
+    disk = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 4}
+    nvme = {"deepspeed__zero_optimization__offload_optimizer": disk, **WIDE}
+    expected = warm_ranks(2, f"{CASES}:curve", stage=None, steps=6, **WIDE)[0]
+    legs = [(None, WIDE), (3, nvme), (3, nvme), (None, WIDE)]
+    losses, norms = [], []
+    for number, (stage, changes) in enumerate(legs):
+        report = warm_ranks(
+            2,
+            f"{CASES}:curve",
+            timeout_s=900,
+            stage=stage,
+            steps=2 if number < 2 else 1,
+            load_from=tmp_path / f"{number - 1}" if number else None,
+            save_to=tmp_path / f"{number}",
+            **changes,
+        )[0]
+        losses += report["losses"]
+        norms += report["norms"]
+    assert losses == pytest.approx(expected["losses"], rel=1e-5)
+    assert norms == pytest.approx(expected["norms"], rel=1e-5)
+    swapped = [file.stat().st_size for file in tmp_path.glob("pltmoe_*/**/rank1/*.tensor.swp")]
+    assert len([size for size in swapped if size >= 2**20]) >= 3, "masters and both moments"
+
+
 def test_bf16_learns_as_the_megatron_engine_does(warm_ranks):
     """Weights and sums of loops are bf16, so the curves part; masters and gradients are fp32."""
     for layout, stages in ((EP2, [(1, {}), (2, {}), (2, OFFLOAD)]), (TP2 | EP2, [(1, {})])):
@@ -236,6 +268,9 @@ def test_its_json_says_what_the_configuration_says(warm_ranks):
         ("wrong value", "deepspeed: DeepSpeed refuses its JSON: 1 validation error"),
         ("bf16 by itself", "deepspeed.zero_optimization.stage (0) trains in fp32 only, and train."),
         ("no compiler", "needs DeepSpeedCPUAdam, which cannot be compiled here"),
+        ("no disk", "/gone) is no folder on "),
+        ("a file", ") cannot be written: [Errno 17] File exists"),
+        ("no libaio", "needs DeepSpeed's async_io, which cannot be compiled here"),
     ],
 )
 def test_what_deepspeed_or_the_machine_cannot_do_is_one_message(warm_ranks, case, message):

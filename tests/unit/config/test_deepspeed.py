@@ -20,3 +20,17 @@ def test_stage_0_never_clips_by_deepspeeds_norm():
     section = {"zero_optimization": {"stage": 0}, "gradient_clipping": 1.0}
     config = config_from_dict(run_tree(engine="deepspeed", deepspeed=section))
     assert merged(config, bf16=False, micro_batches=1)["gradient_clipping"] == 0.0
+
+
+def test_each_run_swaps_to_a_folder_of_its_own_and_finds_it_again():
+    nvme = {"device": "nvme", "nvme_path": "/nvme", "buffer_count": 6}
+    section = {"zero_optimization": {"stage": 3, "offload_optimizer": nvme}}
+    folders = []
+    for output in ("runs/a", "runs/a", "runs/b"):
+        tree = run_tree(engine="deepspeed", deepspeed=section, train__output_dir=output)
+        text = merged(config_from_dict(tree), bf16=True, micro_batches=1)
+        offload = text["zero_optimization"]["offload_optimizer"]
+        assert offload["device"] == "nvme" and offload["buffer_count"] == 6
+        folders.append(offload["nvme_path"])
+    assert folders[0] == folders[1] != folders[2]
+    assert all(folder.startswith("/nvme/pltmoe_") for folder in folders)

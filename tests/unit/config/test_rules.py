@@ -67,9 +67,23 @@ BROKEN = {
             "deepspeed.zero_optimization.stage of at least 1 (it is 0)",
         ),
         (
-            deepspeed(3, NVME),
-            "deepspeed.zero_optimization.offload_optimizer.device (nvme) must be cpu: this engine "
-            "has not learnt to save and restore an optimizer that lies on a disk",
+            deepspeed(2, NVME),
+            "deepspeed.zero_optimization.offload_optimizer.device (nvme) needs "
+            "deepspeed.zero_optimization.stage 3 (it is 2): DeepSpeed swaps its parts only",
+        ),
+        (
+            deepspeed(3, {"offload_optimizer": {"device": "nvme"}}),
+            "deepspeed.zero_optimization.offload_optimizer.device (nvme) needs nvme_path (None): a "
+            "folder on a local disk",
+        ),
+        (
+            deepspeed(3, {"offload_optimizer": {"device": "cpu", "nvme_path": "/nvme"}}),
+            "deepspeed.zero_optimization.offload_optimizer.nvme_path (/nvme) needs device nvme "
+            "(it is cpu)",
+        ),
+        (
+            deepspeed(3, {"offload_optimizer": {"device": "disk"}}),
+            "deepspeed.zero_optimization.offload_optimizer.device (disk) must be cpu, nvme or none",
         ),
         *(
             (run_tree(engine="deepspeed", deepspeed=section), f"deepspeed.{says} must be a section")
@@ -129,7 +143,7 @@ BROKEN = {
         (
             deepspeed(more={"zero_optimisation": {}}),
             "deepspeed.zero_optimisation ({}) is none of the keys of DeepSpeed's JSON that are "
-            "handed on (memory_breakdown, steps_per_print,",
+            "handed on (aio.block_size, ",
         ),
         (
             deepspeed(more={"gradient_clipping": 0.5}),
