@@ -42,7 +42,7 @@ def warm_ranks(nursery: Nursery) -> Iterator[Callable[..., list[Any]]]:
 
     Use it for many small cases; ``run_distributed`` where a fresh process matters. They end with
     the module: what is left of old process groups costs processor time. Give tests
-    that share the processes ``@pytest.mark.xdist_group("ranks")``, or each worker of xdist starts
+    that share the processes ``@pytest.mark.xdist_group(__name__)``, or each worker of xdist starts
     its own.
     """
     kept: dict[int, Ranks] = {}

@@ -31,6 +31,7 @@ import sys
 import tempfile
 import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +52,8 @@ _KEEP_WEIGHTS = {
     "DeepSpeedZeroOptimizer",
     "DeepSpeedZeroOptimizer_Stage3",
 }
+_CACHES: list[Any] = []
+"""Methods of Megatron with an lru_cache that the nursery has imported."""
 _LOG_TAIL_BYTES = 6000
 _WRITE = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
 _GRACE_S = 3.0
@@ -338,9 +341,16 @@ def _die_with_parent() -> None:
 
 def _fork_on_request() -> None:
     """Fork a rank for each line on stdin; write down how each ended."""
+    import cpuinfo
+
     import pltmoe.engines.deepspeed
     import pltmoe.engines.megatron  # noqa: F401  so that no child has to
 
+    # Each optimizer of DeepSpeed on the CPU asks, and it takes seconds of starting programs.
+    cpuinfo.get_cpu_info = partial(dict, cpuinfo.get_cpu_info())
+    _CACHES.extend(thing for thing in gc.get_objects() if _is_cache_of_megatron(thing))
+    gc.collect()
+    gc.freeze()  # what is imported is not looked through between any two calls
     logs: dict[int, Path] = {}
     ended, wake = os.pipe()
     os.set_blocking(wake, False)
@@ -448,13 +458,21 @@ def _free_process_groups() -> None:
         groups._EXPERT_PARALLEL_GROUP.clear()
         groups._EXPERT_DATA_PARALLEL_GROUP.clear()
     for thing in gc.get_objects():
-        kind, module = type(thing), getattr(thing, "__module__", None)
+        kind = type(thing)
         if kind.__module__ in _KEEP_TENSORS or kind.__name__ in _KEEP_WEIGHTS:
             if hasattr(thing, "__dict__"):
                 vars(thing).clear()
-        elif kind.__name__ == "_lru_cache_wrapper" and str(module).startswith("megatron."):
+        elif _is_cache_of_megatron(thing):
             thing.cache_clear()
+    for cache in _CACHES:
+        cache.cache_clear()
     gc.collect()
+
+
+def _is_cache_of_megatron(thing: Any) -> bool:
+    if type(thing).__name__ != "_lru_cache_wrapper":
+        return False
+    return str(getattr(thing, "__module__", None)).startswith("megatron.")
 
 
 def stand_in_for_cuda() -> None:

@@ -62,6 +62,7 @@ if not torch.cuda.is_available():  # else it warns that it found nothing better
 with redirect_stdout(io.StringIO()):  # it tells which of its kernels cannot be built
     import deepspeed
     from deepspeed.moe.layer import MoE
+    from deepspeed.runtime import compiler as their_compiler
     from deepspeed.runtime.config import DeepSpeedConfigError
     from deepspeed.runtime.zero.utils import ZeRORuntimeException
     from deepspeed.utils import groups as their_groups
@@ -71,6 +72,12 @@ for handler in logging.getLogger("DeepSpeed").handlers:
 
 # It would compile shared-memory collectives for a CPU at start-up: gloo does.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+# Its first engine imports Muon, whose decorators load PyTorch's whole compiler: seconds a process.
+_compile, their_compiler.compile = their_compiler.compile, lambda *a, **k: lambda function: function
+import deepspeed.runtime.zero.muon.original_muon  # noqa: E402  (not used: the optimizer is Adam)
+
+their_compiler.compile = _compile
 
 logger = logging.getLogger(__name__)
 

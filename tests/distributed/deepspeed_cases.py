@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from tempfile import mkdtemp
@@ -163,8 +164,9 @@ def tensors(folders: list[Path]) -> list[dict[str, torch.Tensor]]:
     return found
 
 
-def quiet_start() -> tuple[str, list[str]]:
-    """Build an engine and take a step; return what was printed and which ops were compiled."""
+def quiet_start() -> tuple[str, list[str], bool]:
+    """Build engines and take a step; return what was printed, which ops were compiled, and whether
+    PyTorch's compiler was loaded."""
     compiled: list[str] = []
     load, cpp_extension.load = cpp_extension.load, lambda name, *a, **k: compiled.append(name)
     output = io.StringIO()
@@ -174,7 +176,7 @@ def quiet_start() -> tuple[str, list[str]]:
                 curve(stage, 1, train__precision="bf16" if stage else "fp32")
     finally:
         cpp_extension.load = load
-    return output.getvalue(), compiled
+    return output.getvalue(), compiled, "torch._inductor.lowering" in sys.modules
 
 
 def refused(case: str) -> str:

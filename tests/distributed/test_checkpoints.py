@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from pltmoe.hf.convert import ExportOptions, export_checkpoint
 from tests.distributed.layouts import MODELS, MOVED, parallel_section
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.engine_cases"
 CURVE = 2e-5
 """Relative, of two steps in float32: sums run in another order."""

@@ -12,7 +12,7 @@ from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
 from tests.unit.data.datasets import run_config, write_dataset
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 READ = "tests.distributed.data_cases:read"
 
 

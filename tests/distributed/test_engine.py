@@ -7,7 +7,7 @@ import torch
 
 from tests.distributed.tiny import DENSE
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.engine_cases"
 STEPS = 4
 

@@ -16,7 +16,7 @@ from pltmoe.runtime.heartbeat import HANG_EXIT_CODE
 from tests.distributed.run_files import finish, make_files, start_ranks
 from tests.launch import REPOSITORY, STORE_IS_OPEN, open_store
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 KINDS = ("slack", "lock", "stop_0")
 
 

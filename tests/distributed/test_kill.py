@@ -5,7 +5,7 @@ import pytest
 from tests.distributed.run_files import make_files
 from tests.launch import run_distributed
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 
 
 def test_killed_runs_end_as_the_one_that_was_not(tmp_path) -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from tests.distributed.layouts import MODELS, TESTED, TRAINED, changes_for, parallel_section
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.parallel_cases"
 TOLERANCE = 1e-12
 """Relative to a parameter's largest gradient: float64 sums in another order leave about 1e-14."""

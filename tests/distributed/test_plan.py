@@ -9,7 +9,7 @@ from pltmoe.plan.weights import stage_weights, weight_bytes, zero_bytes
 from tests.distributed.layouts import parallel_section
 from tests.distributed.tiny import DENSE, MOE, tiny_config
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 
 # Large enough that the padding of Megatron's buffers does not show.
 WIDE = {"hidden_size": 128, "vocab_size": 512, "num_layers": 4, "head_dim": 32}

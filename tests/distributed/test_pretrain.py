@@ -17,7 +17,7 @@ from pltmoe.train.metrics import metric_named
 from tests.distributed.pretrain_cases import same
 from tests.distributed.run_files import finish, make_files, start_ranks
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.pretrain_cases"
 STEPS = 12
 

@@ -7,7 +7,7 @@ from pltmoe.checkpoint.integrity import check_files
 from pltmoe.checkpoint.manifest import read_manifest
 from tests.distributed.kill_cases import tensors_of
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.save_cases"
 
 

@@ -11,7 +11,7 @@ from pltmoe.checkpoint import store
 from tests.distributed.run_files import make_files
 from tests.distributed.skip_cases import SICK, same
 
-pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("ranks")]
+pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.skip_cases"
 EP2 = {"parallel__expert_parallel_size": 2}
 PP2 = {"parallel__pipeline_parallel_size": 2}
