@@ -133,6 +133,21 @@ def test_pipeline(tmp_path: Path) -> None:
     assert done.stdout.count("## pipeline: ") == 1
 
 
+def test_engines(tmp_path: Path) -> None:
+    """Both engines in turn on two processes, and what each holds; what cannot be says why."""
+    done = run("--compare", "engines", "--rounds", "2", "--output", str(tmp_path), *TINY)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "engines.json").read_text())
+    zero = [f"DeepSpeed, ZeRO {stage}" for stage in range(3)]
+    offloaded = "DeepSpeed, ZeRO 2, optimizer in host memory"
+    assert [row["name"] for row in found["rows"]] == ["Megatron", *zero, offloaded]
+    assert found["ratio"]["median"] > 0 and "EP2" in found["setup"]["step"]
+    assert any(note.startswith("DeepSpeed, ZeRO 3 is left out: ") for note in found["notes"])
+    held = dict(re.findall(r"this rank, ([^:]+): ([\d.]+) MiB between", " ".join(found["notes"])))
+    assert held.keys() == {"Megatron", *zero, offloaded}
+    assert min(map(float, held.values())) > 0  # how many bytes: tests/distributed/test_plan.py
+
+
 def test_pipeline_needs_stages() -> None:
     done = run("--compare", "pipeline", "parallel.pipeline_parallel_size=1")
     assert done.returncode == 1
