@@ -104,9 +104,14 @@ WIDE = {"model": DENSE | {"hidden_size": 128, "ffn_hidden_size": 1024}}
 """Enough weights that DeepSpeed swaps a rank's part of them: a mebibyte."""
 
 
-@pytest.mark.skipif(not HEADERS, reason="DeepSpeed's async_io is compiled against libaio-dev")
+@pytest.mark.skipif(
+    not HEADERS, reason="DeepSpeed's async_io is compiled, in minutes, against libaio-dev"
+)
 def test_optimizer_state_on_a_disk_trains_and_resumes_the_same(warm_ranks, tmp_path):
-    """What was swapped is saved and loaded: Megatron and NVMe continue each other's runs."""
+    """What was swapped is saved and loaded: Megatron and NVMe continue each other's runs.
+
+    And a step that is skipped leaves what is swapped as it was.
+    """
     disk = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 4}
     nvme = {"deepspeed__zero_optimization__offload_optimizer": disk, **WIDE}
     expected = warm_ranks(2, f"{CASES}:curve", stage=None, steps=6, **WIDE)[0]
@@ -129,6 +134,9 @@ def test_optimizer_state_on_a_disk_trains_and_resumes_the_same(warm_ranks, tmp_p
     assert norms == pytest.approx(expected["norms"], rel=1e-5)
     swapped = [file.stat().st_size for file in tmp_path.glob("pltmoe_*/**/rank1/*.tensor.swp")]
     assert len([size for size in swapped if size >= 2**20]) >= 3, "masters and both moments"
+    (report, _) = warm_ranks(2, f"{CASES}:sick_step", stage=3, kind="gradient", **nvme)
+    assert report["skipped"] == [False, False, True, False, False]
+    assert report["untouched"] and report["moved"] and report["counts"] == [4.0]
 
 
 def test_bf16_learns_as_the_megatron_engine_does(warm_ranks):
