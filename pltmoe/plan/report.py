@@ -44,7 +44,7 @@ def as_text(plan: Plan) -> str:
 def _zero(config: RunConfig) -> str:
     """Name the ZeRO stage, and what these numbers do not know about it."""
     stage, device = deepspeed.zero_stage(config), deepspeed.offload_device(config)
-    unknown = [f"an optimizer in {device} memory"] if device else []
+    unknown = [f"an optimizer offloaded to {device}"] if device else []
     unknown += ["gradients sent for every micro batch"] if stage >= 2 else []
     unknown += ["weights gathered in every pass"] if stage == 3 else []
     return f", ZeRO stage {stage}" + (f"; times leave out {', '.join(unknown)}" if unknown else "")

@@ -98,7 +98,9 @@ def test_one_file_each_names_what_belongs_to_it(path: Path):
         "transformer_engine": ("pltmoe/model/layer_specs.py", "pltmoe/runtime/"),
         "megatron.core.extensions.transformer_engine": ("pltmoe/model/layer_specs.py",),
         "megatron.core.parallel_state": ("pltmoe/parallel/groups.py",),
-        "deepspeed": ("pltmoe/engines/deepspeed",),
+        "deepspeed": tuple(
+            f"pltmoe/engines/deepspeed{part}.py" for part in ("", "_offload", "_state")
+        ),
         "mlflow": ("pltmoe/tracking/", "pltmoe/reports/runs.py"),
         "transformers": ("pltmoe/hf/",),
     }

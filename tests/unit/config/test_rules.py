@@ -69,7 +69,8 @@ BROKEN = {
         (
             deepspeed(2, NVME),
             "deepspeed.zero_optimization.offload_optimizer.device (nvme) needs "
-            "deepspeed.zero_optimization.stage 3 (it is 2): DeepSpeed swaps its parts only",
+            "deepspeed.zero_optimization.stage 3 (it is 2): DeepSpeed swaps its parts only; "
+            "use cpu",
         ),
         (
             deepspeed(3, {"offload_optimizer": {"device": "nvme"}}),
