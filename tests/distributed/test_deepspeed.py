@@ -170,7 +170,9 @@ def test_a_run_moves_between_stages_and_engines(warm_ranks, tmp_path, precision)
     moments that are not the ones in use, in the losses that follow.
     """
     legs = [leg for leg in JOURNEY if precision == "fp32" or leg[0] != 0]
-    changes = {"train__precision": precision, "train__steps": 20}
+    # At the usual 1e-2, what bf16 rounds away sends tokens to other experts after ten steps.
+    rate = {"fp32": 1e-2, "bf16": 1e-3}[precision]
+    changes = {"train__precision": precision, "train__steps": 20, "optimizer__lr": rate}
     straight = warm_ranks(1, f"{CASES}:curve", stage=None, steps=2 * len(legs), **changes)[0]
     folders = [tmp_path / f"{number}" for number in range(len(legs) + 1)]
     losses, norms = [], []
@@ -190,7 +192,7 @@ def test_a_run_moves_between_stages_and_engines(warm_ranks, tmp_path, precision)
         norms += report["norms"]
     close = {"rel": 1e-5} if precision == "fp32" else {"rel": 0.01}
     assert losses == pytest.approx(straight["losses"], **close)
-    assert norms == pytest.approx(straight["norms"], rel=1e-4 if precision == "fp32" else 0.2)
+    assert norms == pytest.approx(straight["norms"], rel=1e-4 if precision == "fp32" else 0.1)
 
     ends = [folder / "end" for folder in folders[1:]]
     copies = [folder / "copy" for folder in folders[1:-1]]
