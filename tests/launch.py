@@ -467,6 +467,8 @@ def _free_process_groups() -> None:
     for cache in _CACHES:
         cache.cache_clear()
     gc.collect()
+    if gc.get_freeze_count() == 0:  # a trainer has ended
+        gc.freeze()
 
 
 def _is_cache_of_megatron(thing: Any) -> bool:

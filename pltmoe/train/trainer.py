@@ -10,8 +10,10 @@ order that is a function of that number alone; so a run is resumed by its step.
 """
 
 import enum
+import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from pltmoe.config import RunConfig
@@ -76,7 +78,7 @@ class Trainer:
         Raises:
             EngineError: a step failed; nothing is saved.
         """
-        with self.heartbeat:
+        with self.heartbeat, _short_garbage_collections():
             return self._fit()
 
     def _fit(self) -> Outcome:
@@ -115,3 +117,17 @@ class Trainer:
                 return
             self.heartbeat.mark(f"forward and backward of step {number}", slack=first)
             yield batch
+
+
+@contextmanager
+def _short_garbage_collections() -> Iterator[None]:
+    """Keep what start-up made (0.3 million objects) out of Python's garbage collections.
+
+    A full one takes 0.2 s otherwise, on each rank at a step of its own, while all others wait.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()

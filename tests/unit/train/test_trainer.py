@@ -1,5 +1,6 @@
 """The loop alone: which steps it takes, from which data, who is called, and when it stops."""
 
+import gc
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -69,6 +70,16 @@ def test_takes_every_step_and_watches_the_logged_ones():
     ]
     assert log[:4] == [("first", 1), ("second", 1), ("first", 2), ("second", 2)]
     assert log[-2:] == [("first", "end"), ("second", "end")]
+
+
+def test_garbage_collections_do_not_look_through_what_start_up_made():
+    loop, engine, _ = trainer()
+    count, seen = gc.get_freeze_count(), []
+    take = engine.train_step
+    engine.train_step = lambda *a, **k: seen.append(len(gc.get_objects())) or take(*a, **k)
+    loop.fit()
+    assert max(seen) < 20_000 < len(gc.get_objects())
+    assert gc.get_freeze_count() <= count
 
 
 def test_goes_on_where_the_data_was_left():
