@@ -123,7 +123,7 @@ class Trainer:
 def _short_garbage_collections() -> Iterator[None]:
     """Keep what start-up made (0.3 million objects) out of Python's garbage collections.
 
-    A full one takes 0.2 s otherwise, on each rank at a step of its own, while all others wait.
+    A full one takes 0.1 s otherwise, on each rank at a step of its own, while all others wait.
     """
     gc.collect()
     gc.freeze()
