@@ -112,8 +112,7 @@ def _config(args: argparse.Namespace, name: str) -> RunConfig:
 def _start_processes(count: int, name: str) -> int:
     """Run this command again for one comparison, on ``count`` processes."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    only = [] if f"--compare {name}" in " ".join(sys.argv) else ["--compare", name]
-    command = [sys.executable, *launcher, __file__, *sys.argv[1:], *only]
+    command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--compare", name]
     sys.stdout.flush()
     paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}).returncode

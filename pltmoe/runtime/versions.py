@@ -1,5 +1,6 @@
 """Which software made a run: package versions and the commit of this source tree."""
 
+import os
 import platform
 import subprocess
 from importlib import metadata
@@ -22,7 +23,12 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the git commit of the source tree, ``-dirty`` if it was changed, or ``unknown``."""
+    """Return the git commit of the source tree, ``-dirty`` if it was changed, or ``unknown``.
+
+    Where sources travel without their repository, PLTMOE_COMMIT says what they are.
+    """
+    if told := os.environ.get("PLTMOE_COMMIT"):
+        return told
     root = Path(pltmoe.__file__).resolve().parents[1]
     if not (root / ".git").exists():  # installed elsewhere: any repository above is not ours
         return "unknown"

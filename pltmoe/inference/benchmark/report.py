@@ -116,6 +116,9 @@ def _how(tree: dict[str, Any]) -> list[str]:
         "- share of copy bandwidth: GB moved per second over what a copy within the device's "
         "memory reads and writes, measured in the same run.",
     ]
+    alone = dict.fromkeys(r["model"] for r in tree["decode"] if r.get("in_turn_with") == 0)
+    if alone:
+        lines.append(f"- Measured alone, not in turn with others: {', '.join(alone)}.")
     for name, value in tree["where"].items():
         if isinstance(value, dict):
             value = ", ".join(" ".join(item) for item in value.items())

@@ -103,8 +103,8 @@ def ratio(times: Mapping[str, Times], slow: str, fast: str) -> Ratio:
 
 def profile(candidate: Candidate, number: int, rows: int = 20) -> str:
     """Return Markdown tables of the operations, and on a GPU kernels, that step ``number`` runs."""
-    begin = now()
     with torch.profiler.profile() as profiler:  # processor, and GPU where there is one
+        begin = now()
         candidate.step(number)
         wall = now() - begin
     events = profiler.key_averages()

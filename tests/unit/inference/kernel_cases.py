@@ -72,21 +72,23 @@ def expert_inputs(
     only: int | None = None, fp8: bool = False,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """Random arguments of experts; weights of unused experts are NaN: they must not be read."""
-    torch.manual_seed(2)
-    expert_te = torch.rand(t, e).argsort(-1)[:, :top_k]
+    generator = torch.Generator(device).manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator)
+
+    expert_te = random(t, e).argsort(-1)[:, :top_k]
     if only is not None:
         expert_te = torch.full_like(expert_te, only)
-    x_td, weight_te = torch.randn(t, d), torch.rand(t, top_k)
-    gate_up, down = torch.randn(e, 2 * f, d) / d**0.5, torch.randn(e, d, f) / f**0.5
-    unused = [i for i in range(e) if i not in expert_te]
+    x_td, weight_te = random(t, d), random(t, top_k).sigmoid()
+    gate_up, down = random(e, 2 * f, d) / d**0.5, random(e, d, f) / f**0.5
     values = [x_td.to(dtype), expert_te, weight_te.to(dtype)]
     if fp8:
         (gate_up, gate_up_scale), (down, down_scale) = map(plain_experts.quantize, (gate_up, down))
-        values += [gate_up, down, gate_up_scale, down_scale]
-    else:
-        gate_up[unused] = down[unused] = float("nan")
-        values += [gate_up.to(dtype), down.to(dtype)]
-    return tuple(value.to(device) for value in values)
+        return (*values, gate_up, down, gate_up_scale, down_scale)
+    unused = [i for i in range(e) if i not in expert_te]
+    gate_up[unused] = down[unused] = float("nan")
+    return (*values, gate_up.to(dtype), down.to(dtype))
 
 
 STEPS = ("plt2", "plt3_normed", "plt2_routing")

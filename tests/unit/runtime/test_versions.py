@@ -30,3 +30,5 @@ def test_commit_is_that_of_this_tree_and_says_when_it_is_changed(tmp_path, monke
     assert len(versions.commit()) == 12
     (package / "__init__.py").write_text("changed")
     assert versions.commit().endswith("-dirty")
+    monkeypatch.setenv("PLTMOE_COMMIT", "abc")
+    assert versions.commit() == "abc", "sources that travelled without their repository"
