@@ -4,7 +4,8 @@
 |---------------------------------------------------------|------------------|---------------|
 | fields of model.* that give tensors their shape         | must be equal    | must be equal |
 | the rest of model.*, optimizer.*, order of the data,    | must be equal,   | free          |
-| seed, batch sizes, precision, train.spike_*,            | or be accepted   |               |
+| seed, batch sizes, precision, train.fp8_* (if it is     | or be accepted   |               |
+| fp8), train.spike_*,                                    |                  |               |
 | the text itself ("data.contents")                       |                  |               |
 | train.steps                                             | see below        | free          |
 | parallel.*, intervals, tracking, name, validation data  | free             | free          |
@@ -47,7 +48,18 @@ SHAPE_FIELDS = (
 CONTENTS = "data.contents"
 """Stands for the text behind ``data.train`` in messages and ``checkpoint.accept_changes``."""
 _DATA_ORDER = ("train", "split", "sequence_length", "reset_position_ids", "mask_document_ends")
+_DRAWS_ANEW = (
+    "data.train",
+    "data.split",
+    "data.sequence_length",
+    "data.tokenizer",
+    "train.seed",
+    CONTENTS,
+)
+"""What a sequence is, and which comes when."""
 _TRAIN = ("global_batch_size", "micro_batch_size", "seed", "spike_sigma", "spike_window")
+_FP8 = ("fp8_recipe", "fp8_attention")
+"""Of ``train``, where the precision is fp8."""
 
 
 def check_resume(
@@ -88,7 +100,12 @@ def check_resume(
             "Put the checkpoint's values back, name the fields in checkpoint.accept_changes "
             "(tensor shapes cannot change), or choose another train.output_dir"
         )
-    if config.train.steps * config.train.global_batch_size > manifest.train_samples:
+    if redrawn := [path for path in accepted if path in _DRAWS_ANEW]:
+        logger.warning(
+            "the order of the data is drawn anew (%s): sequences may repeat", ", ".join(redrawn)
+        )
+    left = (config.train.steps - manifest.step) * config.train.global_batch_size
+    if manifest.consumed_samples + left > manifest.train_samples:
         logger.warning(
             "the run was planned for %d sequences and is longer now: the order of the data is "
             "drawn anew, sequences may repeat",
@@ -159,6 +176,8 @@ def _decisive(config: RunConfig, manifest: Manifest | None) -> dict[str, Any]:
     else:
         fields["data.tokenizer"] = file_hash(config.data.tokenizer)
         fields["train.precision"] = precision_name(config.train.precision)
+    is_fp8 = fields["train.precision"] == "fp8"
+    fields |= {f"train.{name}": tree["train"][name] if is_fp8 else None for name in _FP8}
     return fields
 
 

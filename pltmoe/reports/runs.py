@@ -134,6 +134,8 @@ def read_mlflow_run(uri: str, run_id: str) -> Run:
         for m in history:
             row = rows.setdefault(m.step, {"step": m.step, "tokens": m.step * per_step})
             row[key] = m.value
+            if key == "train/tokens":  # else reckoned: the batch size may have changed on a resume
+                row["tokens"] = int(m.value)
             row["time"] = max(row.get("time", 0.0), m.timestamp / 1000)
     if not rows:
         raise DataError(f"run {run_id} at {uri}: no metrics")

@@ -15,7 +15,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -35,9 +35,10 @@ log = logging.getLogger(__name__)
 class JsonlTracker:
     """Writes ``RUN_DIR/metrics.jsonl``, flushed line by line so that a killed job keeps them."""
 
-    def __init__(self, run_dir: Path, tokens_per_step: int) -> None:
+    def __init__(self, run_dir: Path, tokens_after: Callable[[int], int]) -> None:
+        """Take the run's folder, and what tells the tokens read after a step."""
         self.path = run_dir / METRICS_FILE
-        self._tokens_per_step = tokens_per_step
+        self._tokens_after = tokens_after
         self._file: TextIO | None = None
 
     def start(
@@ -60,8 +61,7 @@ class JsonlTracker:
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one line and flush it to the operating system."""
         assert self._file is not None, "start() comes before log()"
-        tokens = metrics.get("train/tokens", step * self._tokens_per_step)
-        line = {"step": step, "time": round(time.time(), 3), "tokens": int(tokens)}
+        line = {"step": step, "time": round(time.time(), 3), "tokens": self._tokens_after(step)}
         self._file.write(encode_line(line | dict(metrics)))
         self._file.flush()
 

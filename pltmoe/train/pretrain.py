@@ -37,6 +37,7 @@ from pltmoe.runtime.signals import StopRequest
 from pltmoe.runtime.versions import commit
 from pltmoe.tracking import Tracker, build_tracker
 from pltmoe.train.callbacks import Checkpointing, LogLine, Tracking, Validation
+from pltmoe.train.consumed import Consumed
 from pltmoe.train.startup import log_startup
 from pltmoe.train.throughput import Throughput
 from pltmoe.train.trainer import Outcome, Trainer
@@ -57,6 +58,10 @@ class Start:
     def step(self) -> int:
         """Optimizer steps already taken."""
         return self.manifest.step if self.manifest else 0
+
+    def consumed(self, config: RunConfig) -> Consumed:
+        """What has been read of the data, and will be."""
+        return Consumed.of(config, self.manifest)
 
 
 def pretrain(config: RunConfig) -> int:
@@ -96,7 +101,7 @@ class Data:
         self._config, self._layout, self._rank = config, layout, data_rank
         train = config.train
         planned = start.manifest.train_samples if start.manifest else 0
-        self.train_samples = max(planned, train.steps * train.global_batch_size)
+        self.train_samples = max(planned, start.consumed(config).sequences_after(train.steps))
         valid = train.eval_steps * train.global_batch_size if train.eval_interval else 0
         tokenizer = Tokenizer(config.data.tokenizer)
         self._train, self._valid, _ = build_datasets(
@@ -174,10 +179,10 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
 
 def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: StopRequest) -> int:
     """Train with a tracker on rank 0 that is told how it ends."""
-    layout = engine.capabilities.layout
-    tracker = distributed.main_only(lambda: _start_tracker(config, engine, start))
+    layout, consumed = engine.capabilities.layout, start.consumed(config)
+    tracker = distributed.main_only(lambda: _start_tracker(config, engine, start, consumed))
     saves = Checkpointing(
-        lambda step: _manifest(config, layout, data, start, step),
+        lambda step: _manifest(config, layout, data, start, consumed, step),
         start.step,
         tracker.log if tracker is not None else None,
     )
@@ -192,7 +197,7 @@ def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: St
             saves,
         ],
         stop,
-        start.step,
+        consumed,
     )
     try:
         outcome = trainer.fit()
@@ -221,7 +226,7 @@ def _end_save(saves: Checkpointing, step: int, error: BaseException) -> None:
         logger.warning("%s", another)
 
 
-def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
+def _start_tracker(config: RunConfig, engine: Engine, start: Start, consumed: Consumed) -> Tracker:
     """Write config.yaml, now that everything fits, and open the run."""
     capabilities, folder = engine.capabilities, config.train.output_dir
     with complete_file(folder / "config.yaml") as temporary:
@@ -237,20 +242,21 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start) -> Tracker:
         "device": devices.device_name(),
         **config.tracking.tags,
     }
-    tracker = build_tracker(config, config.train.output_dir)
+    tracker = build_tracker(config, config.train.output_dir, consumed.tokens_after)
     tracker.start(config_to_dict(config), tags, resume_step=start.step if start.manifest else None)
     for name in ("config.yaml", *capabilities.files):
         tracker.artifact(folder / name)
     return tracker
 
 
-def _manifest(config: RunConfig, layout: Layout, data: Data, start: Start, step: int) -> Manifest:
-    consumed = step * config.train.global_batch_size
+def _manifest(
+    config: RunConfig, layout: Layout, data: Data, start: Start, consumed: Consumed, step: int
+) -> Manifest:
     return Manifest(
         config=config,
         step=step,
-        tokens=consumed * config.data.sequence_length,
-        consumed_samples=consumed,
+        tokens=consumed.tokens_after(step),
+        consumed_samples=consumed.sequences_after(step),
         train_samples=data.train_samples,
         world_size=layout.world_size,
         precision=devices.precision_name(config.train.precision),

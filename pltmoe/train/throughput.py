@@ -12,8 +12,8 @@ class Throughput:
     """Collects step times and answers since the last answer."""
 
     def __init__(self, config: RunConfig, world_size: int, peak_flops: float | None):
-        self.tokens_per_step = config.train.global_batch_size * config.data.sequence_length
-        self.flops_per_token = flops_per_token(config.model, config.data.sequence_length)
+        self._tokens_per_step = config.train.global_batch_size * config.data.sequence_length
+        self._flops_per_token = flops_per_token(config.model, config.data.sequence_length)
         self._world_size, self._peak_flops = world_size, peak_flops
         self._seconds, self._steps = 0.0, 0
 
@@ -26,8 +26,8 @@ class Throughput:
         """Return the metrics of the steps since the last call, and begin anew."""
         per_step = self._seconds / max(self._steps, 1)
         self._seconds, self._steps = 0.0, 0
-        tokens = self.tokens_per_step / max(per_step, 1e-9)
-        flops = tokens * self.flops_per_token / self._world_size
+        tokens = self._tokens_per_step / max(per_step, 1e-9)
+        flops = tokens * self._flops_per_token / self._world_size
         found = {
             "perf/seconds_per_step": per_step,
             "perf/tokens_per_second": tokens,

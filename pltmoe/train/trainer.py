@@ -5,8 +5,8 @@
                      stop here if any process was asked to
     meanwhile:       a watcher that ends all ranks when one hangs (runtime/heartbeat.py)
 
-Steps count from 1. After step k exactly k x global_batch_size sequences have been consumed, in an
-order that is a function of that number alone; so a run is resumed by its step.
+Steps count from 1. The order of the data is a function of the number of sequences consumed; so a
+run is resumed by that number and its step.
 """
 
 import enum
@@ -22,6 +22,7 @@ from pltmoe.runtime.distributed import highest
 from pltmoe.runtime.heartbeat import Heartbeat
 from pltmoe.runtime.signals import StopRequest
 from pltmoe.train.callbacks.base import Callback
+from pltmoe.train.consumed import Consumed
 
 
 class Outcome(enum.Enum):
@@ -53,19 +54,20 @@ class Trainer:
         batches_from: Callable[[int], Iterator[Batch]],
         callbacks: Sequence[Callback],
         stop: StopRequest,
-        step: int = 0,
+        consumed: Consumed,
     ):
         """Prepare.
 
         Args:
             config: the run.
-            engine: at ``step`` already.
+            engine: at ``consumed.step`` already.
             batches_from: this rank's micro batches after so many consumed sequences (all ranks').
             callbacks: called in this order after every step.
             stop: set by signals.
-            step: optimizer steps that have been taken.
+            consumed: where the run begins or goes on.
         """
-        self.config, self.engine, self.step = config, engine, step
+        self.config, self.engine, self.consumed = config, engine, consumed
+        self.step = consumed.step
         self._batches_from, self._callbacks, self._stop = batches_from, callbacks, stop
         self.stop_signal = 0
         minutes = config.train.hang_timeout_minutes
@@ -83,7 +85,8 @@ class Trainer:
 
     def _fit(self) -> Outcome:
         train = self.config.train
-        batches = self._marked(self._batches_from(self.step * train.global_batch_size), self.step)
+        batches = self._batches_from(self.consumed.sequences_after(self.step))
+        batches = self._marked(batches, self.step)
         while self.step < train.steps and not self.stop_signal:
             self._take_step(batches)
             self.heartbeat.mark(f"agreement after step {self.step}", slack=True)

@@ -228,6 +228,18 @@ def test_weights_alone_start_a_new_run(run, straight, tmp_path):
     assert first["train/loss"] < untrained["train/loss"] - 0.3  # of the same sequences
 
 
+def test_an_accepted_batch_size_counts_from_where_the_run_was(run, straight, tmp_path):
+    """Twelve steps of four sequences, then two of eight; sequences of 16 tokens."""
+    shutil.copytree(straight[0], tmp_path / "run")
+    more = ("train.global_batch_size=8", "checkpoint.accept_changes=[train.global_batch_size]")
+    code, log = run(tmp_path / "run", "train.steps=14", f"optimizer.decay_steps={STEPS}", *more)
+    assert code == 0 and "accepted change: train.global_batch_size" in log, log
+    manifest = read_manifest(store.latest_checkpoint(tmp_path / "run"))
+    assert (manifest.step, manifest.consumed_samples, manifest.tokens) == (14, 64, 64 * 16)
+    assert [line["tokens"] // 16 for line in lines_of(tmp_path / "run")[-3:]] == [48, 56, 64]
+    assert lines_of(tmp_path / "run")[-1]["train/tokens"] == 64 * 16
+
+
 def test_a_finished_run_stays_as_it_is(run, straight):
     before = (straight[0] / "metrics.jsonl").read_bytes()
     code, log = run(straight[0], f"train.steps={STEPS}")

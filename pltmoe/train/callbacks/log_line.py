@@ -33,7 +33,7 @@ class LogLine(Callback):
         report.metrics.update(
             {
                 **_of_the_step(report),
-                "train/tokens": float(report.step * self._throughput.tokens_per_step),
+                "train/tokens": float(trainer.consumed.tokens_after(report.step)),
                 "optim/lr": report.result.learning_rate,
                 "memory/peak_gib": highest(peak_memory_gib()),
                 **self._throughput.take(),

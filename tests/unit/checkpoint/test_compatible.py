@@ -13,6 +13,9 @@ from tests.distributed.tiny import MOE, tiny_config
 FOLDER = Path("run/checkpoints/step_00000005")
 
 
+FP8 = {"train__precision": "fp8"}
+
+
 @pytest.fixture
 def tokenizer(tmp_path):
     path = tmp_path / "tokenizer.model"
@@ -32,6 +35,7 @@ def check(tokenizer):
             config=tiny_config(**path, **(old or {})),
             step=5,
             train_samples=80,
+            precision=(old or {}).get("train__precision", "fp32"),
             tokenizer_sha256=file_hash(tokenizer),
         )
         check_resume(FOLDER, manifest, tiny_config(model, **path, **changes))
@@ -55,6 +59,7 @@ def test_the_same_configuration_fits(check):
         {"data__cache_dir": "cache"},
         {"train__deterministic": True},
         {"train__precision": "fp32"},  # what auto means here
+        {"train__fp8_recipe": "blockwise"},  # nothing is in FP8
         {"optimizer__decay_steps": 10},  # what it was anyway
     ],
 )
@@ -70,6 +75,14 @@ def test_what_does_not_decide_the_result_may_change(check, changes):
         ({"train__global_batch_size": 16}, "train.global_batch_size: checkpoint 8, config 16"),
         ({"train__micro_batch_size": 1}, "train.micro_batch_size: checkpoint 2, config 1"),
         ({"train__precision": "bf16"}, "train.precision: checkpoint fp32, config bf16"),
+        (
+            {**FP8, "old": FP8, "train__fp8_recipe": "blockwise"},
+            "train.fp8_recipe: checkpoint tensorwise, config blockwise",
+        ),
+        (
+            {**FP8, "old": FP8, "train__fp8_attention": True},
+            "train.fp8_attention: checkpoint False, config True",
+        ),
         ({"data__sequence_length": 32}, "data.sequence_length: checkpoint 16, config 32"),
         ({"data__reset_position_ids": True}, "data.reset_position_ids: checkpoint False"),
         ({"data__train": [{"path": "b"}]}, "data.train: checkpoint .*'text'.*, config .*'b'"),
@@ -150,6 +163,9 @@ def test_accepted_changes_pass_but_shapes_never(check, caplog):
     accept = {"checkpoint__accept_changes": ["optimizer.lr", "model.num_layers"]}
     check(optimizer__lr=2e-2, **accept)
     assert "accepted change: optimizer.lr: checkpoint 0.01, config 0.02" in caplog.text
+    assert "drawn anew" not in caplog.text
+    check(train__seed=5, checkpoint__accept_changes=["train.seed"])
+    assert "the order of the data is drawn anew (train.seed)" in caplog.text
     with pytest.raises(CheckpointError, match="model.num_layers: checkpoint 2, config 3"):
         check(model=MOE | {"num_layers": 3}, **accept)
 

@@ -20,7 +20,7 @@ def logged(folder: Path, losses: dict[str, float], seeds: tuple[int, ...] = (1, 
     for name, last in losses.items():
         for seed in seeds:
             run_dir = folder / f"{name}-seed{seed}"
-            tracker = JsonlTracker(run_dir, 8 * 128)
+            tracker = JsonlTracker(run_dir, lambda step: step * 8 * 128)
             tracker.start({}, {})
             write_config(run_config(run_dir, train__steps=100), run_dir / "config.yaml")
             for step in range(10, 101, 10):

@@ -153,7 +153,7 @@ def test_failed_and_vanished_jobs_say_so_and_a_resume_continues_the_run(server, 
 def test_an_outage_loses_and_doubles_nothing_and_never_holds_up_training(server, tmp_path):
     """Frozen (accepts, never answers), gone, and back, while steps go on being logged."""
     config = run_config(tmp_path, server.uri, model__num_loops=2)
-    tracker = build_tracker(config, tmp_path)
+    tracker = build_tracker(config, tmp_path, lambda step: step)
     tracker.start({}, {})
     costs_ms, step = [], 0
 
@@ -189,7 +189,7 @@ def test_an_outage_loses_and_doubles_nothing_and_never_holds_up_training(server,
 def test_no_server_at_all_then_sync_later_and_again(server, tmp_path, caplog):
     """The end of the job waits only as long as it was told; nothing is lost; sync is repeatable."""
     config = run_config(tmp_path, "http://127.0.0.1:9")  # nobody listens there
-    tracker = build_tracker(config, tmp_path)
+    tracker = build_tracker(config, tmp_path, lambda step: step)
     tracker._trackers[1]._give_up_s = 1.0
     began = time.monotonic()
     tracker.start({}, {})
@@ -249,7 +249,7 @@ def test_a_changed_setting_after_a_resume_is_a_tag(server, tmp_path):
 
     for lr, resume in ((1e-3, None), (5e-4, 3)):
         config = run_config(tmp_path, server.uri, optimizer__lr=lr)
-        lines = JsonlTracker(tmp_path, 1)
+        lines = JsonlTracker(tmp_path, lambda step: step)
         lines.start({}, {}, resume_step=3)
         MLflowTracker(config, tmp_path).record_start({"note": "x" * 7000}, {}, resume_step=resume)
         lines.log(4, {"train/loss": float("nan"), "odd [name]": 1.0})

@@ -18,7 +18,7 @@ from tests.unit.tracking.runs import metrics_of, run_config
 
 
 def write(run_dir: Path, steps: range, resume: int | None = None) -> None:
-    tracker = JsonlTracker(run_dir, tokens_per_step=100)
+    tracker = JsonlTracker(run_dir, lambda step: 100 * step)
     tracker.start({}, {}, resume_step=resume)
     for step in steps:
         tracker.log(step, {"train/loss": 1.0 / step})
@@ -40,7 +40,7 @@ def test_a_line_has_step_time_tokens_and_metrics(tmp_path):
 
 
 def test_each_line_is_on_disk_before_the_next(tmp_path):
-    tracker = JsonlTracker(tmp_path, 1)
+    tracker = JsonlTracker(tmp_path, lambda step: step)
     tracker.start({}, {})
     tracker.log(1, {"train/loss": 1.0})
     assert steps_of(tmp_path) == [1]  # not closed, not finished
@@ -102,7 +102,7 @@ def test_starting_from_scratch_moves_the_old_records_away(tmp_path):
 def test_logging_a_step_costs_less_than_a_millisecond(tmp_path):
     """A line of 100 metrics; the bound is loose enough for a busy machine (the median counts)."""
     config = run_config(tmp_path, model__num_loops=2, model__num_layers=48)
-    tracker = build_tracker(config, tmp_path)
+    tracker = build_tracker(config, tmp_path, lambda step: step)
     tracker.start({}, {})
     metrics = metrics_of(1, config)
     assert len(metrics) == 100
@@ -116,7 +116,7 @@ def test_logging_a_step_costs_less_than_a_millisecond(tmp_path):
 
 
 def test_run_json_tells_where_each_job_ran_and_how_it_ended(tmp_path):
-    tracker = JsonlTracker(tmp_path, 1)
+    tracker = JsonlTracker(tmp_path, lambda step: step)
     tracker.start({}, {"device": "CPU (2 cores)"})
     assert read_jobs(tmp_path)[-1]["status"] == "RUNNING"
     tracker.finish("KILLED")

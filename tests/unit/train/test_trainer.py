@@ -11,6 +11,7 @@ from pltmoe.engines.base import StepResult
 from pltmoe.runtime import distributed
 from pltmoe.runtime.signals import StopRequest
 from pltmoe.train.callbacks import Callback
+from pltmoe.train.consumed import Consumed
 from pltmoe.train.trainer import Outcome, StepReport, Trainer
 from tests.distributed.tiny import tiny_config
 
@@ -46,7 +47,9 @@ def alone(monkeypatch):
     monkeypatch.setattr(distributed.dist, "get_world_size", lambda: 1)
 
 
-def trainer(step: int = 0, stop_at: int | None = None, **changes: Any) -> tuple[Any, ...]:
+def trainer(
+    step: int = 0, sequences: int = 0, stop_at: int | None = None, **changes: Any
+) -> tuple[Any, ...]:
     engine, log, stop = CountingEngine(), [], StopRequest()
     config = tiny_config(train__steps=6, train__log_interval=4, **changes)
     callbacks = [Notes("first", log, stop, stop_at), Notes("second", log, stop)]
@@ -54,7 +57,8 @@ def trainer(step: int = 0, stop_at: int | None = None, **changes: Any) -> tuple[
     def batches(consumed: int) -> Iterator[int]:
         return iter(range(consumed, 10**6))
 
-    return Trainer(config, engine, batches, callbacks, stop, step), engine, log
+    consumed = Consumed(8, 8 * 16, step, sequences)
+    return Trainer(config, engine, batches, callbacks, stop, consumed), engine, log
 
 
 def test_takes_every_step_and_watches_the_logged_ones():
@@ -83,10 +87,10 @@ def test_garbage_collections_do_not_look_through_what_start_up_made():
 
 
 def test_goes_on_where_the_data_was_left():
-    loop, engine, _ = trainer(step=4)
+    loop, engine, _ = trainer(step=4, sequences=21)
     assert loop.fit() is Outcome.FINISHED
     assert [step for step, _, _ in engine.calls] == [5, 6]
-    assert engine.calls[0][2] == 4 * 8, "sequences consumed by four steps of eight"
+    assert engine.calls[0][2] == 21, "not four steps of eight: the batch was smaller then"
 
 
 def test_stops_after_the_step_in_which_it_was_asked_to():
