@@ -65,16 +65,14 @@ class Manifest(BaseModel):
 def write_manifest(directory: Path, manifest: Manifest) -> Path:
     """Write ``manifest.json`` with the sizes of all files now in ``directory``, and its own hash.
 
-    ``manifest.checksums`` are the caller's: files are not read again. (Those of files that are not
-    there are left out.)
+    ``manifest.checksums`` are the caller's: files are not read again.
     """
     sizes = {
         path.relative_to(directory).as_posix(): path.stat().st_size
         for path in sorted(directory.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    sums = {name: value for name, value in manifest.checksums.items() if name in sizes}
-    manifest = manifest.model_copy(update={"files": sizes, "checksums": sums})
+    manifest = manifest.model_copy(update={"files": sizes})
     tree = manifest.model_dump(mode="json", exclude={"config"})
     tree["config"] = config_to_dict(manifest.config)
     tree[_OWN_HASH] = _own_hash(tree)

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 LATEST = "latest"
 WRITING, OLD = ".writing_", ".old_"
+_PATIENCE_S = 30.0
 
 
 class Save:
@@ -122,6 +124,7 @@ class Save:
 
     def _complete_folder(self, reports: list[tuple[str | None, list[Any], dict[str, str]]]) -> None:
         writing, more = self._writing, {}
+        self._see_all([sums for _, _, sums in reports])
         self._shards.complete([results for _, results, _ in reports])
         if self._tokenizer is not None:
             shutil.copyfile(self._tokenizer, writing / TOKENIZER)
@@ -134,6 +137,21 @@ class Save:
         _appear(writing, self.final)
         if self._point:
             point_to(self.final)
+
+
+    def _see_all(self, files_of_ranks: list[dict[str, str]]) -> None:
+        """Look for every rank's files, on rank 0; a network file system may show them late."""
+        patience = time.monotonic() + _PATIENCE_S
+        for rank, files in enumerate(files_of_ranks):
+            for name in files:
+                while not (self._writing / name).is_file():
+                    if time.monotonic() > patience:
+                        raise _cannot_be_written(
+                            self.final,
+                            f"rank {rank} wrote {name}, which rank 0 does not see: "
+                            "train.output_dir must lie on a file system that all machines share",
+                        )
+                    time.sleep(0.1)
 
 
 def point_to(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from pltmoe.checkpoint import in_process, store
+from pltmoe.checkpoint import in_process, saving, store
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.checkpoint.newest import newest_intact
 from pltmoe.errors import CheckpointError
@@ -103,6 +103,22 @@ def damaged_on_a_rank(folder: Path) -> list[str]:
     dist.barrier()
     found = newest_intact(folder, verify=True)
     return [found[0].name, str(found[1].step)] if found else []
+
+
+def folder_of_its_own(folder: Path) -> str:
+    """Save where each rank sees a folder of that name, but not the other's."""
+    saving._PATIENCE_S = 0.2
+    config = tiny_config()
+    engine = build_engine(config)
+    manifest = Manifest(config=config, step=1)
+    try:
+        store.save_checkpoint(folder / f"node{dist.get_rank()}", engine.state(), manifest)
+    except CheckpointError as error:
+        return str(error)
+    finally:
+        saving._PATIENCE_S = 30.0
+        drop_engine()
+    return "it is whole"
 
 
 def _saving_threads() -> list[str]:

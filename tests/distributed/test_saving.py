@@ -50,6 +50,17 @@ def test_an_error_on_one_rank_reaches_all_at_a_later_step(warm_ranks, tmp_path) 
     assert not list(tmp_path.glob("checkpoints/.writing_*"))
 
 
+def test_an_output_folder_that_is_not_shared_is_no_checkpoint(warm_ranks, tmp_path) -> None:
+    """Each machine with a folder of its own: both would hold half of it, and resume from none."""
+    for said in warm_ranks(2, f"{CASES}:folder_of_its_own", folder=tmp_path):
+        assert said == (
+            f"{tmp_path}/node0/step_00000001: cannot be written (rank 1 wrote __1_0.distcp, which "
+            "rank 0 does not see: train.output_dir must lie on a file system that all machines "
+            "share); older checkpoints are untouched"
+        )
+    assert not list(tmp_path.glob("node0/*step_*"))
+
+
 def test_ranks_share_the_check_and_agree(warm_ranks, tmp_path) -> None:
     reports = warm_ranks(2, f"{CASES}:damaged_on_a_rank", folder=tmp_path)
     assert reports == [["step_00000001", "1"]] * 2
