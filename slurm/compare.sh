@@ -18,7 +18,7 @@
 # shellcheck source=slurm/job.sh
 source slurm/job.sh
 if in_job; then # the report: RUN RUN --output FOLDER, also in MLflow if the runs are there
-    uri=$(run_python tools/pretrain.py --config "$1/config.yaml" --print tracking.mlflow_uri)
+    uri=$(run_python tools/pretrain.py --config "$1/config.yaml" --print tracking.mlflow_uri "${OVERRIDES[@]}")
     run_python tools/compare_runs.py "$@" ${uri:+--mlflow-uri "$uri"}
     exit
 fi

@@ -98,8 +98,8 @@ conclude() {
 after_crash() {
     local newest tries
     mkdir -p "$OUTPUT/checkpoints"
-    newest=$(find "$OUTPUT/checkpoints" -maxdepth 1 -name 'step_*' -printf '%f\n' | sort | tail -n 1)
-    newest=${newest:-none}
+    newest=none
+    [[ ! -f $OUTPUT/checkpoints/latest ]] || newest=$(<"$OUTPUT/checkpoints/latest")
     echo "$newest $1" >>"$LOGS/../crashes"
     tries=$(grep -c "^$newest " "$LOGS/../crashes")
     if ((tries > MAX_CRASH_RESTARTS)); then

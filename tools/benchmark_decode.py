@@ -26,7 +26,7 @@ from pltmoe.inference.benchmark.measure import Result, Setup, measure
 from pltmoe.inference.benchmark.report import JSON_FILE, MARKDOWN_FILE, add_run, write_json
 from pltmoe.inference.benchmark.suite import ABLATION, HEADLINE, candidates
 from pltmoe.reports.decode import plot_decode
-from pltmoe.runtime.command_line import run_tool
+from pltmoe.runtime.command_line import positive, run_tool
 from pltmoe.runtime.devices import device, parameter_dtype
 from pltmoe.runtime.versions import commit, versions
 
@@ -49,15 +49,17 @@ def main() -> None:
     random.add_argument("--scaled-down", action="store_true", help="small sizes; always on a CPU")
     random.add_argument("--fp8", action="store_true", help="experts in FP8 (not on a CPU)")
     random.add_argument("--fuse", action="store_true", help="compile between the large kernels")
-    random.add_argument("--context", type=int, help="slots in the cache before decoding (4096)")
+    random.add_argument(
+        "--context", type=positive, help="slots in the cache at first (4096)"
+    )
     random.add_argument("--batches", type=_numbers, help="e.g. 1,4,16 (1..256); none: 0")
     random.add_argument("--prefill", type=_numbers, help="prompt lengths (1k..32k); none: 0")
     exported = parser.add_argument_group("exported folders")
     exported.add_argument("--model", action="append", default=[], metavar="NAME=DIR")
-    exported.add_argument("--batch", type=int, default=DecodeSetup.batch)
-    exported.add_argument("--prompt-tokens", type=int, default=DecodeSetup.prompt_tokens)
-    parser.add_argument("--new-tokens", type=int, help="tokens decoded in a round")
-    parser.add_argument("--rounds", type=int, help="rounds; the median counts")
+    exported.add_argument("--batch", type=positive, default=DecodeSetup.batch)
+    exported.add_argument("--prompt-tokens", type=positive, default=DecodeSetup.prompt_tokens)
+    parser.add_argument("--new-tokens", type=positive, help="tokens decoded in a round")
+    parser.add_argument("--rounds", type=positive, help="rounds; the median counts")
     args = parser.parse_args()
     if args.model:
         _exported(args, parser)

@@ -25,7 +25,7 @@ from pathlib import Path
 
 from pltmoe.config import RunConfig, load_config
 from pltmoe.errors import ConfigError
-from pltmoe.runtime.command_line import run_tool
+from pltmoe.runtime.command_line import positive, run_tool
 from pltmoe.runtime.cpu import stand_in_for_cuda
 from pltmoe.runtime.logs import configure_logging
 
@@ -80,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--compare", default=",".join(DEFAULTS), help=f"of {','.join(NAMES)}")
     parser.add_argument("--config", type=Path, help="YAML file of a looped run (default: small)")
-    parser.add_argument("--rounds", type=int, default=20, help="steps of each that count")
+    parser.add_argument("--rounds", type=positive, default=20, help="steps of each that count")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each before them")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "runs" / "benchmark_train")
     parser.add_argument("--profile", action="store_true", help="show where a step's time goes")

@@ -28,7 +28,7 @@ from pltmoe.evaluation.harness import (
 )
 from pltmoe.evaluation.local_tasks import write_local_tasks
 from pltmoe.evaluation.scores import Score, as_markdown, as_metrics, scores_of, write_results
-from pltmoe.runtime.command_line import run_tool
+from pltmoe.runtime.command_line import positive, run_tool
 from pltmoe.tracking.scores import find_run, log_scores
 
 
@@ -38,8 +38,10 @@ def main() -> None:
     if args.list:
         print(describe_lists(), end="")
         return
-    if args.output is None or (args.model is None and not (args.log_only or args.download)):
-        raise ConfigError("--model DIR and --output results.json are needed; see --help")
+    needed = [] if args.download else ["--output results.json"]
+    needed += [] if args.download or args.log_only else ["--model DIR"]
+    if missing := [n for n in needed if getattr(args, n.split()[0].removeprefix("--")) is None]:
+        raise ConfigError(f"{' and '.join(missing)} must be given; see --help")
     target = find_run(args.run, args.mlflow_uri) if args.run else None
     if not args.log_only:
         with _local_folder(args) as folder:
@@ -106,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--include", type=Path, action="append", default=[], help="folder with tasks of your own"
     )
-    parser.add_argument("--limit", type=int, help="questions per task, to try something out")
+    parser.add_argument("--limit", type=positive, help="questions per task, to try something out")
     parser.add_argument("--batch-size", type=int, default=default.batch_size)
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--allow-code", action="store_true", help="run code the model wrote, here")

@@ -27,7 +27,7 @@ from pltmoe.inference.engine import Engine, Timing
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.text import TextStream
 from pltmoe.inference.weights import describe_folder, read_fields
-from pltmoe.runtime.command_line import run_tool
+from pltmoe.runtime.command_line import positive, run_tool
 
 ENGINES = ("pltmoe", "transformers")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -125,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help='one prompt per line; .jsonl: {"prompt": "..."} per line',
     )
-    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--max-new-tokens", type=positive, default=64)
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
     parser.add_argument("--top-k", type=int, default=0, help="among so many likeliest; 0: all")
     parser.add_argument("--top-p", type=float, default=1.0, help="among the likeliest of this sum")
@@ -139,8 +139,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument("--fp8", action="store_true", help="experts in FP8 (GPU: 8.9 or newer)")
-    parser.add_argument("--max-slots", type=int, help="default: what the model was trained with")
-    parser.add_argument("--max-batch", type=int, default=64, help="prompts that run together")
+    parser.add_argument(
+        "--max-slots", type=positive, help="default: as it was trained"
+    )
+    parser.add_argument("--max-batch", type=positive, default=64, help="prompts that run together")
     parser.add_argument(
         "--engine", choices=ENGINES, default="pltmoe", help="transformers: its generate()"
     )

@@ -16,7 +16,7 @@ from pltmoe.plan import check_fits, make_plan
 from pltmoe.plan.machines import GPUS
 from pltmoe.plan.report import as_json, as_text, page, search_table
 from pltmoe.plan.search import candidates, search
-from pltmoe.runtime.command_line import run_tool
+from pltmoe.runtime.command_line import positive, run_tool
 
 PAPER = (
     "plt_1.7b_40b",
@@ -42,7 +42,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         _write_page(arguments.table, arguments.gpu)
         return 0
-    if not (arguments.config and arguments.gpus):
+    if arguments.config is None or arguments.gpus is None:
         raise ConfigError("give --config FILE and --gpus N (or --table FILE for the page of docs/)")
     config = load_config(arguments.config, arguments.overrides)
     if arguments.search:
@@ -58,10 +58,10 @@ def _run(arguments: argparse.Namespace) -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, help="run configuration (YAML)")
-    parser.add_argument("--gpus", type=int, help="GPUs in total")
+    parser.add_argument("--gpus", type=positive, help="GPUs in total")
     parser.add_argument("--gpu", default="H200", help=f"one of {', '.join(GPUS)}")
     parser.add_argument("--search", action="store_true", help="list the best layouts that fit")
-    parser.add_argument("--rows", type=int, default=15, help="rows of --search (default 15)")
+    parser.add_argument("--rows", type=positive, default=15, help="rows of --search (default 15)")
     parser.add_argument(
         "--timeline",
         nargs="?",

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from pltmoe.data.preprocess import PreprocessOptions, preprocess
-from pltmoe.runtime.command_line import run_tool
+from pltmoe.runtime.command_line import positive, run_tool
 
 
 def main() -> None:
@@ -20,7 +20,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, metavar="PREFIX")
     parser.add_argument("--json-key", default=default.json_key, help="field of the text in JSONL")
     parser.add_argument("--include", default=default.include, help="file names to take in folders")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset")
     args = parser.parse_args()
     options = PreprocessOptions(

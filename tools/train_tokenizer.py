@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
-from pltmoe.runtime.command_line import run_tool
+from pltmoe.runtime.command_line import positive, run_tool
 
 
 def main() -> None:
@@ -13,10 +13,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("inputs", nargs="+", type=Path, help="text, JSONL, .gz .bz2 .xz, folders")
     parser.add_argument("--output", type=Path, required=True, help="model file to write")
-    parser.add_argument("--vocab-size", type=int, required=True, help="number of pieces")
+    parser.add_argument("--vocab-size", type=positive, required=True, help="number of pieces")
     parser.add_argument("--json-key", default=default.json_key, help="field of the text in JSONL")
     parser.add_argument(
-        "--max-bytes", type=int, default=default.max_bytes, help="size of the sample to train on"
+        "--max-bytes",
+        type=positive,
+        default=default.max_bytes,
+        help="of the sample to train on",
     )
     parser.add_argument(
         "--character-coverage",

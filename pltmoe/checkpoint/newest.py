@@ -4,10 +4,9 @@ import logging
 import os
 from pathlib import Path
 
-from pltmoe.checkpoint import store
+from pltmoe.checkpoint import folders
 from pltmoe.checkpoint.integrity import check_files_together
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
-from pltmoe.checkpoint.saving import point_to
 from pltmoe.errors import CheckpointError, DamagedCheckpointError
 from pltmoe.runtime.distributed import on_main
 
@@ -30,7 +29,7 @@ def newest_intact(run_dir: Path, verify: bool) -> tuple[Path, Manifest] | None:
         CheckpointError: all are damaged, or a manifest is of a newer format.
     """
     damaged: dict[Path, str] = {}
-    for folder in on_main(lambda: store.resumable_checkpoints(run_dir)):
+    for folder in on_main(lambda: folders.resumable_checkpoints(run_dir)):
         try:
             manifest = on_main(lambda folder=folder: read_manifest(folder))
             if verify:
@@ -54,7 +53,7 @@ def _fall_back(damaged: dict[Path, str], folder: Path) -> None:
         logger.warning("%s", why)
     logger.warning("going on from %s, the newest checkpoint that is intact", folder)
     try:
-        point_to(folder)
+        folders.point_to(folder)
         for bad in damaged:
             os.rename(bad, _free_name(bad))
     except OSError as error:

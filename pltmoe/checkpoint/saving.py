@@ -21,6 +21,7 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
+from pltmoe.checkpoint.folders import OLD, WRITING, point_to, sync
 from pltmoe.checkpoint.in_process import ShardWriter
 from pltmoe.checkpoint.integrity import checksums
 from pltmoe.checkpoint.manifest import TOKENIZER, Manifest, file_hash, write_manifest
@@ -29,8 +30,6 @@ from pltmoe.runtime.distributed import highest, on_main
 
 logger = logging.getLogger(__name__)
 
-LATEST = "latest"
-WRITING, OLD = ".writing_", ".old_"
 _PATIENCE_S = 30.0
 
 
@@ -138,7 +137,6 @@ class Save:
         if self._point:
             point_to(self.final)
 
-
     def _see_all(self, files_of_ranks: list[dict[str, str]]) -> None:
         """Look for every rank's files, on rank 0; a network file system may show them late."""
         patience = time.monotonic() + _PATIENCE_S
@@ -152,15 +150,6 @@ class Save:
                             "train.output_dir must lie on a file system that all machines share",
                         )
                     time.sleep(0.1)
-
-
-def point_to(folder: Path) -> None:
-    """Let ``latest`` beside ``folder`` name it, from one moment to the next."""
-    part = folder.with_name(f".{LATEST}.part")
-    part.write_text(folder.name + "\n")
-    _sync(part)
-    os.replace(part, folder.with_name(LATEST))
-    _sync(folder.parent)
 
 
 def reason(error: BaseException) -> str:
@@ -187,21 +176,13 @@ def _appear(writing: Path, final: Path) -> None:
     """Put everything in ``writing`` on disk for good, then give it its name."""
     for path in writing.rglob("*"):
         if path.is_file():
-            _sync(path)
-    _sync(writing)
+            sync(path)
+    sync(writing)
     if final.exists():  # the same step again, after a resume from an older one
         os.rename(final, final.with_name(OLD + final.name))
     os.rename(writing, final)
-    _sync(final.parent)
+    sync(final.parent)
     shutil.rmtree(final.with_name(OLD + final.name), ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _explain(path: Path, action: Callable[[], Any]) -> None:

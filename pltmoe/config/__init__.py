@@ -5,6 +5,7 @@ from pltmoe.config.load import (
     config_to_dict,
     load_config,
     model_from_dict,
+    without_password,
     write_config,
 )
 from pltmoe.config.model import ModelConfig
@@ -18,5 +19,6 @@ __all__ = [
     "config_to_dict",
     "load_config",
     "model_from_dict",
+    "without_password",
     "write_config",
 ]

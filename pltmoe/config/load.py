@@ -1,6 +1,7 @@
 """Reading a run configuration: one YAML file, dotted overrides, one clear error."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, get_args
 
@@ -48,8 +49,19 @@ def model_from_dict(tree: dict[str, Any], where: str = "model") -> ModelConfig:
 
 
 def config_to_dict(config: BaseModel) -> dict[str, Any]:
-    """Return the configuration as plain JSON types; ``config_from_dict`` reads it back."""
-    return config.model_dump(mode="json")
+    """Return the configuration as plain JSON types; ``config_from_dict`` reads it back.
+
+    It is written into folders and sent to MLflow, so a password in an address is left out.
+    """
+    tree = config.model_dump(mode="json")
+    if isinstance(config, RunConfig) and config.tracking.mlflow_uri is not None:
+        tree["tracking"]["mlflow_uri"] = without_password(config.tracking.mlflow_uri)
+    return tree
+
+
+def without_password(uri: str) -> str:
+    """Return a URI that may be shown and stored: ``http://user:secret@host`` loses the secret."""
+    return re.sub(r"://[^/@]*@", "://***@", uri)
 
 
 def write_config(config: RunConfig, path: Path) -> None:
@@ -66,6 +78,10 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
         for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a key must be a single word", key.start_mark
+                )
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {key.value!r} is given twice", key.start_mark

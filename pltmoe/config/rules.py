@@ -227,6 +227,11 @@ def schedule_fits(c: RunConfig) -> Iterator[str]:
             f"optimizer.wsd_decay_steps ({o.wsd_decay_steps}) belongs to, and is required by, "
             f"optimizer.schedule = wsd (it is {o.schedule})"
         )
+    elif o.wsd_decay_steps is not None and o.wsd_decay_steps > end - o.warmup_steps:
+        yield (
+            f"optimizer.wsd_decay_steps ({o.wsd_decay_steps}) must not exceed the "
+            f"{end - o.warmup_steps} steps between warm-up and the end of the decay ({end})"
+        )
 
 
 def validation_has_data(c: RunConfig) -> Iterator[str]:

@@ -78,7 +78,7 @@ class OptimizerConfig(Section):
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
     decay_steps: PositiveInt | None = None
-    """Step at which min_lr is reached; default: train.steps."""
+    """Steps after which min_lr is reached; default: train.steps."""
     wsd_decay_steps: PositiveInt | None = None
     """Length of the final decay of the wsd schedule, in steps."""
     weight_decay: float = Field(default=0.1, ge=0)
@@ -123,7 +123,7 @@ class TrainConfig(Section):
     """Add weight gradients to the fp32 buffers inside the matrix products: faster, and loops are
     summed in fp32 instead of bf16. All layers with Transformer Engine; with local ones and NVIDIA
     Apex attention, dense layers and head. Off until it has run on a GPU."""
-    seed: int = 1234
+    seed: int = Field(default=1234, ge=0, lt=2**32)
     """Seed of weights and data order."""
     deterministic: bool = False
     """Bit-for-bit repeatable kernels on a GPU (slower). A CPU run always is."""

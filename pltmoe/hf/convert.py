@@ -23,6 +23,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from pltmoe.checkpoint.folders import latest_checkpoint
 from pltmoe.checkpoint.integrity import check_files
 from pltmoe.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
 from pltmoe.errors import CheckpointError, ConversionError
@@ -117,9 +118,9 @@ def find_checkpoint(path: Path) -> Path:
     """
     if (path / MANIFEST).is_file():
         return path
-    for folder in (path, path / "checkpoints"):
-        if (folder / "latest").is_file():
-            return folder / (folder / "latest").read_text().strip()
+    for run in (path, path.parent if path.name == "checkpoints" else path):
+        if (newest := latest_checkpoint(run)) is not None:
+            return newest
     raise CheckpointError(
         f"{path}: neither a checkpoint folder (with {MANIFEST}) nor a run with "
         "checkpoints/latest; name a folder such as OUTPUT_DIR/checkpoints/step_00000100"

@@ -17,6 +17,10 @@ _RECOMPUTE = ("none", "selective", "full")
 _MICRO_BATCHES = (1, 2, 4, 8)
 
 
+_FIXED = {"sequence_parallel": True, "overlap_grad_reduce": False}
+"""Fields of ``parallel`` in every layout."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """What a search may change; everything else stays as configured."""
@@ -36,9 +40,7 @@ class Candidate:
         micro = values.pop("micro_batch_size")
         return config.model_copy(
             update={
-                "parallel": config.parallel.model_copy(
-                    update=values | {"sequence_parallel": True, "overlap_grad_reduce": False}
-                ),
+                "parallel": config.parallel.model_copy(update=values | _FIXED),
                 "train": config.train.model_copy(update={"micro_batch_size": micro}),
             }
         )
@@ -48,7 +50,8 @@ class Candidate:
         values = dict(self.__dict__)
         micro = values.pop("micro_batch_size")
         named = [f"parallel.{name}={value}" for name, value in values.items()]
-        return [*named, f"train.micro_batch_size={micro}"]
+        fixed = [f"parallel.{name}={str(value).lower()}" for name, value in _FIXED.items()]
+        return [*named, *fixed, f"train.micro_batch_size={micro}"]
 
 
 def candidates(config: RunConfig, world_size: int, a: Assumptions = DEFAULT) -> list[Candidate]:

@@ -5,6 +5,7 @@ What was not measured says so. Ratios are to the baseline, the first run with on
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from math import isfinite, nan
 from statistics import fmean, median
 from typing import Any
 
@@ -66,8 +67,12 @@ def in_a_line(runs: Sequence[Run], extras: Extras) -> str:
 
 
 def final_loss(run: Run) -> float:
-    """Return the training loss, mean of the last logged steps (one step alone is noisy)."""
-    return fmean(point.value for point in run.series("train/loss")[-FINAL_LINES:])
+    """Return the training loss, mean of the last logged steps (one step alone is noisy).
+
+    A skipped step's may be no number, and is left out.
+    """
+    losses = [point.value for point in run.series("train/loss") if isfinite(point.value)]
+    return fmean(losses[-FINAL_LINES:]) if losses else nan
 
 
 def typical(run: Run, metric: str) -> float | None:

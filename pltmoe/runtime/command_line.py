@@ -1,11 +1,19 @@
 """How every tool under tools/ ends: log lines as they are, an error for the user as one line."""
 
+import argparse
 import logging
 import sys
 from collections.abc import Callable
 from typing import NoReturn
 
 from pltmoe.errors import PLTMoEError
+
+
+def positive(text: str) -> int:
+    """Read a whole number of at least 1: ``type=positive`` of an option."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pltmoe.config import without_password
 from pltmoe.errors import DataError
-from pltmoe.tracking.journal import without_password
 from pltmoe.tracking.mlflow import page_of
 from pltmoe.tracking.sender import quick_to_fail
 from pltmoe.tracking.store import artifact_location, usable_uri

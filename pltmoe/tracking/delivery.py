@@ -34,7 +34,8 @@ from mlflow.utils.validation import (
 )
 from sqlalchemy.exc import SQLAlchemyError
 
-from pltmoe.tracking.journal import Journal, end_of_last_start, without_password
+from pltmoe.config import without_password
+from pltmoe.tracking.journal import Journal, end_of_last_start
 from pltmoe.tracking.jsonl import METRICS_FILE, NOT_METRICS, SYSTEM_METRICS_FILE, decode_line
 from pltmoe.tracking.store import artifact_location, run_link
 

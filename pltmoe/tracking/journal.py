@@ -12,7 +12,6 @@ code as "send now".
 import fcntl
 import json
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pltmoe.config import without_password
 from pltmoe.tracking.jsonl import MLFLOW_FOLDER
 
 EVENTS_FILE = "events.jsonl"
@@ -100,11 +100,6 @@ def end_of_last_start(events: list[dict[str, Any]]) -> dict[str, Any] | None:
     start = next((e for e in reversed(events) if e["event"] == "start"), None)
     ends = [e for e in events if e["event"] == "finish" and e["attempt"] == start["attempt"]]
     return ends[-1] if ends else None
-
-
-def without_password(uri: str) -> str:
-    """Return a URI that may be shown and stored: ``http://user:secret@host`` loses the secret."""
-    return re.sub(r"://[^/@]*@", "://***@", uri)
 
 
 def vanished(start: Mapping[str, Any]) -> bool:

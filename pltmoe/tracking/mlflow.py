@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pltmoe
-from pltmoe.config import RunConfig, config_to_dict
+from pltmoe.config import RunConfig, config_to_dict, without_password
 from pltmoe.config.counts import count_parameters
 from pltmoe.config.describe import describe_model, variant
 from pltmoe.tracking.base import EndStatus
-from pltmoe.tracking.journal import Journal, process_identity, without_password
+from pltmoe.tracking.journal import Journal, process_identity
 from pltmoe.tracking.store import run_link, usable_uri
 
 _LOOK_AFTER_SENDER_S = 10.0
@@ -189,7 +189,7 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
             flat |= flatten({str(i): item for i, item in enumerate(value)}, f"{name}.")
         elif isinstance(value, str):
-            flat[name] = without_password(value)
+            flat[name] = value
         else:
             flat[name] = json.dumps(value, default=str)
     return flat

@@ -3,8 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from pltmoe.config import without_password
 from pltmoe.errors import ConfigError, DataError
-from pltmoe.tracking.journal import Journal, without_password
+from pltmoe.tracking.journal import Journal
 from pltmoe.tracking.sender import quick_to_fail
 from pltmoe.tracking.store import usable_uri
 

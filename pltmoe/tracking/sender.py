@@ -16,7 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pltmoe.tracking.journal import Journal, vanished, without_password
+from pltmoe.config import without_password
+from pltmoe.tracking.journal import Journal, vanished
 from pltmoe.tracking.jsonl import SYSTEM_METRICS_FILE
 
 if TYPE_CHECKING:

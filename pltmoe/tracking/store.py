@@ -14,6 +14,12 @@ def usable_uri(uri: str) -> str:
     Raises:
         ConfigError: not a server or database, or the directory cannot be made.
     """
+    if "://***@" in uri:
+        raise ConfigError(
+            f"{uri}: the password is not stored; give the whole address (--uri, --mlflow-uri, "
+            "tracking.mlflow_uri=...), or one without a password, and MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD in the environment"
+        )
     scheme = uri.partition("://")[0].partition("+")[0]
     if "://" not in uri or scheme not in ("http", "https", "databricks", *_DATABASES):
         raise ConfigError(

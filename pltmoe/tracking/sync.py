@@ -5,10 +5,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pltmoe.config import load_config
+from pltmoe.config import load_config, without_password
 from pltmoe.errors import ConfigError, DataError
 from pltmoe.tracking.base import EndStatus
-from pltmoe.tracking.journal import Journal, vanished, without_password
+from pltmoe.tracking.journal import Journal, vanished
 from pltmoe.tracking.jsonl import METRICS_FILE, read_lines
 from pltmoe.tracking.mlflow import MLflowTracker
 from pltmoe.tracking.sender import VANISHED, quick_to_fail
@@ -63,8 +63,6 @@ def _target(journal: Journal, uri: str | None) -> str:
     known = uri or os.environ.get("PLTMOE_MLFLOW_URI") or (start["uri"] if start else None)
     if known is None:
         raise ConfigError(f"{journal.run_dir}: was not tracked in MLflow; say where to: --uri URI")
-    if "***@" in known:
-        raise ConfigError(f"{known}: the password is not stored; give the whole address by --uri")
     return usable_uri(known)
 
 

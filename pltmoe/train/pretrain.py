@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pltmoe.checkpoint import store
+from pltmoe.checkpoint import folders, store
 from pltmoe.checkpoint.compatible import check_resume, check_weights
 from pltmoe.checkpoint.integrity import check_files_together
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
@@ -145,10 +145,10 @@ def _prepare_folder(config: RunConfig) -> None:
     folder = config.train.output_dir
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        store.clean_unfinished(folder / "checkpoints")
+        folders.clean_unfinished(folder / "checkpoints")
     except OSError as error:
         raise CheckpointError(f"train.output_dir ({folder}): {error.strerror}") from error
-    newest = store.latest_checkpoint(folder)
+    newest = folders.latest_checkpoint(folder)
     if newest is not None and not config.checkpoint.resume:
         raise CheckpointError(
             f"{newest} is there already, and checkpoint.resume is false: choose another "

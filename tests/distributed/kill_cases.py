@@ -25,7 +25,7 @@ import torch
 from torch.distributed.checkpoint import FileSystemReader, load
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from pltmoe.checkpoint import store
+from pltmoe.checkpoint import folders
 from pltmoe.checkpoint.integrity import check_files
 from pltmoe.checkpoint.manifest import read_manifest
 
@@ -112,7 +112,7 @@ class _Run:
 
     def start(self) -> None:
         """Fork the ranks."""
-        newest = store.latest_checkpoint(self.output)
+        newest = folders.latest_checkpoint(self.output)
         self._resumes_at = int(newest.name.removeprefix("step_")) if newest else None
         self._log.write_text("")
         self._codes = {}
@@ -211,12 +211,12 @@ class _Run:
             expected = "new, seed" if self._resumes_at is None else f"(step {self._resumes_at})"
             assert expected in log, log
         assert "damaged" not in log, log
-        return store.latest_checkpoint(self.output)
+        return folders.latest_checkpoint(self.output)
 
     def is_unfinished(self) -> bool:
         """Whether steps are left."""
-        newest = store.latest_checkpoint(self.output)
-        return newest is None or newest.name != store.step_folder(STEPS)
+        newest = folders.latest_checkpoint(self.output)
+        return newest is None or newest.name != folders.step_folder(STEPS)
 
     def log(self) -> str:
         """What all ranks of this leg have said."""
@@ -225,7 +225,7 @@ class _Run:
 
 def _same_end(left: Path, right: Path) -> None:
     """Compare the tensors of two finished runs, bit for bit."""
-    ours, theirs = (tensors_of(store.latest_checkpoint(run)) for run in (left, right))
+    ours, theirs = (tensors_of(folders.latest_checkpoint(run)) for run in (left, right))
     assert len(ours) > 60 and ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 

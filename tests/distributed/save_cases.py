@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import torch.distributed as dist
 
-from pltmoe.checkpoint import in_process, saving, store
+from pltmoe.checkpoint import folders, in_process, saving, store
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.checkpoint.newest import newest_intact
 from pltmoe.errors import CheckpointError
@@ -35,7 +35,7 @@ def save_while_training(folder: Path, **changes: Any) -> dict[str, Any]:
             gate.set()
         for step in (3, 4):
             engine.train_step(data, step, watch=False)
-        seen = [save.is_written(), store.latest_checkpoint(folder / "behind") is not None]
+        seen = [save.is_written(), folders.latest_checkpoint(folder / "behind") is not None]
         gate.set()
         while not save.is_written():
             time.sleep(0.01)
@@ -73,7 +73,7 @@ def callback_with_an_error(folder: Path) -> dict[str, Any]:
     finally:
         in_process._write_file = write
     drop_engine()
-    left = store.latest_checkpoint(folder)
+    left = folders.latest_checkpoint(folder)
     return {"step": trainer.step, "said": said, "left": left, "logged": logged}
 
 

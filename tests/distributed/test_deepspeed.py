@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from pltmoe.checkpoint import store
+from pltmoe.checkpoint import folders
 from pltmoe.engines.deepspeed_offload import compile_folder
 from pltmoe.hf.convert import ExportOptions, export_checkpoint
 from tests.distributed.run_files import finish, make_files, start_ranks
@@ -327,7 +327,7 @@ def test_a_killed_run_resumes_bit_for_bit(config, straight, tmp_path):
     for rank in ranks:
         rank.kill()
     finish(ranks)
-    assert store.latest_checkpoint(tmp_path).name == "step_00000004"
+    assert folders.latest_checkpoint(tmp_path).name == "step_00000004"
     codes, logs = finish(start_ranks(config, *arguments, nprocs=2))
     assert codes == [0, 0] and "(step 4)" in logs[0], logs
     assert lines_of(tmp_path) == lines_of(straight[0])

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pltmoe.checkpoint import store
+from pltmoe.checkpoint import folders
 from pltmoe.runtime.heartbeat import HANG_EXIT_CODE
 from tests.distributed.run_files import finish, make_files, start_ranks
 from tests.launch import REPOSITORY, STORE_IS_OPEN, open_store
@@ -127,4 +127,4 @@ def test_a_real_run_ends_when_a_rank_is_stopped(tmp_path):
     stacks = (tmp_path / "run" / "logs" / "stacks_rank_0.txt").read_text()
     assert "pltmoe/train/trainer.py" in stacks, "a step, a save or the vote on stopping"
     assert not list((tmp_path / "run" / "logs").glob("stacks_rank_1*"))
-    assert store.latest_checkpoint(tmp_path / "run") is not None, "where the run would go on"
+    assert folders.latest_checkpoint(tmp_path / "run") is not None, "where the run would go on"

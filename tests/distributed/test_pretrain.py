@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pltmoe.checkpoint import store
+from pltmoe.checkpoint import folders
 from pltmoe.checkpoint.manifest import read_manifest
 from pltmoe.train.metrics import metric_named
 from tests.distributed.pretrain_cases import same
@@ -86,7 +86,7 @@ def test_log_and_metrics_of_a_run(straight):
     assert {"plt/gate_mean/loop_2", "moe/load_imbalance/loop_1/layer_01"} <= names
     assert metrics[-1]["tokens"] == STEPS * 4 * 16
     assert metrics[-1]["train/loss"] < metrics[0]["train/loss"]
-    manifest = read_manifest(store.latest_checkpoint(output))
+    manifest = read_manifest(folders.latest_checkpoint(output))
     assert (manifest.step, manifest.consumed_samples, manifest.tokens) == (12, 48, 768)
 
 
@@ -112,7 +112,7 @@ def test_killed_run_resumes_bit_for_bit(config, run, straight, warm_ranks, tmp_p
     finish([first])
     leftover = tmp_path / "checkpoints" / ".writing_step_00000099"
     leftover.mkdir()
-    assert store.latest_checkpoint(tmp_path).name == "step_00000004"
+    assert folders.latest_checkpoint(tmp_path).name == "step_00000004"
 
     (second,) = start_ranks(config, *arguments)
     log = wait_for(second, "step 5/12")
@@ -121,14 +121,14 @@ def test_killed_run_resumes_bit_for_bit(config, run, straight, warm_ranks, tmp_p
     assert codes == [130], outputs
     assert "resumed from" in log and "(step 4)" in log and not leftover.exists()
     assert "SIGINT: finishing this step, then saving and stopping" in outputs[0]
-    stopped_at = read_manifest(store.latest_checkpoint(tmp_path)).step
+    stopped_at = read_manifest(folders.latest_checkpoint(tmp_path)).step
     assert 5 <= stopped_at < STEPS
 
     code, log = run(tmp_path, f"train.steps={STEPS}")
     assert code == 0 and f"(step {stopped_at})" in log
     assert lines_of(tmp_path) == lines_of(straight[0])
     ours, expected = (
-        warm_ranks(1, f"{CASES}:contents", folder=store.latest_checkpoint(output))[0]
+        warm_ranks(1, f"{CASES}:contents", folder=folders.latest_checkpoint(output))[0]
         for output in (tmp_path, straight[0])
     )
     assert ours.keys() == expected.keys()
@@ -150,7 +150,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_steps_not_the_run(run, str
     assert f"{checkpoints}/step_00000012: __0_0.distcp has changed since it was written" in log
     assert "going on from" in log and (checkpoints / "damaged_step_00000012").is_dir()
     assert lines_of(tmp_path / "run") == lines_of(straight[0])
-    assert store.latest_checkpoint(tmp_path / "run").name == "step_00000012"
+    assert folders.latest_checkpoint(tmp_path / "run").name == "step_00000012"
 
 
 def test_a_corpus_changed_under_a_run_is_refused(run, config, straight):
@@ -181,7 +181,7 @@ def test_sigterm_to_one_rank_stops_both_and_the_run_moves_on(config, run, tmp_pa
     codes, outputs = finish(ranks)
     assert codes == [143, 143], outputs
     assert "EP2 x DP2" in log and re.search(r"stopped at step \d+: a signal asked", outputs[0])
-    step = read_manifest(store.latest_checkpoint(tmp_path / "run")).step
+    step = read_manifest(folders.latest_checkpoint(tmp_path / "run")).step
     assert step >= 3 and lines_of(tmp_path / "run")[-1]["step"] == step
     assert mlflow_runs(database) == [("tiny", "KILLED")]
 
@@ -220,7 +220,7 @@ def test_stages_train_the_same_run_and_take_it_over(config, straight, tmp_path):
 
 
 def test_weights_alone_start_a_new_run(run, straight, tmp_path):
-    folder = store.latest_checkpoint(straight[0])
+    folder = folders.latest_checkpoint(straight[0])
     code, log = run(tmp_path, f"checkpoint.load_weights={folder}", "train.steps=4")
     assert code == 0 and f"from {folder} (step 12 of tiny); new optimizer" in log
     first, untrained = lines_of(tmp_path)[0], lines_of(straight[0])[0]
@@ -234,7 +234,7 @@ def test_an_accepted_batch_size_counts_from_where_the_run_was(run, straight, tmp
     more = ("train.global_batch_size=8", "checkpoint.accept_changes=[train.global_batch_size]")
     code, log = run(tmp_path / "run", "train.steps=14", f"optimizer.decay_steps={STEPS}", *more)
     assert code == 0 and "accepted change: train.global_batch_size" in log, log
-    manifest = read_manifest(store.latest_checkpoint(tmp_path / "run"))
+    manifest = read_manifest(folders.latest_checkpoint(tmp_path / "run"))
     assert (manifest.step, manifest.consumed_samples, manifest.tokens) == (14, 64, 64 * 16)
     assert [line["tokens"] // 16 for line in lines_of(tmp_path / "run")[-3:]] == [48, 56, 64]
     assert lines_of(tmp_path / "run")[-1]["train/tokens"] == 64 * 16
@@ -255,7 +255,7 @@ def mistakes(config, straight, warm_ranks, tmp_path_factory):
     old = f"train.output_dir={straight[0]}"
     file = tmp_path_factory.mktemp("file") / "file"
     file.write_text("")
-    weights = f"checkpoint.load_weights={store.latest_checkpoint(straight[0])}"
+    weights = f"checkpoint.load_weights={folders.latest_checkpoint(straight[0])}"
     cases = {
         "no file": ["--config", "nowhere.yaml"],
         "unknown key": [*base, "train.stepz=3"],

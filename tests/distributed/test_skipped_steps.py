@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pltmoe.checkpoint import store
+from pltmoe.checkpoint import folders
 from tests.distributed.run_files import make_files
 from tests.distributed.skip_cases import SICK, same
 
@@ -115,7 +115,7 @@ def test_resumed_in_the_middle_of_a_row_equals_straight(sick_runs, warm_ranks):
     ]
     assert 7 in skipped
     ours, expected = (
-        warm_ranks(1, f"{CASES}:contents", folder=store.latest_checkpoint(output))[0]
+        warm_ranks(1, f"{CASES}:contents", folder=folders.latest_checkpoint(output))[0]
         for output in (legs, straight)
     )
     assert ours["guard"]["skipped"] == len(decided[0]) and len(ours["guard"]["window"]) == 3
@@ -136,5 +136,5 @@ def test_too_many_in_a_row_stop_the_run_and_nothing_more_is_saved(config, warm_r
     told = first[1].splitlines()[-1]
     assert told.startswith("error: step 7: the loss is not finite (rank 1: nan). The 2 step(s) be")
     assert "train.max_skipped_in_a_row). Nothing was updated or saved: resume from the la" in told
-    assert store.latest_checkpoint(tmp_path).name == "step_00000006"
+    assert folders.latest_checkpoint(tmp_path).name == "step_00000006"
     assert "step 7" not in first[1].split("step 7: the loss")[0]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pltmoe.checkpoint import store
+from pltmoe.checkpoint import folders, store
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.checkpoint.saving import Save
 from pltmoe.config.run import CheckpointConfig
@@ -137,7 +137,7 @@ class _UnderWay:
     def _prune(self, directory: Path) -> None:
         def prune() -> None:
             try:
-                store.prune(directory, self._keep.keep_last, self._keep.keep_every)
+                folders.prune(directory, self._keep.keep_last, self._keep.keep_every)
             except OSError as error:  # the new one is whole; no reason to end the run
                 logger.warning("%s: an old checkpoint cannot be deleted: %s", directory, error)
 

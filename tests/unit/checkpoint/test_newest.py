@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pltmoe.checkpoint import store
+from pltmoe.checkpoint import folders, store
 from pltmoe.checkpoint.integrity import check_files, checksum
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.checkpoint.newest import newest_intact
@@ -29,7 +29,7 @@ def run(groups, tmp_path):
 
 
 def folder(run, step: int):
-    return run / "checkpoints" / store.step_folder(step)
+    return run / "checkpoints" / folders.step_folder(step)
 
 
 def flip_bit(path, position: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pltmoe.checkpoint import in_process, store
+from pltmoe.checkpoint import folders, in_process, store
 from pltmoe.checkpoint.integrity import check_files
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.errors import CheckpointError
@@ -58,13 +58,13 @@ def test_what_is_saved_is_the_state_when_the_save_began(groups, tmp_path, gate):
     save = begin(tmp_path / "checkpoints", values, 5)
     assert not save.is_written()
     values.fill_(-1)  # training goes on
-    assert store.latest_checkpoint(tmp_path) is None, "it is not whole"
-    assert store.complete_checkpoints(tmp_path / "checkpoints") == []
+    assert folders.latest_checkpoint(tmp_path) is None, "it is not whole"
+    assert folders.complete_checkpoints(tmp_path / "checkpoints") == []
     gate.set()
     folder = save.finish()
     assert loaded(folder, 6)["weight"].tolist() == [0, 1, 2, 3, 4, 5]
     assert loaded(folder, 6)["part"].tolist() == [1, 2, 3, 4, 5]
-    assert store.latest_checkpoint(tmp_path) == folder
+    assert folders.latest_checkpoint(tmp_path) == folder
 
 
 def test_background_and_waiting_write_the_same(groups, tmp_path):
@@ -95,7 +95,7 @@ def test_a_background_error_comes_back_and_the_older_one_stays(groups, tmp_path,
         f"{directory}/step_00000006: cannot be written (rank 0: No space left on device); "
         "older checkpoints are untouched"
     )
-    assert store.latest_checkpoint(tmp_path) == older
+    assert folders.latest_checkpoint(tmp_path) == older
     assert {path.name for path in directory.iterdir()} == {"latest", older.name}
 
 
@@ -105,7 +105,7 @@ def test_an_abandoned_save_ends_soon_and_leaves_nothing_complete(groups, tmp_pat
     gate.set()
     with pytest.raises(CheckpointError, match="rank 0: the run ended"):
         save.finish()
-    assert store.complete_checkpoints(tmp_path / "checkpoints") == []
+    assert folders.complete_checkpoints(tmp_path / "checkpoints") == []
 
 
 @pytest.fixture
@@ -176,7 +176,7 @@ def test_a_file_that_may_not_grow(groups, tmp_path, background):
 
 def still_there(older: Path, run: Path, size: int = LARGE) -> None:
     """The older checkpoint is the latest, whole, and nothing half-written takes up room."""
-    assert store.latest_checkpoint(run) == older
+    assert folders.latest_checkpoint(run) == older
     check_files(older, read_manifest(older))
     assert loaded(older, size)["weight"].eq(1).all()
     assert {path.name for path in older.parent.iterdir()} == {"latest", older.name}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pltmoe.checkpoint import saving, store
+from pltmoe.checkpoint import folders, saving, store
 from pltmoe.checkpoint.manifest import Manifest, file_hash, read_manifest
 from pltmoe.errors import CheckpointError
 from tests.distributed.tiny import tiny_config
@@ -37,7 +37,7 @@ def test_saved_state_loads_back_and_latest_names_it(saved, tmp_path):
     directory, folder = saved
     assert folder.name == "step_00000005"
     assert (directory / "latest").read_text() == "step_00000005\n"
-    assert store.latest_checkpoint(tmp_path) == folder
+    assert folders.latest_checkpoint(tmp_path) == folder
     loaded = store.load_state(folder, state())
     assert loaded["weight"].tolist() == [1, 2, 3, 4] and loaded["plain"] == 3
     assert (folder / "tokenizer.model").read_bytes() == b"pieces"
@@ -62,9 +62,9 @@ def test_a_crash_before_the_end_leaves_the_older_one(saved, tmp_path, monkeypatc
     monkeypatch.setattr(saving, "write_manifest", crash)
     with pytest.raises(KeyboardInterrupt):
         store.save_checkpoint(directory, state([0.0] * 4), manifest(6))
-    assert store.latest_checkpoint(tmp_path) == folder
-    assert store.complete_checkpoints(directory) == [folder]
-    assert [path.name for path in store.clean_unfinished(directory)] == [".writing_step_00000006"]
+    assert folders.latest_checkpoint(tmp_path) == folder
+    assert folders.complete_checkpoints(directory) == [folder]
+    assert [path.name for path in folders.clean_unfinished(directory)] == [".writing_step_00000006"]
     assert {path.name for path in directory.iterdir()} == {"latest", "step_00000005"}
 
 
@@ -77,7 +77,7 @@ def test_a_disk_that_cannot_be_written(saved, tmp_path, monkeypatch):
     monkeypatch.setattr(saving, "write_manifest", full)
     with pytest.raises(CheckpointError, match="cannot be written .No space left on device.; older"):
         store.save_checkpoint(directory, state([0.0] * 4), manifest(6))
-    assert store.latest_checkpoint(tmp_path) == folder
+    assert folders.latest_checkpoint(tmp_path) == folder
 
 
 @pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata"])
@@ -98,14 +98,14 @@ def test_another_shape_and_a_missing_tensor(saved):
 
 
 def test_latest_that_names_nothing_falls_back(fake_checkpoint, tmp_path, caplog):
-    assert store.latest_checkpoint(tmp_path) is None
-    folders = [fake_checkpoint(step) for step in (5, 10, 15)]
+    assert folders.latest_checkpoint(tmp_path) is None
+    made = [fake_checkpoint(step) for step in (5, 10, 15)]
     pointer = tmp_path / "checkpoints" / "latest"
     pointer.write_text("step_00000010\n")
-    assert store.latest_checkpoint(tmp_path) == folders[1]
-    shutil.rmtree(folders[1])
-    (folders[2] / "manifest.json").unlink()
-    assert store.latest_checkpoint(tmp_path) == folders[0]
+    assert folders.latest_checkpoint(tmp_path) == made[1]
+    shutil.rmtree(made[1])
+    (made[2] / "manifest.json").unlink()
+    assert folders.latest_checkpoint(tmp_path) == made[0]
     assert "names step_00000010, which is not there" in caplog.text
 
 
@@ -114,10 +114,11 @@ def test_retention(fake_checkpoint, tmp_path):
         fake_checkpoint(step)
     directory = tmp_path / "checkpoints"
     (directory / "latest").write_text("step_00000020\n")
-    deleted = store.prune(directory, keep_last=2, keep_every=30)
+    assert folders.prune(directory, keep_last=2, keep_every=30) == [], "later ones do not count"
+    deleted = folders.prune(directory, keep_last=1, keep_every=30)
     left = sorted(path.name for path in directory.iterdir())
     assert [path.name for path in deleted] == ["step_00000010"]
     assert left == ["latest", *(f"step_000000{step}" for step in (20, 30, 40, 50))]
     (directory / "latest").write_text("step_00000050\n")
-    store.prune(directory, keep_last=1, keep_every=None)
-    assert [p.name for p in store.complete_checkpoints(directory)] == ["step_00000050"]
+    folders.prune(directory, keep_last=1, keep_every=None)
+    assert [p.name for p in folders.complete_checkpoints(directory)] == ["step_00000050"]

@@ -57,6 +57,15 @@ def test_written_configuration_is_complete_and_reads_back_equal(file: Path, tmp_
     assert "window_keys: 64" in (tmp_path / "all.yaml").read_text(), "defaults are spelled out"
 
 
+def test_a_password_is_not_written_down(file: Path, tmp_path: Path):
+    """config.yaml is an artefact of the run, and travels in every checkpoint."""
+    config = load_config(file, ["tracking.mlflow_uri=http://me:secret@host:5000"])
+    write_config(config, tmp_path / "written.yaml")
+    assert "secret" not in (tmp_path / "written.yaml").read_text()
+    again = load_config(tmp_path / "written.yaml")
+    assert again.tracking.mlflow_uri == "http://***@host:5000"
+
+
 def test_configuration_is_frozen(file: Path):
     with pytest.raises(ValueError, match="frozen"):
         load_config(file).model.num_loops = 2
@@ -141,6 +150,8 @@ def test_unreadable_files(tmp_path: Path):
     assert message_of(bad) == f"{bad}: not UTF-8 text (byte 6)"
     bad.write_text("model:\n  num_loops: 2\n  num_loops: 3\n")
     assert "key 'num_loops' is given twice" in message_of(bad) and "line 3" in message_of(bad)
+    bad.write_text("? [a]\n: 1\n")
+    assert "a key must be a single word" in message_of(bad)
 
 
 def test_empty_section_names_what_is_missing(tmp_path: Path):

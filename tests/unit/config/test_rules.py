@@ -349,6 +349,13 @@ BROKEN = {
             "optimizer.wsd_decay_steps (3) belongs to, and is required by, "
             "optimizer.schedule = wsd (it is cosine)",
         ),
+        (
+            run_tree(
+                optimizer__schedule="wsd", optimizer__wsd_decay_steps=9, optimizer__warmup_steps=2
+            ),
+            "optimizer.wsd_decay_steps (9) must not exceed the 8 steps between warm-up and the "
+            "end of the decay (10)",
+        ),
     ],
     "validation_has_data": [
         (

@@ -105,8 +105,10 @@ def test_the_tool_ends_with_one_line_before_anything_is_loaded(empty_cache):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model", "m"], "error: --model DIR and --output results.json are needed; see --help"),
-        (["--output", "x.json"], "error: --model DIR and --output results.json are needed"),
+        (["--model", "m"], "error: --output results.json must be given; see --help"),
+        (["--output", "x.json"], "error: --model DIR must be given; see --help"),
+        ([], "error: --output results.json and --model DIR must be given; see --help"),
+        (["--tasks", "nothing", "--download"], "nothing"),
     ],
 )
 def test_what_is_missing_is_said(empty_cache, arguments, expected):

@@ -329,6 +329,15 @@ def test_an_empty_output_folder_is_used(plt_run, tmp_path):
     assert "not verified (--no-verify)" in (tmp_path / "README.md").read_text()
 
 
+def test_the_newest_checkpoint_is_the_one_that_a_run_would_resume_from(plt_run, tmp_path):
+    """Also when somebody has deleted a bad one, and ``latest`` names it still."""
+    shutil.copytree(plt_run, tmp_path / "run")
+    directory = tmp_path / "run/checkpoints"
+    (directory / "latest").write_text("step_99999999\n")
+    expected = directory / find_checkpoint(plt_run).name
+    assert find_checkpoint(tmp_path / "run") == find_checkpoint(directory) == expected
+
+
 def test_no_checkpoint_there(tmp_path):
     with pytest.raises(CheckpointError, match="neither a checkpoint folder"):
         export_checkpoint(tmp_path, tmp_path / "hf", QUIET)
@@ -371,7 +380,9 @@ def test_without_a_tokenizer(plt_run, tmp_path):
     folder = tmp_path / "checkpoint"
     shutil.copytree(find_checkpoint(plt_run), folder)
     (folder / "tokenizer.model").unlink()
-    write_manifest(folder, read_manifest(find_checkpoint(plt_run)))
+    manifest = read_manifest(find_checkpoint(plt_run))
+    left = {name: sum for name, sum in manifest.checksums.items() if name != "tokenizer.model"}
+    write_manifest(folder, manifest.model_copy(update={"checksums": left}))
     with pytest.raises(ConversionError, match="no tokenizer; --no-tokenizer"):
         export_checkpoint(folder, tmp_path / "hf", QUIET)
     options = ExportOptions(progress=False, tokenizer=False)

@@ -216,5 +216,7 @@ def test_search_returns_only_what_fits_fastest_first():
     assert seconds == sorted(seconds)
     assert all(plan.fits for _, plan in found)
     candidate, plan = found[0]
-    again = config("vanilla_2.5b_60b", *candidate.overrides())  # as a user would give it
+    otherwise = ("parallel.sequence_parallel=false", "parallel.overlap_grad_reduce=true")
+    again = config("vanilla_2.5b_60b", *otherwise, *candidate.overrides())  # as a user gives it
+    assert again == candidate.apply(run), "whatever was configured before"
     assert make_plan(again, 64, "H100").fullest.peak == plan.fullest.peak

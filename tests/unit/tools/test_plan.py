@@ -43,6 +43,13 @@ def test_what_does_not_fit_is_refused_with_the_number():
     assert "needs 153.5 GiB per GPU and has 130.4 GiB" in line
 
 
+@pytest.mark.parametrize("number", ["0", "-8", "x", "1.5"])
+def test_a_number_of_gpus_is_at_least_one(number):
+    done = plan("--config", PLT, "--gpus", number)
+    assert done.returncode == 2 and not done.stdout
+    assert f"argument --gpus: '{number}' is not a whole number of at least 1" in done.stderr
+
+
 def test_search_lists_layouts_that_fit_or_says_that_there_is_none():
     done = plan("--config", PLT, "--gpus", 8, "--search", "--rows", 3)
     assert done.returncode == 0 and "fastest: " in done.stdout, done.stderr

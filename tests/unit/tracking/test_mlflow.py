@@ -2,9 +2,9 @@
 
 import pytest
 
-from pltmoe.config import config_to_dict
+from pltmoe.config import config_to_dict, without_password
 from pltmoe.errors import ConfigError
-from pltmoe.tracking.journal import Journal, end_of_last_start, without_password
+from pltmoe.tracking.journal import Journal, end_of_last_start
 from pltmoe.tracking.mlflow import MLflowTracker, flatten, how_to_look
 from pltmoe.tracking.store import artifact_location, run_link, usable_uri
 from tests.unit.tracking.runs import run_config

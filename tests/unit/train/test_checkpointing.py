@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pltmoe.checkpoint import in_process, store
+from pltmoe.checkpoint import folders, in_process
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.errors import EngineError
 from pltmoe.train.callbacks import Checkpointing
@@ -55,8 +55,8 @@ def run(groups, tmp_path):
 
 
 def saved_steps(run) -> list[int]:
-    folders = store.complete_checkpoints(run.folder / "checkpoints")
-    return [int(folder.name.removeprefix("step_")) for folder in folders]
+    found = folders.complete_checkpoints(run.folder / "checkpoints")
+    return [int(folder.name.removeprefix("step_")) for folder in found]
 
 
 def test_a_second_save_waits_for_the_first_and_says_so(run, gate, caplog):
