@@ -38,6 +38,7 @@ from pltmoe.runtime.versions import commit
 from pltmoe.tracking import Tracker, build_tracker
 from pltmoe.train.callbacks import Checkpointing, LogLine, Tracking, Validation
 from pltmoe.train.consumed import Consumed
+from pltmoe.train.ownership import run_folder
 from pltmoe.train.startup import log_startup
 from pltmoe.train.throughput import Throughput
 from pltmoe.train.trainer import Outcome, Trainer
@@ -75,7 +76,7 @@ def pretrain(config: RunConfig) -> int:
     layout = layout_for(config, processes.world_size)
     groups = create_groups(layout)
     try:
-        with StopRequest() as stop:
+        with StopRequest() as stop, run_folder(config.train.output_dir):
             seeds.seed_everything(config.train.seed, config.train.deterministic)
             start = _find_start(config)
             data = Data(config, layout, layout.coordinates(processes.rank).data, start)
@@ -141,10 +142,9 @@ def _find_start(config: RunConfig) -> Start:
 
 
 def _prepare_folder(config: RunConfig) -> None:
-    """Make the output folder and delete what a crash left half-written in it."""
+    """Delete what a crash left half-written in the output folder."""
     folder = config.train.output_dir
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         folders.clean_unfinished(folder / "checkpoints")
     except OSError as error:
         raise CheckpointError(f"train.output_dir ({folder}): {error.strerror}") from error

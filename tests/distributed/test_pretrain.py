@@ -1,5 +1,6 @@
 """Real runs of tools/pretrain.py: killed and resumed, stopped, moved, and told wrong things."""
 
+import fcntl
 import json
 import os
 import re
@@ -108,6 +109,8 @@ def test_killed_run_resumes_bit_for_bit(config, run, straight, warm_ranks, tmp_p
     arguments = (f"train.output_dir={tmp_path}", f"train.steps={STEPS}")
     (first,) = start_ranks(config, *arguments)
     wait_for(first, "step 6/12")
+    with (tmp_path / ".in_use").open("r+") as lock, pytest.raises(BlockingIOError):
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     first.kill()
     finish([first])
     leftover = tmp_path / "checkpoints" / ".writing_step_00000099"
