@@ -5,7 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")"
 lock=requirements.txt
 [[ -f $lock ]] || lock=../tools/requirements.txt
-packages='megatron-core|transformers|tokenizers|mlflow|sentencepiece|safetensors|pydantic|backports.zstd'
+packages='megatron-core|transformers|tokenizers|mlflow|sentencepiece|safetensors|pydantic|pyyaml'
+packages+='|matplotlib|tqdm|xxhash|psutil|nvidia-ml-py|backports.zstd|deepspeed|filelock'
 grep -E "^($packages)==" "$lock" >/tmp/pltmoe_packages.txt
-pip list --format=freeze | grep -E '^(torch|triton|numpy|transformer[-_]engine|nvidia)' >/tmp/image_versions.txt || true
+pip list --format=freeze | grep -E '^(torch|triton|numpy|transformer[-_]engine|nvidia)' |
+    grep -vE '^nvidia[-_]ml[-_]py' >/tmp/image_versions.txt || true
 PIP_CONSTRAINT=/tmp/image_versions.txt pip install --no-cache-dir -r /tmp/pltmoe_packages.txt

@@ -83,6 +83,22 @@ _FREE = {
 }
 """Keys that are handed on. Others would break what the engine counts on (a second optimizer, steps
 that cannot be skipped, other gradients), or be ignored by DeepSpeed without a word."""
+_FLAGS = (
+    "zero_optimization.round_robin_gradients",
+    "zero_optimization.use_multi_rank_bucket_allreduce",
+    "zero_optimization.offload_optimizer.pin_memory",
+    "aio.single_submit",
+    "aio.overlap_events",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+)
+_TEXTS = (
+    "zero_optimization.offload_optimizer.device",
+    "zero_optimization.offload_optimizer.nvme_path",
+)
+"""Of the keys that are handed on; the others are numbers (``stage`` has a rule of its own)."""
+_SWAPPED = 4
+"""Buffers for what a step swaps: weights, two moments, gradients."""
 _SECTIONS = (
     "zero_optimization",
     "zero_optimization.offload_optimizer",
@@ -206,6 +222,12 @@ def _zero_fits(c: RunConfig) -> Iterator[str]:
             f"deepspeed.zero_optimization.offload_optimizer.nvme_path ({path}) needs device nvme "
             f"(it is {device})"
         )
+    buffers = _offload(c).get("buffer_count")
+    if device == "nvme" and isinstance(buffers, int) and buffers < _SWAPPED:
+        yield (
+            f"deepspeed.zero_optimization.offload_optimizer.buffer_count ({buffers}) must be at "
+            f"least {_SWAPPED}: weights, two moments and gradients are swapped"
+        )
     if stage == 0 and c.train.precision == "bf16":
         yield (
             "deepspeed.zero_optimization.stage (0) with train.precision (bf16): DeepSpeed would "
@@ -259,6 +281,18 @@ def _section(c: RunConfig) -> Iterator[str]:
                 f"deepspeed.{path} ({value}) is none of the keys of DeepSpeed's JSON that are "
                 f"handed on ({', '.join(sorted(_FREE))})"
             )
+        else:
+            yield from _has_its_type(path, value)
+
+
+def _has_its_type(path: str, value: Any) -> Iterator[str]:
+    if path in _FLAGS and not isinstance(value, bool):
+        yield f"deepspeed.{path} ({value!r}) must be true or false"
+    if path in _TEXTS or path in _FLAGS or path == "zero_optimization.stage":
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        hint = " (in YAML a power of ten is written 5.0e+8)" if isinstance(value, str) else ""
+        yield f"deepspeed.{path} ({value!r}) must be a number of at least 0{hint}"
 
 
 def _zero(config: RunConfig) -> Mapping[str, Any]:

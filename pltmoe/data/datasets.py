@@ -294,15 +294,18 @@ def _rank() -> int:
 
 
 def _on_rank_zero[T](function: Callable[[], T]) -> T:
-    """Call ``function`` on rank 0 only; every rank gets its result or raises its DataError."""
+    """Call ``function`` on rank 0 only; every rank gets its result, or its error as DataError."""
     answer: list[Any] = [None, None]
+    cause: Exception | None = None
     if _rank() == 0:
         try:
             answer[0] = function()
         except DataError as error:
             answer[1] = str(error)
+        except Exception as error:  # a full disk, say: the others must not wait for what comes next
+            answer[1], cause = f"rank 0 met {type(error).__name__}: {error}", error
     if torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(answer, src=0)
     if answer[1] is not None:
-        raise DataError(answer[1])
+        raise DataError(answer[1]) from cause
     return answer[0]

@@ -102,6 +102,8 @@ def _time_lines(plan: Plan) -> Iterator[str]:
         f"{plan.gpu.nvlink / _GB:g} GB/s, network {a.network_efficiency:g} of "
         f"{a.network / _GB:g} GB/s; fullest experts {a.expert_load:g} x the mean"
     )
+    if plan.config.train.precision == "fp8":
+        yield "not counted: that products in FP8 are faster; memory is that of FP8"
 
 
 def _row(name: str, value: float) -> str:

@@ -76,6 +76,16 @@ def test_this_environment_is_the_locked_one():
         assert version(name) == locked[name]
 
 
+def test_a_container_gets_everything_but_what_the_image_brings():
+    script = (REPOSITORY / "slurm/container_packages.sh").read_text()
+    listed = "|".join(re.findall(r"^packages\+?='\|?(.+)'$", script, re.MULTILINE)).split("|")
+    ranges = [*SETUP["install_requires"], *EXTRAS["deepspeed"]]
+    needed = {canonicalize_name(Requirement(text).name) for text in ranges}
+    assert {canonicalize_name(name) for name in listed} == needed - {"torch", "numpy"}
+    lines = LOCK.read_text().splitlines()
+    assert not [name for name in listed if not any(x.startswith(f"{name}==") for x in lines)]
+
+
 def test_everything_imported_is_declared():
     declared = {canonicalize_name(Requirement(text).name) for text in RANGES}
     installed = packages_distributions()

@@ -159,6 +159,24 @@ BROKEN = {
             "deepspeed.bf16.enabled (True) contradicts train.precision (fp32)",
         ),
         (
+            deepspeed(1, {"reduce_bucket_size": "5e8"}),
+            "deepspeed.zero_optimization.reduce_bucket_size ('5e8') must be a number of at least 0 "
+            "(in YAML a power of ten is written 5.0e+8)",
+        ),
+        (
+            deepspeed(2, {"allgather_bucket_size": -1}),
+            "deepspeed.zero_optimization.allgather_bucket_size (-1) must be a number of at least 0",
+        ),
+        (
+            deepspeed(2, {"round_robin_gradients": "yes"}),
+            "deepspeed.zero_optimization.round_robin_gradients ('yes') must be true or false",
+        ),
+        (
+            deepspeed(3, {"offload_optimizer": NVME["offload_optimizer"] | {"buffer_count": 3}}),
+            "deepspeed.zero_optimization.offload_optimizer.buffer_count (3) must be at least 4: "
+            "weights, two moments and gradients are swapped",
+        ),
+        (
             deepspeed(1, {"overlap_comm": True}),
             "deepspeed.zero_optimization.overlap_comm (True) contradicts "
             "parallel.overlap_grad_reduce (False)",

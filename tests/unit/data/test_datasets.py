@@ -413,3 +413,14 @@ def test_config_file_shape(tokenizer: Tokenizer, counting: Path):
     """run_config of these tests is a configuration that a file could hold."""
     tree = _config(tokenizer, counting).model_dump(mode="json")
     assert config_from_dict(tree) == _config(tokenizer, counting)
+
+
+def test_whatever_rank_0_meets_reaches_every_rank():
+    """As one line; the cause stays for the log of rank 0."""
+
+    def full() -> None:
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(DataError, match=r"rank 0 met OSError: .*No space left on device") as error:
+        module._on_rank_zero(full)
+    assert isinstance(error.value.__cause__, OSError)
