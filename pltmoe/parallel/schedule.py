@@ -268,7 +268,7 @@ def lent_times(row: list[Timed], loops: int) -> dict[tuple[int, int], float]:
 
 
 def in_flight_bound(stages: int, loops: int, chunks: int, micro_batches: int, stage: int) -> int:
-    """Return the bound on ``in_flight`` that memory is planned with."""
+    """Return a bound on ``in_flight`` in closed form, which tests hold the tables to."""
     virtual, total = loops * chunks, loops * chunks * micro_batches
     if stages == 1:
         return loops

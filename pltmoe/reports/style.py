@@ -11,6 +11,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from pltmoe.errors import DataError
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
@@ -66,7 +68,15 @@ def write_csv(path: Path, rows: Sequence[Sequence[Any]]) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write the picture through a temporary name; a Figure of its own needs no display."""
+    """Write the picture through a temporary name; a Figure of its own needs no display.
+
+    Raises:
+        DataError: it cannot be written there.
+    """
     new = path.with_name(path.name + ".new")
-    figure.savefig(new, format="png")
-    new.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(new, format="png")
+        new.replace(path)
+    except OSError as error:
+        raise DataError(f"{path}: the picture cannot be written ({error.strerror})") from None

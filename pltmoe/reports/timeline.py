@@ -25,7 +25,7 @@ from pltmoe.parallel.schedule import (
     simulate,
     step_time,
 )
-from pltmoe.reports.style import COLOURS
+from pltmoe.reports.style import COLOURS, save
 
 _INK, _WAITING = "#222222", "#eeeeee"
 _WIDTH_INCHES = 14.0
@@ -79,9 +79,8 @@ def draw_timeline(stages: int, loops: int, chunks: int, micro_batches: int, path
             fontsize=13,
             fontweight="bold",
         )
-        new = path.with_name(path.name + ".new")
-        figure.savefig(new, format="png")
-        return new.replace(path)
+        save(figure, path)
+    return path
 
 
 def timeline_text(stages: int, loops: int, chunks: int, micro_batches: int, width: int) -> str:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pltmoe.config import RunConfig
-from pltmoe.tracking.base import EndStatus, FanOut, Terminated, Tracker, ending
+from pltmoe.tracking.base import EndStatus, FanOut, Tracker
 from pltmoe.tracking.jsonl import JsonlTracker
 from pltmoe.tracking.mlflow import MLflowTracker
 
-__all__ = ["EndStatus", "Terminated", "Tracker", "build_tracker", "ending"]
+__all__ = ["EndStatus", "Tracker", "build_tracker"]
 
 
 def build_tracker(config: RunConfig, run_dir: Path, tokens_after: Callable[[int], int]) -> Tracker:

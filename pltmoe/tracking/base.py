@@ -1,11 +1,7 @@
 """What every tracker does, how several act as one, and how a run ends with the truth."""
 
-import signal
-import threading
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal, Protocol
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
@@ -71,46 +67,3 @@ class FanOut:
                 error = error or problem
         if error is not None:
             raise error
-
-
-class Terminated(SystemExit):
-    """Raised in the main thread by SIGTERM inside ``ending``; exit code 143 as from a shell."""
-
-    def __init__(self) -> None:
-        super().__init__(128 + signal.SIGTERM)
-
-
-@contextmanager
-def ending(tracker: Tracker) -> Iterator[None]:
-    """Run a block and end ``tracker`` with what became of it.
-
-    FINISHED when the block completes, KILLED on Ctrl-C or SIGTERM, FAILED on any other error.
-    A SIGTERM handler is installed only where nobody has one; the error goes on to the caller.
-    """
-    installed = _raise_on_sigterm()
-    try:
-        yield
-    except (KeyboardInterrupt, Terminated):
-        tracker.finish("KILLED")
-        raise
-    except BaseException:
-        tracker.finish("FAILED")
-        raise
-    else:
-        tracker.finish("FINISHED")
-    finally:
-        if installed:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-def _raise_on_sigterm() -> bool:
-    if threading.current_thread() is not threading.main_thread():
-        return False
-    if signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
-        return False
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        raise Terminated
-
-    signal.signal(signal.SIGTERM, handler)
-    return True

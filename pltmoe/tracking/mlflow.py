@@ -213,19 +213,6 @@ def page_of(uri: str, experiment_id: str) -> str:
     return f"{serve}   then {run_link('http://127.0.0.1:5000', experiment_id)}"
 
 
-def attach(run_dir: Path, paths: list[Path], folder: str = "") -> bool:
-    """Note files for the MLflow run of a directory that may have ended; False if it has none.
-
-    They are sent by the next ``tools/sync_mlflow.py RUN_DIR``.
-    """
-    journal = Journal(run_dir)
-    if journal.last_start() is None:
-        return False
-    for path in paths:
-        journal.append("artifact", path=str(path.absolute()), folder=folder)
-    return True
-
-
 def _user() -> str:
     try:
         return getpass.getuser()

@@ -70,3 +70,11 @@ def test_timeline_is_drawn(tmp_path: Path):
 def test_what_to_plan_must_be_said(arguments):
     done = plan(*arguments)
     assert done.returncode and "give --config FILE and --gpus N (or --table FILE" in done.stderr
+
+
+def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path):
+    (tmp_path / "file").write_text("")
+    done = plan("--config", PLT, "--gpus", 16, "--timeline", tmp_path / "file/x.png",
+                "parallel.pipeline_parallel_size=2")  # fmt: skip
+    assert done.returncode == 2 and "the picture cannot be written" in done.stderr
+    assert "Traceback" not in done.stderr

@@ -3,11 +3,13 @@
 import argparse
 import json
 import logging
+import signal
+import sys
 import time
 from pathlib import Path
 
 from pltmoe.config import write_config
-from pltmoe.tracking import build_tracker, ending
+from pltmoe.tracking import EndStatus, build_tracker
 from tests.unit.tracking.runs import metrics_of, run_config
 
 
@@ -31,7 +33,9 @@ def main() -> None:
     tracker = build_tracker(config, args.run_dir, lambda step: step * 8 * 128)
     tracker.start({}, {"commit": "0123abc", "layout": "EP2 x DP1"}, resume_step=args.resume)
     slowest_ms = 0.0
-    with ending(tracker):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    status: EndStatus = "FAILED"
+    try:
         for step in range(args.first, args.last + 1):
             began = time.perf_counter()
             tracker.log(step, metrics_of(step, config))
@@ -42,6 +46,12 @@ def main() -> None:
         (args.run_dir / "slowest.json").write_text(json.dumps(slowest_ms))
         if args.linger:
             time.sleep(120)
+        status = "FINISHED"
+    except SystemExit:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.finish(status)
 
 
 if __name__ == "__main__":

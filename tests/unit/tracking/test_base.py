@@ -1,12 +1,10 @@
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from pltmoe.tracking.base import FanOut, Terminated, ending
+from pltmoe.tracking.base import FanOut
 
 
 class Notes:
@@ -48,46 +46,6 @@ def test_one_tracker_that_cannot_end_does_not_keep_the_others():
     with pytest.raises(OSError, match="disk full"):
         FanOut([first, second]).finish("FINISHED")
     assert first.calls == [("finish", "FINISHED")]
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [
-        (None, "FINISHED"),
-        (ValueError("x"), "FAILED"),
-        (SystemExit(1), "FAILED"),
-        (KeyboardInterrupt(), "KILLED"),
-    ],
-)
-def test_the_end_is_what_happened(error, status):
-    notes = Notes()
-    try:
-        with ending(notes):
-            if error:
-                raise error
-    except BaseException as seen:
-        assert seen is error
-    assert notes.calls == [("finish", status)]
-
-
-def test_sigterm_is_killed_and_the_handler_goes_away():
-    notes = Notes()
-    with pytest.raises(Terminated) as seen, ending(notes):
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert notes.calls == [("finish", "KILLED")]
-    assert seen.value.code == 143
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-
-
-def test_a_handler_of_the_job_is_left_alone():
-    seen = []
-    signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
-    try:
-        with ending(Notes()):
-            os.kill(os.getpid(), signal.SIGTERM)
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    assert seen == [signal.SIGTERM]
 
 
 def test_tracking_never_imports_mlflow():

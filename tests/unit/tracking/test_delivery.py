@@ -18,7 +18,7 @@ from pltmoe.reports.runs import read_mlflow_run, read_run
 from pltmoe.tracking import build_tracker
 from pltmoe.tracking.journal import Journal
 from pltmoe.tracking.jsonl import NOT_METRICS, read_lines
-from pltmoe.tracking.mlflow import attach, how_to_look
+from pltmoe.tracking.mlflow import how_to_look
 from pltmoe.tracking.sync import sync
 from tests.unit.tracking.conftest import ROOT, Server
 from tests.unit.tracking.runs import metrics_of, run_config
@@ -211,7 +211,7 @@ def test_no_server_at_all_then_sync_later_and_again(server, tmp_path, caplog):
     assert first.sent_metrics == sum(len(set(line) - NOT_METRICS) for line in lines)
     report = tmp_path / "report.md"
     report.write_text("# Report\n")
-    assert attach(tmp_path, [report], folder="report")
+    Journal(tmp_path).append("artifact", path=str(report), folder="report")
     second = sync(tmp_path, server.uri)
     assert second.sent_metrics == 0
     assert second.where == first.where
