@@ -49,9 +49,7 @@ def main() -> None:
     random.add_argument("--scaled-down", action="store_true", help="small sizes; always on a CPU")
     random.add_argument("--fp8", action="store_true", help="experts in FP8 (not on a CPU)")
     random.add_argument("--fuse", action="store_true", help="compile between the large kernels")
-    random.add_argument(
-        "--context", type=positive, help="slots in the cache at first (4096)"
-    )
+    random.add_argument("--context", type=positive, help="slots in the cache at first (4096)")
     random.add_argument("--batches", type=_numbers, help="e.g. 1,4,16 (1..256); none: 0")
     random.add_argument("--prefill", type=_numbers, help="prompt lengths (1k..32k); none: 0")
     exported = parser.add_argument_group("exported folders")

@@ -11,9 +11,7 @@ def main() -> None:
     """Parse the command line and build the corpus."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
-    parser.add_argument(
-        "--max-bytes", type=positive, help="stop before so many bytes of source"
-    )
+    parser.add_argument("--max-bytes", type=positive, help="stop before so many bytes of source")
     parser.add_argument("--include-tests", action="store_true", help="take the test suites as well")
     parser.add_argument("--library", type=Path, help="folder of sources (default: this Python)")
     args = parser.parse_args()

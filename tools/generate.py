@@ -139,9 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument("--fp8", action="store_true", help="experts in FP8 (GPU: 8.9 or newer)")
-    parser.add_argument(
-        "--max-slots", type=positive, help="default: as it was trained"
-    )
+    parser.add_argument("--max-slots", type=positive, help="default: as it was trained")
     parser.add_argument("--max-batch", type=positive, default=64, help="prompts that run together")
     parser.add_argument(
         "--engine", choices=ENGINES, default="pltmoe", help="transformers: its generate()"

@@ -75,7 +75,11 @@ def backends(run: RunConfig, config: TransformerConfig, impl: Backend) -> dict[s
     if config.transformer_impl == "transformer_engine":
         found = _te_attention(run) | {"norm": impl, "linear layers": impl}
         if model.is_moe:
-            found["experts"] = Backend("TE", "GroupedLinear, all experts at once")
+            found["experts"] = Backend("TE", "GroupedLinear: one call, a product per expert in it")
+            routing = "softmax and top-k in one kernel"
+            if model.moe_expert_bias_update_rate:
+                routing = "top-k by torch: TE's kernel ignores an expert bias"
+            found["router"] = Backend("TE", routing)
         return found
     found = {
         "attention": Backend("torch", f"scaled_dot_product_attention: {impl.reason}"),

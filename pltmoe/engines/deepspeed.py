@@ -133,7 +133,7 @@ class DeepSpeedEngine(SteppingEngine):
 
     def train_step(self, batches: Iterator[Batch], step: int, watch: bool) -> StepResult:
         """Take one optimizer step; see the protocol."""
-        self.model.diagnostics.begin_step(watch)
+        self.model.begin_step(watch)
         local = self._forward_backward(batches, forward_only=False)
         loss_sum, tokens = sum_over_ranks(local)
         loss = loss_sum / max(tokens, 1)

@@ -72,7 +72,7 @@ class MegatronEngine(SteppingEngine):
         """Take one optimizer step; see the protocol."""
         self._ddp.zero_grad_buffer()
         self._optimizer.zero_grad()
-        self.model.diagnostics.begin_step(watch)
+        self.model.begin_step(watch)
         biases = self._expert_biases()
         before = [bias.clone() for bias in biases]
         local = self._forward_backward(batches, forward_only=False)

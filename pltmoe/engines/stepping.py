@@ -21,7 +21,7 @@ from pltmoe.engines import sharded_state
 from pltmoe.engines.base import Batch, Capabilities, StepResult
 from pltmoe.engines.step_guard import StepGuard
 from pltmoe.model.loop_diagnostics import diagnostic_metrics
-from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
+from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics
 from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.layout import Layout
 from pltmoe.runtime.distributed import highest, is_main
@@ -122,7 +122,6 @@ class SteppingEngine:
         """Move on to the next step's learning rate and statistics; say what this step did."""
         self._schedule.step(1)
         metrics = self._model_metrics() if watch else {}
-        reset_loop_stats(self.model.layers)
         return StepResult(
             loss, norm, float(learning_rate), metrics, self._guard.skipped, reason is not None
         )

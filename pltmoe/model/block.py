@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from megatron.core.dist_checkpointing.utils import replace_prefix_for_sharding
 from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -36,6 +37,8 @@ class PLTLayer(TransformerLayer):
         super().__init__(*args, add_layer_offset=False, **kwargs)
         self.plt = plt
         self.stats = LoopStats(plt, torch.cuda.current_device())
+        if self.is_moe_layer:
+            _keep_order(self.mlp.token_dispatcher)
 
     def forward(  # type: ignore[override]
         self, hidden_sbd: Tensor, at: Pass, lent: Lent | None
@@ -61,6 +64,17 @@ class PLTLayer(TransformerLayer):
         router.enter(at, lent.experts if lent else None, self.stats, chooses)
         hidden_sbd = self._forward_mlp(hidden_sbd)
         return hidden_sbd, Lent(kept, router.chosen)
+
+
+def _keep_order(dispatcher: MoEAlltoAllTokenDispatcher) -> None:
+    """Spare tokens two copies where one rank has all experts.
+
+    What the dispatcher sorts by expert after tokens have come from several ranks, and back again
+    before they return, is sorted already. (megatron-core 0.19.2, ``dispatch_postprocess`` and
+    ``combine_preprocess``: sorted where there is more than one local expert.)
+    """
+    if dispatcher.ep_size * dispatcher.tp_size == 1:
+        dispatcher.num_local_experts = 1
 
 
 class LoopedStack(torch.nn.ModuleList):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.jit import jit_fuser
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.tensor_parallel.mappings import (
@@ -100,6 +101,11 @@ class GatedSelfAttention(SelfAttention):
     ):
         super().__init__(config, submodules, *args, **kwargs)
         self.plt = plt
+        # Lent as a view, V would keep the whole projection alive where nothing else does, and
+        # Transformer Engine would copy it in every loop that reads it.
+        is_te = config.transformer_impl == "transformer_engine"
+        is_kept_alone = config.recompute_granularity == "full"
+        self._lends_copies = is_kept_alone or (is_te and plt.share_first_loop_kv)
         if plt.gated_swa:
             assert submodules.local_attention is not None
             self.local_attention = submodules.local_attention(
@@ -137,8 +143,8 @@ class GatedSelfAttention(SelfAttention):
             apply_rotary_pos_emb(x, at.rope, config=self.config, cp_group=self.pg_collection.cp)
             for x in (query, key)
         )
-        if at.loop == 1 < self.plt.num_loops and self.config.recompute_granularity == "full":
-            value = value.contiguous()  # lent as a view, it would keep the whole projection alive
+        if at.loop == 1 < self.plt.num_loops and self._lends_copies:
+            value = value.contiguous()
         arguments = (hidden_sbd, query, (key, value), first_kv, at.loop, stats)
         if self.training and self.config.recompute_granularity == "selective":
             y = checkpoint(
@@ -165,15 +171,18 @@ class GatedSelfAttention(SelfAttention):
             return y
         y_local = self._attend(self.local_attention, query, own_kv)
         gate = self.plt_gate(query, hidden_sbd if self.plt.gate_use_hidden_states else None)
-        if self.training and torch.is_grad_enabled() and not is_recomputing():
+        if self.training and stats.is_watching and torch.is_grad_enabled() and not is_recomputing():
             stats.add_gate(loop, gate)
-        return self._mix(gate, y_local, y)
+        heads = (*y.shape[:2], -1, self.hidden_size_per_attention_head)
+        return _mix(gate, y_local.view(heads), y.view(heads)).flatten(2)
 
     def _attend(self, attention: MegatronModule, query: Tensor, kv: KeyValue | None) -> Tensor:
         assert kv is not None, "loop 1 comes first"
         return attention(query, *kv, None, attn_mask_type=self.attn_mask_type)
 
-    def _mix(self, gate: Tensor, local: Tensor, shared: Tensor) -> Tensor:
-        heads = (*local.shape[:2], -1, self.hidden_size_per_attention_head)
-        mixed = gate * local.view(heads) + (1 - gate) * shared.view(heads)
-        return mixed.to(local.dtype).flatten(2)
+
+@jit_fuser
+def _mix(gate_sbh1: Tensor, local_sbhk: Tensor, shared_sbhk: Tensor) -> Tensor:
+    """Weigh both branches in the gate's precision; one kernel on a GPU."""
+    mixed = gate_sbh1 * local_sbhk + (1 - gate_sbh1) * shared_sbhk
+    return mixed.to(local_sbhk.dtype)

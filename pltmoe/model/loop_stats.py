@@ -40,6 +40,13 @@ class LoopStats(nn.Module):
         for name, shape in shapes.items():
             zeros = torch.zeros(shape, dtype=torch.float32, device=device)
             self.register_buffer(name, zeros, persistent=False)
+        self.is_watching = True
+
+    def begin_step(self, watch: bool) -> None:
+        """Forget the last step; what is asked to record looks at ``is_watching`` first."""
+        self.is_watching = watch
+        for buffer in self.buffers():
+            buffer.zero_()
 
     @torch.no_grad()
     def add_routing(
@@ -94,13 +101,6 @@ def collect_loop_stats(
         for number, stats in zip(numbers or range(len(layers)), per_layer, strict=True):
             found[name][number] = stats[name]
     return found
-
-
-def reset_loop_stats(layers: nn.ModuleList) -> None:
-    """Set all accumulators to zero."""
-    for layer in layers:
-        for buffer in layer.stats.buffers():
-            buffer.zero_()
 
 
 def loop_metrics(stats: dict[str, Tensor]) -> dict[str, float]:

@@ -35,7 +35,7 @@ def transformer_config(
     Loss gradients are divided by the number of tokens of the global batch
     (``calculate_per_token_loss``), so the loss is the same mean on every layout.
     """
-    p = parallel or ParallelConfig()
+    p, is_te = parallel or ParallelConfig(), transformer_impl == "transformer_engine"
     config = TransformerConfig(
         transformer_impl=transformer_impl,
         num_layers=model.num_layers,
@@ -47,6 +47,8 @@ def transformer_config(
         gated_linear_unit=True,
         activation_func=F.silu,
         bias_activation_fusion=True,
+        apply_rope_fusion=is_te,
+        cross_entropy_loss_fusion=params_dtype == torch.bfloat16,  # its gradients are bf16
         add_bias_linear=False,
         normalization="RMSNorm",
         layernorm_epsilon=model.norm_eps,
@@ -68,7 +70,7 @@ def transformer_config(
         context_parallel_size=p.context_parallel_size,
         expert_model_parallel_size=p.expert_parallel_size,
         expert_tensor_parallel_size=p.expert_tensor_parallel_size,
-        **_moe_fields(model, params_dtype, transformer_impl == "transformer_engine"),
+        **_moe_fields(model, params_dtype, is_te, fp8),
         **_fp8_fields(fp8),
     )
     config.local_attention_in_fp8 = fp8 is not None and fp8.local_attention
@@ -96,7 +98,9 @@ def _fp8_fields(fp8: Fp8 | None) -> dict[str, Any]:
     }
 
 
-def _moe_fields(model: ModelConfig, params_dtype: torch.dtype, is_te: bool) -> dict[str, Any]:
+def _moe_fields(
+    model: ModelConfig, params_dtype: torch.dtype, is_te: bool, fp8: Fp8 | None
+) -> dict[str, Any]:
     if not model.is_moe:
         return {}
     # The router of a layer runs once per loop: dividing averages its losses over the loops that
@@ -110,6 +114,11 @@ def _moe_fields(model: ModelConfig, params_dtype: torch.dtype, is_te: bool) -> d
         "moe_token_dispatcher_type": "alltoall",
         "moe_grouped_gemm": is_te,
         "moe_permute_fusion": is_te,
+        # Its kernel ignores an expert bias under softmax.
+        "moe_router_fusion": is_te and model.moe_expert_bias_update_rate == 0,
+        # Each expert's rows in multiples of what FP8 products need, chosen by the routing map:
+        # padding them after the permutation copies all of them.
+        "moe_router_padding_for_quantization": fp8 is not None,
         "moe_router_load_balancing_type": "aux_loss" if aux else "none",
         "moe_aux_loss_coeff": aux,
         "moe_z_loss_coeff": z or None,

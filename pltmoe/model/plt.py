@@ -121,6 +121,12 @@ class PLTModel(LanguageModule):
             tp_group=pg_collection.tp,
         )
 
+    def begin_step(self, watch: bool) -> None:
+        """Forget the statistics of the last step; take none in this one unless ``watch``."""
+        self.diagnostics.begin_step(watch)
+        for layer in self.layers:
+            layer.stats.begin_step(watch)
+
     def set_input_tensor(self, input_tensor: Any) -> None:
         """Accept the (absent) input from a previous stage; Megatron's schedules call it."""
 

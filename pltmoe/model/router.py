@@ -27,6 +27,7 @@ import torch
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_tokens_per_expert_and_token_count,
+    topk_routing_with_score_function,
 )
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import Tensor
@@ -86,6 +87,8 @@ class LoopRouter(TopKRouter):
             probs = self._add_losses(probs, logits, aux_loss, routing_map)
         if self._chooses and not is_recomputing():
             self._apply_expert_bias(routing_map)
+        if self.config.moe_router_padding_for_quantization:
+            return probs, routing_map.clone()  # the dispatcher pads it in place
         return probs, routing_map
 
     def _best(self, scores: Tensor) -> Tensor:
@@ -93,6 +96,8 @@ class LoopRouter(TopKRouter):
         return choice.topk(self.topk, dim=-1).indices
 
     def _choose(self, logits: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+        if self.config.moe_router_fusion:  # one kernel of Transformer Engine; the same weights
+            return topk_routing_with_score_function(logits, self.topk, fused=True)
         experts = self._best(scores)
         weights = scores.gather(-1, experts)
         weights = (weights / weights.sum(-1, keepdim=True)).type_as(logits)
@@ -119,7 +124,7 @@ class LoopRouter(TopKRouter):
         assert self._at is not None
         tokens = logits.size(0) * self.tp_cp_group.size()
         z_loss = at_least_float32(logits).logsumexp(-1).square().sum() / tokens
-        if not is_recomputing():
+        if self._stats[0].is_watching and not is_recomputing():
             self._record(logits, aux_loss, z_loss, routing_map)
         a, z = self.config.moe_aux_loss_coeff, self.config.moe_z_loss_coeff or 0.0
         if z == 0 and (a == 0 or aux_loss is None):

@@ -119,6 +119,8 @@ def _why_no_transformer_engine(dtype: torch.dtype) -> str | None:
         return "Transformer Engine needs an NVIDIA GPU, and there is none"
     if dtype == torch.float64:
         return "Transformer Engine does not compute in float64"
+    if dtype == torch.float32:
+        return "Transformer Engine rounds fp32 products to TF32, and has no fp32 attention kernel"
     try:
         importlib.import_module("transformer_engine.pytorch")
     except (ImportError, OSError) as error:  # a library of another CUDA, a missing part

@@ -42,6 +42,7 @@ def selected(
             num_gqa_groups=kv_heads, max_seqlen_q=slots, max_seqlen_kv=slots, head_dim_qk=head_dim,
             head_dim_v=head_dim, attn_mask_type="causal", window_size=window,
             softmax_scale=head_dim**-0.5, deterministic=deterministic, is_training=True,
+            bottom_right_diagonal=False,  # as the attention itself asks where all slots are there
         )
     )  # fmt: skip
     what = "the whole past" if window_keys is None else f"a window of {window_keys} keys"

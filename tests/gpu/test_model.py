@@ -32,6 +32,22 @@ def test_bfloat16_rounds_the_reference(name: str, transformer_impl: str, groups:
     assert_rounds_like_bfloat16(plt, model)
 
 
+def test_the_fused_router_chooses_as_the_others_do(groups: Any) -> None:
+    """Weights, choice and gradients of Transformer Engine's kernel; 64 experts, 8 chosen."""
+    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    model = small_model(**ROWS["row1_vanilla"] | {"num_experts": 64, "moe_top_k": 8})
+    router = build_model(model, groups, torch.bfloat16, "transformer_engine").layers[0].mlp.router
+    logits, found = torch.randn(500, 64, device="cuda"), []
+    assert router.config.moe_router_fusion
+    for fused in (True, False):
+        router.config.moe_router_fusion = fused
+        x = logits.clone().requires_grad_()
+        probs, chosen = router._choose(x, x.softmax(-1))
+        found.append((probs, chosen, *torch.autograd.grad(probs.square().sum(), x)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_grouped_experts_equal_experts_one_by_one(groups: Any) -> None:
     """Rows of every expert, of one only, and fewer than experts; bf16 products of other shapes."""
     model = small_model(**ROWS["row1_vanilla"], hidden_size=64, moe_ffn_hidden_size=32)

@@ -76,5 +76,7 @@ def test_a_checkpoint_made_on_a_cpu_continues(
     precision: str, tolerance: float, config: Path, begun: Path, impl: str, tmp_path: Path
 ) -> None:
     """Its next losses are those of the run that stays on the CPU."""
+    if precision == "fp32" and impl.endswith("transformer_engine"):
+        pytest.skip("Transformer Engine is not used in fp32: its products would be TF32")
     changes = (f"train.precision={precision}", impl)
     assert_continues(config, begun, tmp_path, *changes, device="cuda", tolerance=tolerance)

@@ -46,12 +46,14 @@ def random_batches(config: RunConfig, layout: Layout, number: int) -> Iterator[B
         tokens = torch.randint(
             config.model.vocab_size, (micro, length + 1), generator=generator, dtype=torch.int64
         )
-        yield {
+        batch = {
             "tokens": tokens[:, :-1].contiguous(),
             "labels": tokens[:, 1:].contiguous(),
             "position_ids": torch.arange(length).expand(micro, length).contiguous(),
             "loss_mask": torch.ones(micro, length),
         }
+        on_gpu = torch.cuda.is_available()  # a loader pins them, too
+        yield {name: x.pin_memory() if on_gpu else x for name, x in batch.items()}
 
 
 def work_of(config: RunConfig) -> tuple[int, float]:

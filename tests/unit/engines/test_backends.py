@@ -103,9 +103,13 @@ def test_start_up_names_what_transformer_engine_does(monkeypatch: pytest.MonkeyP
     found = backends(run, made, TE)
     assert {backend.choice for backend in found.values()} == {"TE"}
     assert {"global attention kernel", "local attention kernel", "norm", "linear layers",
-            "experts"} == set(found)  # fmt: skip
+            "experts", "router"} == set(found)  # fmt: skip
+    assert "softmax and top-k in one kernel" in str(found["router"])
     assert [how["window_keys"] for how in asked] == [None, run.model.window_keys]
     assert {(how["slots"], how["batch"], how["head_dim"]) for how in asked} == {(32, 4, 128)}
+    biased = run.model.model_copy(update={"moe_expert_bias_update_rate": 1e-3})
+    found = backends(run.model_copy(update={"model": biased}), made, TE)
+    assert "TE's kernel ignores an expert bias" in str(found["router"])
 
 
 @pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise", "mxfp8"])

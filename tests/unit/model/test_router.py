@@ -1,13 +1,18 @@
 """The looped router and its statistics against the reference's record of every router call."""
 
 from collections.abc import Callable
+from types import MethodType, SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
 from pltmoe.hf.mapping import megatron_to_hf
-from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics, reset_loop_stats
+from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics
 from pltmoe.model.reference import ReferencePLT, load_balancing_loss
+from pltmoe.model.router import LoopRouter
 from tests.unit.model.cases import ALL, small_model
 
 
@@ -65,6 +70,48 @@ def test_statistics_of_shared_routing(build: Callable[..., Any]) -> None:
             assert share < 0.95
 
 
+def test_weights_are_those_of_megatrons_own_choice() -> None:
+    """Which is what Transformer Engine's fused kernel computes; gradients, too, in float32."""
+    router, found = SimpleNamespace(topk=3, expert_bias=None, config=SimpleNamespace()), []
+    router._best = MethodType(LoopRouter._best, router)
+    logits = torch.randn(40, 8, generator=torch.Generator().manual_seed(1))
+    for fused in (False, True):
+        x = logits.clone().requires_grad_()
+        router.config.moe_router_fusion = False
+        if fused:
+            probs, chosen = topk_routing_with_score_function(x, 3)
+        else:
+            probs, chosen = LoopRouter._choose(router, x, x.softmax(-1))
+        found.append((probs, chosen, *torch.autograd.grad(probs.square().sum(), x)))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["shared_routing_plt3", "row5_plt2"])
+def test_rows_padded_for_fp8_change_nothing(
+    name: str, build: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The dispatcher adds rows to its map in place; later loops must not take them for chosen."""
+    monkeypatch.setattr(token_dispatcher, "get_align_size_for_quantization", lambda config: 16)
+    model = small_model(**ALL[name])
+    tokens = torch.randint(0, model.vocab_size, (2, 16), generator=torch.Generator().manual_seed(6))
+    found, rows = [], []
+    for padded in (False, True):
+        plt = build(model)
+        plt.config.moe_router_padding_for_quantization = padded
+        experts = plt.layers[0].mlp.experts
+        experts.register_forward_pre_hook(lambda _, inputs: rows.append(inputs[1].tolist()))
+        logits = plt(tokens)
+        logits.square().sum().backward()
+        gradients = [p.grad if p.grad is not None else p.main_grad for p in plt.parameters()]
+        found.append([logits.detach(), *gradients])
+    loops = model.num_loops
+    assert all(n % 16 == 0 for counts in rows[loops:] for n in counts)
+    assert any(n % 16 for counts in rows[:loops] for n in counts)
+    for plain, with_rows in zip(*found, strict=True):
+        torch.testing.assert_close(plain, with_rows, rtol=1e-10, atol=1e-12)
+
+
 def test_statistics_add_up_and_reset(build: Callable[..., Any]) -> None:
     model, plt, _ = run_both(build)
     tokens = torch.zeros(1, 8, dtype=torch.long)
@@ -77,7 +124,8 @@ def test_statistics_add_up_and_reset(build: Callable[..., Any]) -> None:
     with torch.no_grad():
         plt(tokens)
     assert torch.equal(collect_loop_stats(plt.layers)["expert_counts"], counts)
-    reset_loop_stats(plt.layers)
+    plt.begin_step(watch=False)
+    plt(tokens)
     assert not any(stat.any() for stat in collect_loop_stats(plt.layers).values())
 
 

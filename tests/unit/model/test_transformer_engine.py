@@ -90,6 +90,7 @@ def test_each_branch_has_its_own_window(build_te: Any) -> None:
     model = small_model(**ALL["row5_plt2"])
     plt = build_te(model)
     assert plt.config.moe_permute_fusion and plt.config.moe_grouped_gemm
+    assert plt.config.moe_router_fusion and plt.config.apply_rope_fusion
     for layer in plt.layers:
         attention = layer.self_attention
         assert attention.core_attention.window_size == (-1, 0)
@@ -149,6 +150,7 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "and there is none" in str(devices.transformer_impl("auto", torch.bfloat16))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert "in float64" in str(devices.transformer_impl("auto", torch.float64))
+    assert "rounds fp32 products to TF32" in str(devices.transformer_impl("auto", torch.float32))
 
     def broken(name: str) -> None:
         raise OSError("libnccl.so.2: cannot open")
