@@ -25,7 +25,6 @@ from typing import Any, TextIO
 
 from pltmoe.reports import gpu_tables, learning
 from pltmoe.reports.gpu_parts import (
-    FULL_RECIPES,
     LAST_DECODING,
     LEARN_STEPS,
     LEARNING,
@@ -219,7 +218,7 @@ def _page(work: Path) -> str:
         "",
         "## Targets",
         "",
-        gpu_tables.targets_table(work, FULL_RECIPES),
+        gpu_tables.targets_table(work),
         "",
         "What a step's time goes to: [profile.md](profile.md).",
         "",

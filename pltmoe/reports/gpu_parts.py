@@ -6,7 +6,14 @@ TRAIN_STEPS = 200
 MODELS = ("vanilla", "loop2", "plt2")
 RECIPES = ("tensorwise", "delayed", "blockwise")
 """Of FP8, on Hopper."""
-FULL_RECIPES = ("tensorwise", "blockwise")
+FULL = {
+    "bf16": "train.precision=bf16",
+    "bf16-fused": "train.precision=bf16 train.gradient_accumulation_fusion=true",
+    "tensorwise": "train.precision=fp8 train.fp8_recipe=tensorwise",
+    "delayed": "train.precision=fp8 train.fp8_recipe=delayed",
+    "blockwise": "train.precision=fp8 train.fp8_recipe=blockwise",
+}
+"""What the model that fills the device is timed in."""
 LEARN_STEPS = 150
 SEEDS = (1, 2)
 NORMED = "model.normalize_per_loop=true model.hidden_scale=0.053"
@@ -70,18 +77,20 @@ def _pretrain(model: str, name: str, more: str = "") -> str:
     ).strip()
 
 
-def _precision_name(precision: str) -> str:
-    return precision if precision == "bf16" else f"FP8 {precision}"
+def full_name(precision: str) -> str:
+    """Return a precision of FULL in words."""
+    in_words = {"bf16": "bf16", "bf16-fused": "bf16, weight gradients added inside the products"}
+    return in_words.get(precision, f"FP8 {precision}")
 
 
-def _full(precision: str, changes: str) -> Part:
+def _full(precision: str) -> Part:
     """Time one model that fills the device, in a process of its own."""
     command = "{python} tools/benchmark_train.py --compare mfu --output $WORK/mfu-" + precision
     large, small = (
-        f"{command} {FULL_SIZES} train.micro_batch_size={size} {changes}".strip()
+        f"{command} {FULL_SIZES} train.micro_batch_size={size} {FULL[precision]}"
         for size in FULL_MICRO_BATCHES
     )
-    what = f"MFU of PLT-2, ten layers of 1B/7B, {_precision_name(precision)}"
+    what = f"MFU of PLT-2, ten layers of 1B/7B, {full_name(precision)}"
     more = "set -o pipefail; export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; "
     log = f"$WORK/mfu-{precision}.first"
     tries = f"{large} 2>&1 | tee {log} || {{{{ grep -qi 'out of memory' {log} && {small}; }}}}"
@@ -145,8 +154,7 @@ PARTS = (
             for name in ("loops", "megatron")
         ),
     ),
-    _full("bf16", "train.precision=bf16"),
-    _full("tensorwise", "train.precision=fp8 train.fp8_recipe=tensorwise"),
+    *(_full(precision) for precision in ("bf16", "bf16-fused", "tensorwise", "delayed")),
     Part(
         "train",
         f"{TRAIN_STEPS} steps of the quickstart's three models in bf16 on one GPU",
@@ -183,7 +191,7 @@ PARTS = (
         "tests/gpu/test_training.py: runs that resume, repeat, or began on a CPU",
         (f"{PYTEST} tests/gpu/test_training.py",),
     ),
-    _full("blockwise", "train.precision=fp8 train.fp8_recipe=blockwise"),
+    _full("blockwise"),
     Part(
         "speed-fp8",
         "a step of the same PLT-2 in FP8 / in bf16",
@@ -257,8 +265,8 @@ PROFILES = (
     ("PLT-2 and vanilla, four layers of 1B/7B", "speed", "loops"),
     ("Our vanilla model and Megatron-core's, four layers", "speed", "megatron"),
     *(
-        (f"PLT-2, ten layers of 1B/7B, {_precision_name(precision)}", f"mfu-{precision}", "mfu")
-        for precision in ("bf16", *FULL_RECIPES)
+        (f"PLT-2, ten layers of 1B/7B, {full_name(precision)}", f"mfu-{precision}", "mfu")
+        for precision in FULL
     ),
     ("PLT-2 in FP8 and in bf16, four layers", "speed", "precision"),
 )

@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from pltmoe.reports.gpu_parts import FULL, full_name
 from pltmoe.reports.markdown import table
 
 NOT_RUN = "Not run."
@@ -38,16 +39,18 @@ def _faster(report: dict[str, Any], beside: dict[str, Any]) -> float:
     return report["rows"][0]["tokens_per_second"] / beside["rows"][0]["tokens_per_second"]
 
 
-def _targets(recipes: Sequence[str]) -> list[Target]:
+def _targets() -> list[Target]:
     mfu = ("mfu-bf16/mfu.json",)
     return [
-        Target("MFU, bf16", "at least 45 %", mfu, _mfu, lambda x: x >= 0.45, ".1%"),
         *(
-            Target(
-                f"FP8 ({recipe}) / bf16, tokens per second", "at least 1.25",
-                (f"mfu-{recipe}/mfu.json", *mfu), _faster, lambda x: x >= 1.25,
-            )
-            for recipe in recipes
+            Target(f"MFU, {full_name(precision)}", "at least 45 %", (f"mfu-{precision}/mfu.json",),
+                   _mfu, lambda x: x >= 0.45, ".1%")
+            for precision in FULL if precision.startswith("bf16")
+        ),
+        *(
+            Target(f"{full_name(recipe)} / bf16, tokens per second", "at least 1.25",
+                   (f"mfu-{recipe}/mfu.json", *mfu), _faster, lambda x: x >= 1.25)
+            for recipe in FULL if not recipe.startswith("bf16")
         ),
         Target("PLT-2 step / vanilla step", "at most 2.05", ("speed/loops.json",), _ratio,
                lambda x: x <= 2.05),
@@ -56,10 +59,10 @@ def _targets(recipes: Sequence[str]) -> list[Target]:
     ]  # fmt: skip
 
 
-def targets_table(work: Path, recipes: Sequence[str]) -> str:
+def targets_table(work: Path) -> str:
     """Put what is wanted beside what was measured, with the commit that was measured."""
     rows = [("what", "wanted", "measured", "", "commit")]
-    for target in _targets(recipes):
+    for target in _targets():
         paths = [work / file for file in target.files]
         if not all(path.exists() for path in paths):
             rows.append((target.what, target.wanted, "not run", "", ""))

@@ -194,12 +194,15 @@ def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path:
     report(tmp_path / "mfu-bf16", "mfu", None, 0.43, 1000.0)
     report(tmp_path / "mfu-blockwise", "mfu", None, 0.55, 1300.0)
     report(tmp_path / "speed", "loops", 2.01, None, 1.0)
+    fused = "MFU, bf16, weight gradients added inside the products"
     text = gpu_check._page(tmp_path).split("## Targets\n\n")[1].split("\n\n")[0]
     assert cells(text) == [
         ["what", "wanted", "measured", "", "commit"],
         ["MFU, bf16", "at least 45 %", "43.0%", "MISSED", "abc"],
-        ["FP8 (tensorwise) / bf16, tokens per second", "at least 1.25", "not run", "", ""],
-        ["FP8 (blockwise) / bf16, tokens per second", "at least 1.25", "1.300", "met", "abc"],
+        [fused, "at least 45 %", "not run", "", ""],
+        ["FP8 tensorwise / bf16, tokens per second", "at least 1.25", "not run", "", ""],
+        ["FP8 delayed / bf16, tokens per second", "at least 1.25", "not run", "", ""],
+        ["FP8 blockwise / bf16, tokens per second", "at least 1.25", "1.300", "met", "abc"],
         ["PLT-2 step / vanilla step", "at most 2.05", "2.010", "met", "abc"],
         ["our vanilla step / Megatron-core's", "at most 1.0", "not run", "", ""],
     ]
@@ -262,12 +265,14 @@ def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
                 assert str(config.train.output_dir).endswith(part.name.removeprefix("learn-"))
                 assert config.train.steps % config.train.eval_interval == 0, "ends validated"
             if part.name.startswith("mfu-"):
-                assert config.train.precision == ("bf16" if part.name == "mfu-bf16" else "fp8")
-                assert part.name.endswith(("bf16", config.train.fp8_recipe))
+                is_bf16 = part.name.startswith("mfu-bf16")
+                assert config.train.precision == ("bf16" if is_bf16 else "fp8")
+                assert is_bf16 or part.name.endswith(config.train.fp8_recipe)
+                assert config.train.gradient_accumulation_fusion == part.name.endswith("fused")
                 assert "--profile" in words
                 sizes.add((config.train.global_batch_size, config.model.num_layers))
             seen += 1
-    mfu = 2 * (1 + len(gpu_parts.FULL_RECIPES))
+    mfu = 2 * len(gpu_parts.FULL)
     assert seen >= 3 + len(gpu_parts.RECIPES) + 3 + mfu + len(gpu_parts.LEARNING) + 6
     assert len(sizes) == 1, "the same model and the same tokens in all precisions"
 
