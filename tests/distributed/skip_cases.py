@@ -71,7 +71,10 @@ def _sick_step(engine: MegatronEngine, data: Iterator[Any], kind: str) -> Any:
 
 
 def everything(engine: MegatronEngine) -> dict[Any, Any]:
-    """Copy all that a step changes: weights, expert biases, Adam's moments and step counts."""
+    """Copy what a step changes: weights, expert biases, Adam's moments and step counts.
+
+    Statistics are forgotten when the next step begins; its metrics tell.
+    """
     counts = [
         float(state["step"])
         for part in engine._optimizer.chained_optimizers
@@ -80,12 +83,12 @@ def everything(engine: MegatronEngine) -> dict[Any, Any]:
     ]
     assert counts
     tensors = {**weights(engine), **moments(engine)}
-    stats = {
+    routed = {
         f"{number} {name}": buffer.clone()
         for number, layer in enumerate(engine.model.layers)
-        for name, buffer in [*layer.stats.named_buffers(), *_routed(layer)]
+        for name, buffer in _routed(layer)
     }
-    return {"counts": counts, "tensors": tensors, "stats": stats}
+    return {"counts": counts, "tensors": tensors, "routed": routed}
 
 
 def _routed(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
