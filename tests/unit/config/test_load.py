@@ -66,6 +66,11 @@ def test_a_password_is_not_written_down(file: Path, tmp_path: Path):
     assert again.tracking.mlflow_uri == "http://***@host:5000"
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_is_what_numpy_takes(file: Path, seed: int):
+    assert "train.seed: Input should be " in message_of(file, [f"train.seed={seed}"])
+
+
 def test_configuration_is_frozen(file: Path):
     with pytest.raises(ValueError, match="frozen"):
         load_config(file).model.num_loops = 2

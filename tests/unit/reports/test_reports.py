@@ -2,11 +2,13 @@
 
 import csv
 import json
+import math
 import re
 import subprocess
 import sys
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
 
 import pytest
 from matplotlib.image import imread
@@ -16,7 +18,7 @@ from pltmoe.config.counts import count_parameters, flops_per_token, kv_cache_byt
 from pltmoe.errors import DataError
 from pltmoe.reports import numbers
 from pltmoe.reports.done import what_was_done
-from pltmoe.reports.glance import Extras
+from pltmoe.reports.glance import Extras, final_loss
 from pltmoe.reports.runs import Run, read_run, table
 from pltmoe.reports.summary import read_decode, read_generated, write_report
 from pltmoe.tracking.jsonl import JsonlTracker
@@ -59,6 +61,13 @@ def report(run_dirs, tmp_path_factory) -> Path:
     runs = [read_run(path) for path in run_dirs]
     samples = [{"prompt": "def f(x):", "text": "\n    return x\n"}]
     return write_report(runs, folder, "Three runs", Extras(DECODE, samples))
+
+
+def test_a_skipped_step_does_not_spoil_the_final_loss():
+    values = [9.0, 5.0, 4.0, float("nan"), 3.0, 2.0, 1.0]
+    series = [SimpleNamespace(value=value) for value in values]
+    assert final_loss(SimpleNamespace(series=lambda name: series)) == 3.0
+    assert math.isnan(final_loss(SimpleNamespace(series=lambda name: series[3:4])))
 
 
 def raw_lines(run_dir: Path) -> list[dict]:
