@@ -1,11 +1,13 @@
 """Real ranks that hang: within seconds every live rank writes its stacks, the culprit is named."""
 
 import os
+import random
 import re
 import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,15 @@ KINDS = ("slack", "lock", "stop_0")
 
 
 def free_port() -> int:
-    """A port that is free now; rank 0 opens its store there."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """A port that is free now; rank 0 opens its store there.
+
+    Below those that the system gives to whoever asks for any: other tests would take it meanwhile.
+    """
+    for port in random.sample(range(30_100, 32_700), 50):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise AssertionError("50 ports are taken")
 
 
 def start(kind: str, folder: Path) -> list[subprocess.Popen[str]]:
