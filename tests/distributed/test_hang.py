@@ -1,13 +1,10 @@
 """Real ranks that hang: within seconds every live rank writes its stacks, the culprit is named."""
 
 import os
-import random
 import re
-import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,21 +14,10 @@ from pltmoe.checkpoint import folders
 from pltmoe.runtime.heartbeat import HANG_EXIT_CODE
 from tests.distributed.run_files import finish, make_files, start_ranks
 from tests.launch import REPOSITORY, STORE_IS_OPEN, open_store
+from tests.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 KINDS = ("slack", "lock", "stop_0")
-
-
-def free_port() -> int:
-    """A port that is free now; rank 0 opens its store there.
-
-    Below those that the system gives to whoever asks for any: other tests would take it meanwhile.
-    """
-    for port in random.sample(range(30_100, 32_700), 50):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise AssertionError("50 ports are taken")
 
 
 def start(kind: str, folder: Path) -> list[subprocess.Popen[str]]:

@@ -8,13 +8,14 @@ nothing can be computed on. Linux and root only.
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from tests.ports import free_port
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "unshare")
 CONFIGURATION = """\
@@ -80,7 +81,7 @@ class Cluster:
             (self.folder / name).mkdir()
         for number in range(8):
             os.mknod(self.folder / "devices" / f"gpu{number}", 0o020666, os.makedev(1, 3))
-        first, *rest = free_ports(self.nodes + 1)
+        first, *rest = (free_port() for _ in range(self.nodes + 1))
         names = ",".join(f"node{n + 1}" for n in range(self.nodes))
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost {names.replace(',', ' ')}\n")
         (self.folder / "gres.conf").write_text(
@@ -184,14 +185,3 @@ def wait_until(
     while not condition():
         assert time.monotonic() < end, f"not within {timeout_s:g} s: {what}\n{describe()}"
         time.sleep(0.5)
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on at this moment."""
-    sockets = [socket.socket() for _ in range(count)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports

@@ -6,7 +6,6 @@ this machine. transformers imports in ~10 s on a slow core, so one server answer
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from pltmoe.hf.convert import ExportOptions, export_checkpoint
+from tests.ports import free_port
 from tests.unit.hf.checkpoints import TEXT_VOCABULARY, write_checkpoint
 from tests.unit.hf.models import small_model
 
@@ -60,9 +60,7 @@ def expected(folder):
 @pytest.fixture(scope="module")
 def server(folder, tmp_path_factory):
     """`transformers serve FOLDER`; its address. Continuous batching is asked for, not used."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     log = tmp_path_factory.mktemp("server") / "log"
     command = [
         str(Path(sys.executable).with_name("transformers")), "serve", str(folder),

@@ -6,6 +6,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from tests.ports import free_port
+
 
 class Proxy:
     """Down (connections refused) until ``up``; keeps its port."""
@@ -15,15 +17,14 @@ class Proxy:
         self.slow_calls = 0
         self._target_port = target_port
         self._server: ThreadingHTTPServer | None = None
-        self.port = self._listen(0).server_address[1]
-        self.down()
+        self.port = free_port()
         self.uri = f"http://127.0.0.1:{self.port}"
 
     def up(self, delay_s: float = 0.0) -> None:
         """Answer, each call after ``delay_s``."""
         self.delay_s = delay_s
         if self._server is None:
-            self._listen(self.port)
+            self._listen()
 
     def down(self) -> None:
         """Refuse connections; a call that waits for its delay is cut off."""
@@ -32,13 +33,12 @@ class Proxy:
             server.shutdown()
             server.server_close()
 
-    def _listen(self, port: int) -> ThreadingHTTPServer:
+    def _listen(self) -> None:
         handler = type("Handler", (_Handler,), {"proxy": self, "target_port": self._target_port})
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler)
+        server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         server.daemon_threads = True
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         self._server = server
-        return server
 
 
 class _Handler(BaseHTTPRequestHandler):
