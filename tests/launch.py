@@ -103,7 +103,7 @@ class Ranks:
         self.nprocs, self._env, self._megatron = nprocs, env or {}, megatron
         self._nursery = nursery
         self._processes: list[subprocess.Popen[bytes] | Forked] = []
-        self._folder = Path(tempfile.mkdtemp(prefix="ranks_"))
+        self._folder: Path  # while there are processes
         self._calls = 0
         self._store: TCPStore | None = None
 
@@ -119,8 +119,8 @@ class Ranks:
         Raises:
             RankError: see ``run_distributed``. The processes are gone afterwards.
         """
-        self._folder.mkdir(exist_ok=True)
         if not self._processes:
+            self._folder = Path(tempfile.mkdtemp(prefix="ranks_"))
             self._start()
         self._calls += 1
         folder = self._folder / f"call_{self._calls:04d}"
@@ -149,8 +149,9 @@ class Ranks:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+        if self._processes:
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._processes = []
-        shutil.rmtree(self._folder, ignore_errors=True)
 
     def _start(self) -> None:
         if self._nursery:
