@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pltmoe.config.model import ModelConfig
 from pltmoe.model.gated_attention import KeyValue, Pass
+from pltmoe.model.grouped_experts import GroupedExperts
 from pltmoe.model.loop_stats import LoopStats
 from pltmoe.model.recompute import recompute_contexts
 
@@ -38,7 +39,7 @@ class PLTLayer(TransformerLayer):
         self.plt = plt
         self.stats = LoopStats(plt, torch.cuda.current_device())
         if self.is_moe_layer:
-            _keep_order(self.mlp.token_dispatcher)
+            _spare_copies(self.mlp.token_dispatcher, self.mlp.experts)
 
     def forward(  # type: ignore[override]
         self, hidden_sbd: Tensor, at: Pass, lent: Lent | None
@@ -66,15 +67,20 @@ class PLTLayer(TransformerLayer):
         return hidden_sbd, Lent(kept, router.chosen)
 
 
-def _keep_order(dispatcher: MoEAlltoAllTokenDispatcher) -> None:
-    """Spare tokens two copies where one rank has all experts.
+def _spare_copies(dispatcher: MoEAlltoAllTokenDispatcher, experts: torch.nn.Module) -> None:
+    """Spare tokens two copies, and the host a wait, where one rank has all experts.
 
     What the dispatcher sorts by expert after tokens have come from several ranks, and back again
-    before they return, is sorted already. (megatron-core 0.19.2, ``dispatch_postprocess`` and
-    ``combine_preprocess``: sorted where there is more than one local expert.)
+    before they return, is sorted already; and nobody but experts that run one by one, or in
+    Transformer Engine, asks on the host how many tokens each got. (megatron-core 0.19.2:
+    ``dispatch_postprocess`` and ``combine_preprocess`` sort where there is more than one local
+    expert; ``_maybe_dtoh_and_synchronize`` moves the counts.)
     """
-    if dispatcher.ep_size * dispatcher.tp_size == 1:
-        dispatcher.num_local_experts = 1
+    if dispatcher.ep_size * dispatcher.tp_size > 1:
+        return
+    dispatcher.num_local_experts = 1
+    if isinstance(experts, GroupedExperts):
+        dispatcher._maybe_dtoh_and_synchronize = lambda point, counts_e=None: counts_e
 
 
 class LoopedStack(torch.nn.ModuleList):

@@ -36,7 +36,9 @@ class GroupedExperts(SequentialMLP):
         x_rd = permuted_local_hidden_states
         if x_rd.size(0) == 0:  # every weight still gets its gradient: zero
             return super().forward(x_rd, tokens_per_expert, permuted_probs)
-        ends_e = tokens_per_expert.cumsum(0).to(x_rd.device, torch.int32)
+        # Counts are on the host where tokens came from other ranks. Without a wait: the copy of a
+        # few bytes that are not pinned has been read when the call returns.
+        ends_e = tokens_per_expert.cumsum(0, dtype=torch.int32).to(x_rd.device, non_blocking=True)
         first = [expert.linear_fc1.weight for expert in self.local_experts]
         second = [expert.linear_fc2.weight for expert in self.local_experts]
         gate_up_rf = GroupedLinear.apply(x_rd, ends_e, *first)

@@ -142,7 +142,7 @@ def expert_error(name: str, device: str, dtype: torch.dtype) -> float:
     return relative_error(experts(*inputs), plain_experts.experts(*exact))
 
 
-def _let_the_interpreter_count() -> None:
+def let_the_interpreter_count() -> None:
     """NumPy 2.4 and later refuse ``int`` of an array of one element, Triton 3.6 asks for it."""
     from triton.runtime import interpreter
 
@@ -158,7 +158,7 @@ def _let_the_interpreter_count() -> None:
 def main() -> None:
     """Run every case on the CPU."""
     assert os.environ.get("TRITON_INTERPRET") == "1"
-    _let_the_interpreter_count()
+    let_the_interpreter_count()
     errors = {
         f"{name}-{splits}": attention_error(name, splits, "cpu", torch.float32)
         for name in ATTENTION
