@@ -179,13 +179,13 @@ def _redirect_tensors() -> None:
     Tensor.numpy = lambda self, **kwargs: numpy(_on_host(self), **kwargs)
     Tensor.pin_memory = lambda self: self
     Tensor.record_stream = lambda self, stream: None
-    tensor, as_tensor, generator = torch.tensor, torch.as_tensor, torch.Generator
+    tensor, as_tensor = torch.tensor, torch.as_tensor
 
     def make(*args: Any, device: Any = None, pin_memory: bool = False, **kwargs: Any) -> Any:
         made = tensor(*args, **kwargs)
         return _mark(made) if _is_gpu(device) else made
 
-    torch.tensor, torch.Generator = make, lambda device="cpu": generator()
+    torch.tensor, torch.Generator = make, _Generator
     torch.as_tensor = lambda data, dtype=None, device=None: (
         as_tensor(data, dtype=dtype) if device is None else as_tensor(data, dtype=dtype).to(device)
     )
@@ -193,6 +193,13 @@ def _redirect_tensors() -> None:
     torch.nn.attention.bias.causal_lower_right = lambda rows, slots: torch.ones(
         rows, slots, dtype=torch.bool, device=GPU
     ).tril(slots - rows)
+
+
+class _Generator(torch.Generator):
+    """Draws on the CPU, whatever the device."""
+
+    def __new__(cls, device: Any = None) -> "_Generator":
+        return super().__new__(cls)
 
 
 class _Done:
@@ -223,8 +230,8 @@ def _redirect_cuda() -> None:
         "get_device_properties": properties, "is_bf16_supported": True,
         "set_device": None, "set_stream": None, "empty_cache": None,
         "manual_seed": None, "manual_seed_all": None, "ipc_collect": None,
-        "memory_allocated": 0, "max_memory_allocated": 0, "memory_reserved": 0,
-        "max_memory_reserved": 0, "reset_peak_memory_stats": None,
+        "memory_allocated": _GIB, "max_memory_allocated": _GIB, "memory_reserved": _GIB,
+        "max_memory_reserved": _GIB, "reset_peak_memory_stats": None,
         "mem_get_info": (139 * _GIB, 139 * _GIB), "memory_stats": defaultdict(int),
         "is_current_stream_capturing": False, "set_rng_state": None,
     }  # fmt: skip

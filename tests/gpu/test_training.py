@@ -18,6 +18,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty steps in two legs; the second resumes the first."""
     config = make_files(tmp_path_factory.mktemp("run"))
     more = ["train.micro_batch_size=2", "model.head_dim=16", "train.log_interval=1"]
+    more += ["optimizer.decay_steps=40"]
     for steps in ("20", "40"):
         codes, outputs = finish(start_ranks(config, f"train.steps={steps}", *more), 300)
         assert codes == [0], outputs[0]
