@@ -148,7 +148,7 @@ def _on_host(x: torch.Tensor) -> torch.Tensor:
 def _redirect_tensors() -> None:
     """Where tensors lie is asked for and changed by methods, not by operations."""
     Tensor, to, type_ = torch.Tensor, torch.Tensor.to, torch.Tensor.type
-    tolist, numpy = Tensor.tolist, Tensor.numpy
+    tolist, numpy, device = Tensor.tolist, Tensor.numpy, Tensor.device.__get__
 
     def to_(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         wanted, kept = kwargs.pop("device", None), []
@@ -160,8 +160,10 @@ def _redirect_tensors() -> None:
             elif argument is not None:
                 kept.append(argument)
         non_blocking = kwargs.pop("non_blocking", False) or True in kept
-        if wanted is not None:
+        if _is_gpu(wanted) or torch.device(wanted or GPU) == CPU:
             self = _move(self, _is_gpu(wanted), non_blocking)
+        elif wanted is not None:  # "meta"
+            kwargs["device"] = wanted
         kept = [x for x in kept if isinstance(x, torch.dtype)]
         return to(self, *kept, **kwargs) if kept or kwargs else self
 
@@ -170,7 +172,7 @@ def _redirect_tensors() -> None:
         named = isinstance(found, str) and lies_on_gpu(self)
         return found.replace("torch.", "torch.cuda.", 1) if named else found
 
-    Tensor.device = property(lambda self: GPU if lies_on_gpu(self) else CPU)
+    Tensor.device = property(lambda self: GPU if lies_on_gpu(self) else device(self))
     Tensor.is_cuda = property(lies_on_gpu)
     Tensor.to, Tensor.type = to_, typed
     Tensor.cuda = lambda self, device=None, non_blocking=False: _move(self, True, non_blocking)

@@ -80,6 +80,8 @@ class Comparison:
     notes: tuple[str, ...]
     same_losses: bool = False
     """Whether both compute the same function from the same weights, so losses must agree."""
+    goal_on_gpu: Goal | None = None
+    """Where it is not the same there."""
 
 
 COMPARISONS = {
@@ -93,6 +95,7 @@ COMPARISONS = {
             "embedding, head and optimizer run once in both, so the FLOPs of two loops are less "
             "than double; what loops add is in their layers, the shift and the gated window",
         ),
+        goal_on_gpu=Goal(at_most=2.05),
     ),
     "megatron": Comparison(
         "our vanilla step / Megatron-core's own GPT MoE of the same size",
@@ -172,7 +175,7 @@ def compare(name: str, config: RunConfig, options: Options, command: str) -> tup
     report = Report(
         name,
         what.title,
-        what.goal,
+        (torch.cuda.is_available() and what.goal_on_gpu) or what.goal,
         ratio(found.times, what.slow, what.fast) if what.fast else None,
         [row(work, found.times[work.name], _peak_flops(config)) for work in found.works],
         setup(config, layout, options),
