@@ -23,7 +23,6 @@ from pltmoe.parallel.groups import destroy_groups  # noqa: E402
 from pltmoe.train.benchmark.candidates import random_batches  # noqa: E402
 from tests.distributed.tiny import build_engine, tiny_config  # noqa: E402
 from tests.gpu.test_engine import SLOTS, prompts, weights_on  # noqa: E402
-from tests.unit.inference.kernel_cases import let_the_interpreter_count  # noqa: E402
 
 SIZES = {"hidden_size": 64, "head_dim": 16}
 """What PyTorch's grouped product takes."""
@@ -81,7 +80,6 @@ def deliberate() -> None:
 
 def main() -> None:
     """Run all."""
-    let_the_interpreter_count()
     cases: dict[str, Callable[[], None]] = {
         **{name: partial(training_step, changes) for name, changes in TRAINING.items()},
         "deliberate": deliberate,
