@@ -3,9 +3,9 @@
     python -m pytest -p tests.virtual_gpu tests/gpu/test_model.py
 
 Code then takes its way for GPUs (``torch.cuda.is_available()`` is true), and what only a GPU would
-find is found: an operation on tensors of both sides raises, as CUDA does, and ``HOST_READS`` counts
-where the host would wait for the GPU to read or write a number, which a CUDA graph forbids and
-which keeps the host from running ahead.
+find is found: an operation on tensors of both sides raises, as CUDA does, and ``HOST_WAITS`` counts
+where the host would wait for the GPU, which a CUDA graph forbids and which keeps the host from
+running ahead.
 
 A storage carries the mark; results of an operation on marked tensors are marked. Nothing is
 measured here, Transformer Engine has no place (its kernels are no operations of PyTorch), nothing
@@ -27,15 +27,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.attention.bias
+from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 GPU, CPU = torch.device("cuda", 0), torch.device("cpu")
-HOST_READS: Counter[str] = Counter()
+HOST_WAITS: Counter[str] = Counter()
 """Where the host would have waited: ``operation: file:line``."""
-_PLACES_OF_BOTH = {"copy_", "index", "index_put_", "_index_put_impl_"}
-"""Operations that take tensors of the other side, and wait."""
-_READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal"}
+_TAKE_BOTH = {"copy_", "index", "index_put_", "_index_put_impl_"}
+"""Operations on a tensor of one side that take others of the other side, and wait."""
+_READ_BACK = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal"}
 _GIB = 2**30
 
 
@@ -58,9 +59,11 @@ class VirtualGPU(TorchDispatchMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         marked = [x for x in tensors if lies_on_gpu(x)]
         if marked and namespace == "aten":
-            # Autograd makes the zeros of an output that nobody used without asking for a device.
+            # Zeros are let through: autograd makes those of an output that nobody used, here on
+            # the CPU.
             others = [x for x in tensors if x.dim() and not lies_on_gpu(x)]
-            if name not in _PLACES_OF_BOTH and any(x.any() for x in others):
+            takes_both = name == "copy_" or (name in _TAKE_BOTH and lies_on_gpu(args[0]))
+            if not takes_both and any(x.any() for x in others):
                 raise RuntimeError(f"{name}: tensors on {GPU} and on {CPU}")
             if _waits(name, args, kwargs):
                 _note(name)
@@ -87,7 +90,7 @@ def _waits(name: str, args: Any, kwargs: Any) -> bool:
             return True
         fills = name != "index" and args[2].numel() == 1 and len(args[1]) == 1  # masked_fill
         return any(x.dtype == torch.bool for x in indices) and not fills
-    return name in _READS
+    return name in _READ_BACK
 
 
 def _note(name: str) -> None:
@@ -97,7 +100,7 @@ def _note(name: str) -> None:
             return  # gloo's copies; NCCL has none
         if "/torch/" not in frame.filename and frame.filename != __file__:
             place = frame.filename.rpartition("site-packages/")[2].rpartition("/pltmoe/")[2]
-            HOST_READS[f"{name}: {place}:{frame.lineno}"] += 1
+            HOST_WAITS[f"{name}: {place}:{frame.lineno}"] += 1
             return
 
 
@@ -148,6 +151,7 @@ def _on_host(x: torch.Tensor) -> torch.Tensor:
 
 def _redirect_tensors() -> None:
     """Where tensors lie is asked for and changed by methods, not by operations."""
+    _device_constructors()  # ``with torch.device(...)`` knows them by identity, from its first use
     Tensor, to, type_ = torch.Tensor, torch.Tensor.to, torch.Tensor.type
     tolist, numpy, device = Tensor.tolist, Tensor.numpy, Tensor.device.__get__
 

@@ -43,7 +43,7 @@ def training_step(changes: dict[str, Any], watch: bool = False) -> None:
     config = tiny_config(**(sizes | LOCAL | changes))
     engine = build_engine(config)
     for step in (1, 2):
-        virtual_gpu.HOST_READS.clear()
+        virtual_gpu.HOST_WAITS.clear()
         engine.train_step(random_batches(config, engine.capabilities.layout, step), step, watch)
 
 
@@ -56,7 +56,7 @@ def decode_step(name: str, fp8: bool = False) -> None:
     options = [SamplingOptions(temperature=1.0, top_k=20, top_p=0.9, seed=s) for s in range(3)]
     session.set_options(options, logprobs=True)
     session.begin(prompts(engine.decoder.m.vocab_size))
-    virtual_gpu.HOST_READS.clear()
+    virtual_gpu.HOST_WAITS.clear()
     session.step()
 
 
@@ -65,9 +65,11 @@ def deliberate() -> None:
     x = torch.arange(4.0, device="cuda")
     with pytest.raises(RuntimeError, match="add: tensors on cuda:0 and on cpu"):
         x + torch.ones(4)
+    with pytest.raises(RuntimeError, match="index: tensors on cuda:0 and on cpu"):
+        torch.ones(4)[x.long()]
     with pytest.raises(TypeError, match="cannot become an array"):
         x.numpy()
-    virtual_gpu.HOST_READS.clear()
+    virtual_gpu.HOST_WAITS.clear()
     x.sum().item()
     x.tolist()
     x.cpu()
@@ -91,7 +93,7 @@ def main() -> None:
     for name, case in cases.items():
         with virtual_gpu.VirtualGPU():
             case()
-        found[name] = dict(virtual_gpu.HOST_READS)
+        found[name] = dict(virtual_gpu.HOST_WAITS)
         destroy_groups()
     print(json.dumps(found))
 

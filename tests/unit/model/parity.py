@@ -28,8 +28,8 @@ def assert_equals_reference(
     # calculate_per_token_loss: Megatron's router losses assume a *summed* token loss.
     (language_model_loss(logits, labels) * tokens.numel()).backward()
 
-    named = plt.named_parameters()
-    gradients = {n: p.grad.double() / tokens.numel() for n, p in named if p.grad is not None}
+    named = [(global_name(plt, n), p.grad) for n, p in plt.named_parameters()]
+    gradients = {n: g.double() / tokens.numel() for n, g in named if g is not None}
     mapped = megatron_to_hf(gradients, model, partial=True)
     compared = 0
     for name, parameter in reference.named_parameters():
