@@ -8,9 +8,11 @@ Letters: s slots, b sequences, d hidden, h query heads, g KV heads, k head size.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.jit import jit_fuser
 from megatron.core.models.common.embeddings.rope_utils import apply_rotary_pos_emb
 from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
@@ -147,9 +149,8 @@ class GatedSelfAttention(SelfAttention):
             value = value.contiguous()
         arguments = (hidden_sbd, query, (key, value), first_kv, at.loop, stats)
         if self.training and self.config.recompute_granularity == "selective":
-            y = checkpoint(
-                self._mixed, *arguments, use_reentrant=False, context_fn=recompute_contexts
-            )
+            contexts = partial(recompute_contexts, get_fp8_context(self.config))
+            y = checkpoint(self._mixed, *arguments, use_reentrant=False, context_fn=contexts)
         else:
             y = self._mixed(*arguments)
         output, _ = self.linear_proj(y)

@@ -7,6 +7,7 @@ the gradient of a weight that all loops share is complete when its hook fires.
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 _depth = 0
 
@@ -16,16 +17,23 @@ def is_recomputing() -> bool:
     return _depth > 0
 
 
-def recompute_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Return the contexts of the first pass and of its repetition, for ``checkpoint``."""
-    return nullcontext(), _repeating()
+def recompute_contexts(
+    precision: AbstractContextManager[Any] | None = None,
+) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """Return the contexts of the first pass and of its repetition, for ``checkpoint``.
+
+    Args:
+        precision: what the first pass runs in and does not enter itself; backward is outside.
+    """
+    return nullcontext(), _repeating(precision or nullcontext())
 
 
 @contextmanager
-def _repeating() -> Iterator[None]:
+def _repeating(precision: AbstractContextManager[Any]) -> Iterator[None]:
     global _depth
     _depth += 1
     try:
-        yield
+        with precision:
+            yield
     finally:
         _depth -= 1

@@ -1,0 +1,45 @@
+"""Attention that is repeated for its gradients computes in the precision of its first pass."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+
+from pltmoe.model import block, gated_attention
+from pltmoe.model.gated_attention import GatedSelfAttention
+from pltmoe.model.recompute import is_recomputing
+from tests.single_process import build_model, packed_batch
+from tests.unit.model.cases import ROWS, small_model
+
+
+def test_what_is_repeated_enters_the_precision_again(
+    groups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Backward is outside of a layer, and so of the FP8 that the layer has entered."""
+    depth, seen, mixed = 0, [], GatedSelfAttention._mixed
+
+    @contextmanager
+    def precision(config: Any) -> Iterator[None]:
+        nonlocal depth
+        depth += 1
+        try:
+            yield
+        finally:  # a repetition ends with an exception when it has what it needs
+            depth -= 1
+
+    def recorded(self: GatedSelfAttention, *arguments: Any) -> torch.Tensor:
+        seen.append((is_recomputing(), depth))
+        return mixed(self, *arguments)
+
+    monkeypatch.setattr(block, "get_fp8_context", precision)
+    monkeypatch.setattr(gated_attention, "get_fp8_context", precision)
+    monkeypatch.setattr(GatedSelfAttention, "_mixed", recorded)
+    model = small_model(**ROWS["row5_plt2"])
+    plt = build_model(model, groups, torch.float32)
+    plt.config.recompute_granularity = "selective"
+    tokens, labels, positions = packed_batch(model)
+    plt(tokens, positions, labels).mean().backward()
+    passes = model.num_layers * model.num_loops
+    assert seen == [(False, 1)] * passes + [(True, 1)] * passes and depth == 0
