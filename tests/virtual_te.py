@@ -28,6 +28,8 @@ from transformer_engine.pytorch import permutation  # noqa: E402
 from transformer_engine.pytorch.triton import permutation as permutation_kernels  # noqa: E402
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
+from pltmoe.model.cross_loop import window_mask  # noqa: E402
+from pltmoe.model.reference import attend  # noqa: E402
 from tests.single_process import build_model, create_single_process_groups  # noqa: E402
 from tests.unit.model.cases import ALL, small_model  # noqa: E402
 from tests.unit.model.parity import ROUNDED, assert_equals_reference  # noqa: E402
@@ -71,16 +73,10 @@ def attention(
     assert (qkv_format or self.qkv_format) == "sbhd"
     left, right = window_size or self.window_size
     assert right == 0
-    slots, b, h, size = q_sbhk.shape
-    k_sbhk, v_sbhk = (
-        x.repeat_interleave(h // x.size(2), 2, output_size=h) for x in (k_sbgk, v_sbgk)
-    )
-    scores_bhqs = torch.einsum("qbhk,sbhk->bhqs", q_sbhk, k_sbhk) / size**0.5
-    slot = torch.arange(slots, device=q_sbhk.device)
-    back = slot[:, None] - slot
-    hidden = (back < 0) | (back > left if left >= 0 else back < 0)
-    weights = scores_bhqs.masked_fill(hidden, float("-inf")).softmax(-1)
-    return torch.einsum("bhqs,sbhk->qbhk", weights, v_sbhk).reshape(slots, b, h * size)
+    slots = q_sbhk.size(0)
+    visible = window_mask(slots, slots if left < 0 else left + 1, q_sbhk.device)
+    q, k, v = (x.permute(1, 2, 0, 3) for x in (q_sbhk, k_sbgk, v_sbgk))
+    return attend(q, k, v, visible).permute(2, 0, 1, 3).flatten(2)
 
 
 def choose(

@@ -19,7 +19,7 @@ def run(*command: str) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-m", *command],
         cwd=REPOSITORY,
-        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
         timeout=400,
@@ -71,3 +71,10 @@ def test_the_tests_for_gpus_pass_on_it() -> None:
     output = run("pytest", "-q", "-n", "0", "-p", "tests.virtual_gpu", "tests/gpu/test_model.py",
                  "-k", names)  # fmt: skip
     assert " passed" in output and "failed" not in output
+
+
+@pytest.mark.parametrize("name", ["row5_plt2", "shared_routing_plt3", "expert_bias"])
+def test_a_model_around_transformer_engines_modules_equals_the_reference(name: str) -> None:
+    """Logits, loss and every gradient; what the modules compute is PyTorch's there."""
+    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    assert f"{name} equals the reference" in run("tests.virtual_te", name)

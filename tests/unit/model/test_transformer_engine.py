@@ -1,12 +1,9 @@
 """Layers of Transformer Engine hold the same model as local ones: weights, shards, attributes.
 
 Its modules can be built on a CPU, where only their check for a GPU stands in the way; they compute
-on a GPU only (tests/gpu/test_model.py). What is around them runs on a virtual one.
+on a GPU only (tests/gpu/test_model.py). What is around them: tests/unit/test_virtual_gpu.py.
 """
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +22,6 @@ from pltmoe.model.first_micro_batch import begin_step, keep_flags_down
 from pltmoe.model.initialize import global_name
 from pltmoe.runtime import devices
 from pltmoe.train.benchmark.megatron_gpt import gpt_layer_spec, load_gpt
-from tests.launch import REPOSITORY
 from tests.single_process import build_model
 from tests.unit.model.cases import ALL, small_model
 
@@ -165,19 +161,3 @@ def test_who_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(devices.importlib, "import_module", lambda name: None)
     assert devices.transformer_impl("auto", torch.bfloat16).choice == "TE"
-
-
-@pytest.mark.parametrize("name", ["row5_plt2", "shared_routing_plt3", "expert_bias"])
-def test_the_model_around_its_modules_equals_the_reference(name: str) -> None:
-    """Logits, loss and every gradient; what the modules compute is PyTorch's there."""
-    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.virtual_te", name],
-        cwd=REPOSITORY,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert f"{name} equals the reference" in done.stdout
