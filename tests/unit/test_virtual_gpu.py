@@ -73,8 +73,29 @@ def test_the_tests_for_gpus_pass_on_it() -> None:
     assert " passed" in output and "failed" not in output
 
 
-@pytest.mark.parametrize("name", ["row5_plt2", "shared_routing_plt3", "expert_bias"])
-def test_a_model_around_transformer_engines_modules_equals_the_reference(name: str) -> None:
-    """Logits, loss and every gradient; what the modules compute is PyTorch's there."""
+@pytest.fixture
+def transformer_engine() -> None:
+    """Its own Python runs, PyTorch computes what its CUDA does: see tests/virtual_te.py."""
     pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
-    assert f"{name} equals the reference" in run("tests.virtual_te", name)
+
+
+@pytest.mark.usefixtures("transformer_engine")
+@pytest.mark.parametrize("name", ["row5_plt2", "shared_routing_plt3", "expert_bias"])
+def test_a_model_of_transformer_engines_modules_equals_the_reference(name: str) -> None:
+    """Logits, loss and every gradient, in float32."""
+    assert f"{name} equals the reference" in run("tests.unit.virtual_te_cases", name)
+
+
+@pytest.mark.usefixtures("transformer_engine")
+@pytest.mark.parametrize(
+    ("file", "names"),
+    [
+        ("test_model.py", "row5_plt2-transformer_engine or fused_router"),
+        ("test_fp8.py", "row5_plt2-moe or weights or window"),
+        ("test_looped_gradients.py", "1-None or 1-delayed or flags_lose_the_gradients"),
+    ],
+)
+def test_the_tests_for_transformer_engine_pass_on_it(file: str, names: str) -> None:
+    output = run("pytest", "-q", "-n", "0", "-p", "tests.virtual_te", f"tests/gpu/{file}",
+                 "-k", names)  # fmt: skip
+    assert " passed" in output and "failed" not in output
