@@ -25,5 +25,9 @@ class EngineError(PLTMoEError):
     """The machine or the process group cannot run what the configuration asks for."""
 
 
+class RankError(EngineError):
+    """This process cannot run; others may."""
+
+
 class ConversionError(PLTMoEError):
     """A model cannot be converted to or from Hugging Face: names the tensor or field."""

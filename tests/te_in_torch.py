@@ -26,8 +26,6 @@ from transformer_engine.pytorch.tensor.storage.float8_blockwise_tensor_storage i
 )
 from transformer_engine.pytorch.tensor.storage.float8_tensor_storage import Float8TensorStorage
 
-from pltmoe.model.cross_loop import window_mask
-from pltmoe.model.reference import attend
 from tests.virtual_gpu import CPU
 
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
@@ -347,14 +345,20 @@ def get_fused_attn_backend(params: Any) -> tuple[Any, str]:
     return backends.NVTE_No_Backend, "not of bf16"
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, window: Any, scale: float) -> Tensor:
-    """Attend over slots x batch x heads x width; a window of (w - 1, 0) is w keys."""
+def _scores(q: Any, k: Any, scale: float, mask: Any, window: Any, bottom_right: bool) -> Tensor:
+    """Return scores [batch, heads, queries, keys], minus infinity where a query may not look."""
+    q, k = values(q, True), values(k, True)
+    k = k.repeat_interleave(q.size(2) // k.size(2), 2)
+    scores = torch.einsum("sbhd,tbhd->bhst", q, k) * scale
+    queries, keys = torch.arange(q.size(0)), torch.arange(k.size(0))
+    distance = queries[:, None] - keys + (k.size(0) - q.size(0)) * bottom_right
     left, right = window
-    assert right in (0, -1) and math.isclose(scale, q.size(-1) ** -0.5)
-    slots = q.size(0)
-    visible = window_mask(slots, slots if left < 0 else left + 1, q.device)
-    q, k, v = (x.permute(1, 2, 0, 3) for x in (q, k, v))
-    return attend(q, k, v, visible).permute(2, 0, 1, 3)
+    kinds = tex.NVTE_Mask_Type
+    if mask != kinds.NVTE_NO_MASK:
+        assert mask in (kinds.NVTE_CAUSAL_MASK, kinds.NVTE_CAUSAL_BOTTOM_RIGHT_MASK), mask
+        right = 0
+    hidden = (distance > left) * (left >= 0) | (distance < -right) * (right >= 0)
+    return scores.masked_fill(hidden.to(scores.device), -math.inf)
 
 
 def fused_attn_fwd(
@@ -365,13 +369,15 @@ def fused_attn_fwd(
     s_quantizer: Any, o_quantizer: Any, bias: Any, offset: Any, generator: Any, per_thread: int,
     max_logit: bool, graph: bool,
 ) -> list[Any]:  # fmt: skip
-    """Attend, causally."""
-    assert dropout == 0.0 and mask == tex.NVTE_Mask_Type.NVTE_CAUSAL_MASK and bias is None
+    """Attend; return also the logarithms of the sums, [batch, heads, slots, 1]."""
+    assert dropout == 0.0 and bias is None
     assert layout == tex.NVTE_QKV_Layout.NVTE_SBHD_SBHD_SBHD, layout
-    high = [values(x, True) for x in (q, k, v)]
-    out = _attend(*high, window, scale).to(dtype).contiguous()
-    stats = torch.zeros(1, device=out.device)
-    return [out if o_quantizer is None else quantize(out, o_quantizer), stats, stats]
+    assert (q.size(0), k.size(0)) == (slots_q, slots_k)
+    scores = _scores(q, k, scale, mask, window, bottom_right)
+    v = values(v, True).repeat_interleave(q.size(2) // v.size(2), 2)
+    out = torch.einsum("bhst,tbhd->sbhd", scores.softmax(-1), v).to(dtype).contiguous()
+    sums = scores.logsumexp(-1, keepdim=True)
+    return [out if o_quantizer is None else quantize(out, o_quantizer), sums, sums.new_zeros(2)]
 
 
 def fused_attn_bwd(
@@ -382,12 +388,19 @@ def fused_attn_bwd(
     dtype: torch.dtype, saved: Any, padded_q: Any, padded_k: Any, s_quantizer: Any,
     dp_quantizer: Any, dqkv_quantizer: Any, graph: bool,
 ) -> list[Any]:  # fmt: skip
-    """Return gradients of queries, keys and values."""
-    with torch.enable_grad():
-        high = [values(x, True).detach().requires_grad_() for x in (q, k, v)]
-        out = _attend(*high, window, scale)
-        found = torch.autograd.grad(out, high, values(do, True).view(out.shape))
-    found = [x.to(dtype).contiguous() for x in found]
+    """Return gradients of queries, keys and values, from the sums and the output that are given:
+    those over all keys, of which a rank of context parallelism may see a part here.
+    """
+    shares = (_scores(q, k, scale, mask, window, bottom_right) - saved[0]).exp()
+    q, k, v, o, do = (values(x, True) for x in (q, k, v, o, do))
+    group, do, o = q.size(2) // k.size(2), do.reshape(q.shape), o.reshape(q.shape)
+    dv = torch.einsum("bhst,sbhd->tbhd", shares, do)
+    dshares = torch.einsum("sbhd,tbhd->bhst", do, v.repeat_interleave(group, 2))
+    dscores = shares * (dshares - (do * o).sum(-1).permute(1, 2, 0)[..., None]) * scale
+    dq = torch.einsum("bhst,tbhd->sbhd", dscores, k.repeat_interleave(group, 2))
+    dk = torch.einsum("bhst,sbhd->tbhd", dscores, q)
+    dk, dv = (x.unflatten(2, (-1, group)).sum(3) for x in (dk, dv))
+    found = [x.to(dtype).contiguous() for x in (dq, dk, dv)]
     if dqkv_quantizer is not None:
         found = [quantize(x, dqkv_quantizer) for x in found]
     return [*found, None, None]

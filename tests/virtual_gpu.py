@@ -232,7 +232,8 @@ def _redirect_cuda() -> None:
         name="NVIDIA H200", major=9, minor=0, multi_processor_count=132, total_memory=139 * _GIB
     )
     answers = {
-        "is_available": True, "device_count": 1, "current_device": 0, "_lazy_init": None,
+        "is_available": True, "current_device": 0,
+        "device_count": int(os.environ.get("LOCAL_WORLD_SIZE", 1)), "_lazy_init": None,
         "get_device_name": "NVIDIA H200", "get_device_capability": (9, 0),
         "get_device_properties": properties, "is_bf16_supported": True,
         "set_device": None, "set_stream": None, "empty_cache": None,

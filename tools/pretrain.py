@@ -45,7 +45,7 @@ def main() -> int:
 
         return pretrain(config)
     except PLTMoEError as error:
-        if distributed.speaks_for_error():
+        if distributed.speaks_for_error(error):
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     except Exception:

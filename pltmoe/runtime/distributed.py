@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from pltmoe.errors import EngineError, PLTMoEError
+from pltmoe.errors import EngineError, PLTMoEError, RankError
 
 _MAIN_FAILED = "pltmoe/rank_0_has_failed"
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -75,7 +75,7 @@ def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
     """Join the default process group: NCCL for GPU tensors, gloo for CPU tensors.
 
     Raises:
-        EngineError: more processes on this machine than GPUs.
+        RankError: more processes on this machine than GPUs.
     """
     if dist.is_initialized():
         return
@@ -83,7 +83,7 @@ def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
         if processes.local_rank >= gpus:
-            raise EngineError(
+            raise RankError(
                 f"local rank {processes.local_rank} has no GPU: this machine has {gpus}; start "
                 f"torchrun with --nproc-per-node {gpus} or less (srun: as many tasks per node as "
                 "GPUs, all of them visible to each task)"
@@ -153,18 +153,26 @@ def main_only[T](action: Callable[[], T]) -> T | None:
     return kept[0] if kept else None
 
 
-def speaks_for_error(patience_s: float = 3.0) -> bool:
+def _is_first_here() -> bool:
+    """Whether no other process of this machine comes before; also where nobody can tell."""
+    try:
+        return processes_from_environment().local_rank == 0
+    except EngineError:
+        return True
+
+
+def speaks_for_error(error: Exception, patience_s: float = 3.0) -> bool:
     """Whether this rank should print the error that ends it.
 
     Rank 0 speaks; another rank only where rank 0 does not fail as well within ``patience_s``.
-    Before the processes have met, all of them fail alike.
+    Before the processes have met, the first on each machine speaks (a file may be missing on one
+    of them), and whoever is alone with its error.
     """
-    if is_main():
-        if dist.is_initialized():
-            _store().set(_MAIN_FAILED, "yes")
-        return True
     if not dist.is_initialized():
-        return False
+        return isinstance(error, RankError) or _is_first_here()
+    if is_main():
+        _store().set(_MAIN_FAILED, "yes")
+        return True
     try:
         _store().wait([_MAIN_FAILED], timedelta(seconds=patience_s))
     except dist.DistStoreError:  # time is up: this rank is alone with its error

@@ -2,7 +2,7 @@
 
 import torch.distributed as dist
 
-from pltmoe.errors import DataError
+from pltmoe.errors import DataError, EngineError
 from pltmoe.runtime import distributed
 
 
@@ -53,4 +53,4 @@ def who_speaks(only_rank: int | None) -> bool | None:
     rank = start()
     if only_rank is not None and rank != only_rank:
         return None
-    return distributed.speaks_for_error(patience_s=1.0)
+    return distributed.speaks_for_error(EngineError("bad"), patience_s=1.0)

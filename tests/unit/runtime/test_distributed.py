@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pltmoe.errors import EngineError
+from pltmoe.errors import EngineError, RankError
 from pltmoe.runtime import distributed
 from pltmoe.runtime.distributed import Processes
 
@@ -103,7 +103,20 @@ def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    with pytest.raises(
-        EngineError, match="local rank 1 has no GPU: this machine has 1; .* 1 or le"
-    ):
+    with pytest.raises(RankError, match="local rank 1 has no GPU: this machine has 1; .* 1 or le"):
         distributed.start(Processes(rank=1, world_size=2, local_rank=1))
+
+
+def test_who_speaks_before_the_processes_have_met(environment):
+    """The first of each machine, whoever has an error of its own, all in a broken environment."""
+    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        environment(name, "4")
+    spoken = {}
+    for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
+        environment("RANK", str(rank))
+        environment("LOCAL_RANK", str(local_rank))
+        errors = EngineError("all alike"), RankError("this one")
+        spoken[rank] = [distributed.speaks_for_error(error) for error in errors]
+    assert spoken == {0: [True, True], 1: [False, True], 2: [True, True], 3: [False, True]}
+    environment("LOCAL_RANK", "second")
+    assert distributed.speaks_for_error(EngineError("LOCAL_RANK is 'second'"))
