@@ -166,6 +166,13 @@ def split_quantize(x: Tensor, rows: Any, quantizers: Any, **_: Any) -> list[Any]
     return [quantize(part, own) for part, own in zip(x.split(list(rows)), quantizers, strict=True)]
 
 
+def create_empty_quantized_tensor(
+    quantizer: Any, shape: Any, dtype: torch.dtype, device: Any, pinned: bool
+) -> Any:
+    """Return a tensor to be filled, by a message of other ranks."""
+    return quantize(torch.zeros(shape, dtype=dtype, device=device), quantizer)
+
+
 def dequantize(x: Any, dtype: Any) -> Tensor:
     """Return what the bytes stand for."""
     return values(x, True).to(torch_dtype(dtype))
@@ -500,3 +507,18 @@ def unpermute_with_mask_map_bwd_with_merging_probs(
     dots = (dy[token].float() * x[row].float()).sum(-1)
     dweights[token, expert] = dots.to(weights.dtype)
     return dx, dweights
+
+
+def make_chunk_sort_map(sizes: Tensor, order: Tensor, rows: int, chunks: int) -> Tensor:
+    """Return where every row goes when chunks of ``sizes`` rows are put into ``order``."""
+    starts = sizes.cumsum(0) - sizes
+    source = torch.cat([torch.arange(int(sizes[i])) + int(starts[i]) for i in order.tolist()])
+    return torch.empty(rows, dtype=torch.int32).scatter_(0, source, torch.arange(rows).int())
+
+
+def sort_chunks_by_map(
+    x: Tensor, row_map: Tensor, probs: Tensor | None, rows: int, width: int, is_forward: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Move rows, and their weights, there or back."""
+    order = row_map.long().argsort() if is_forward else row_map.long()
+    return x[order], None if probs is None else probs[order]

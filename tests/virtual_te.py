@@ -14,6 +14,7 @@ Nothing is said about time and memory.
 import inspect
 import runpy
 import sys
+from functools import partial
 from typing import Any
 
 from tests import virtual_gpu
@@ -71,16 +72,22 @@ def _put_into_modules() -> None:
                     setattr(module, what, replaced[found])
 
 
+def _by_type(theirs: Any, ours: Any, x: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    return (theirs if x.dtype == torch.float32 else ours)(x, *args, **kwargs)
+
+
 def _put_into_kernels() -> None:
     """Triton's for float32, which its interpreter runs slowly; of other types PyTorch."""
     kernels.make_row_id_map = te_in_torch.make_row_id_map
+    kernels.make_chunk_sort_map = te_in_torch.make_chunk_sort_map
     for name in (
+        "sort_chunks_by_map",
         "permute_with_mask_map",
         "unpermute_with_mask_map",
         "unpermute_with_mask_map_bwd_with_merging_probs",
     ):
         pair = getattr(kernels, name), getattr(te_in_torch, name)
-        setattr(kernels, name, lambda x, *a, pair=pair: pair[x.dtype != torch.float32](x, *a))
+        setattr(kernels, name, partial(_by_type, *pair))
     permutation.torch = kernels.torch = _OnHost()
     Autotuner.run = lambda self, *args, **kwargs: self.fn.run(
         *args, **kwargs, **self.configs[0].kwargs
