@@ -27,6 +27,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.attention.bias
+from torch.distributed._shard.sharded_tensor.api import _SHARDED_OPS
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
@@ -178,6 +179,7 @@ def _redirect_tensors() -> None:
         return found.replace("torch.", "torch.cuda.", 1) if named else found
 
     Tensor.device = property(lambda self: GPU if lies_on_gpu(self) else device(self))
+    _SHARDED_OPS[Tensor.device.__get__] = _SHARDED_OPS[device]
     Tensor.is_cuda = property(lies_on_gpu)
     Tensor.to, Tensor.type = to_, typed
     Tensor.cuda = lambda self, device=None, non_blocking=False: _move(self, True, non_blocking)
