@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.model"
 _OWN_HASH = "manifest_sha256"
 
-Content = Literal["model", "optimizer", "random", "guard"]
+Content = Literal["model", "optimizer", "random", "guard", "fp8_scales"]
 
 
 class Manifest(BaseModel):

@@ -75,16 +75,18 @@ class Engine(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Return the sharded state to save: ``model``, ``optimizer``, ``random`` and ``guard``."""
+        """Return the sharded state to save: ``model``, ``optimizer``, ``random`` and ``guard``;
+        ``fp8_scales`` where the next pass takes scales of earlier ones.
+        """
         ...
 
     def placeholders(self, *parts: str, expert_bias: bool = True) -> dict[str, Any]:
         """Return the sharded state to be filled from a checkpoint.
 
         Args:
-            parts: any of ``optimizer``, ``random``, ``guard``; ``model`` is always there. Random
-                states belong to ranks: they can only be asked for when as many processes wrote
-                them. The guard (skipped steps, window of the spikes) is the same on all.
+            parts: any of the other names of ``state``; ``model`` is always there. Random states
+                and FP8 scales belong to ranks: they can only be asked for when as many processes
+                wrote them. The guard (skipped steps, window of the spikes) is the same on all.
             expert_bias: whether the checkpoint has the experts' biases.
         """
         ...

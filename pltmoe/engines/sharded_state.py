@@ -14,8 +14,6 @@ from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import nn
 
-from pltmoe.runtime.seeds import random_state
-
 
 def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
     """Return Megatron's switches for state that can be loaded under another layout.
@@ -34,8 +32,8 @@ def sharding_metadata(groups: ProcessGroupCollection) -> dict[str, Any]:
 def model_state(model: nn.Module, groups: ProcessGroupCollection) -> dict[str, Any]:
     """Describe the weights; keys of the stored tensors begin with ``model.``.
 
-    Transformer Engine's extra state (the history of FP8 scales) stays out: it would tie a
-    checkpoint to one implementation and one precision.
+    Transformer Engine's extra state (the history of FP8 scales) stays out: it would tie the
+    weights to one implementation and one precision (see model/fp8_scales.py).
     """
     state = model.sharded_state_dict(metadata=sharding_metadata(groups))
     state = {name: part for name, part in state.items() if "._extra_state" not in name}
@@ -43,11 +41,10 @@ def model_state(model: nn.Module, groups: ProcessGroupCollection) -> dict[str, A
     return state
 
 
-def random_object(loading: bool) -> ShardedObject:
-    """Describe this rank's random states, stored one per rank."""
-    data = None if loading else random_state()
+def rank_object(name: str, data: Any) -> ShardedObject:
+    """Describe something of this rank's own, stored one per rank; None to have it loaded."""
     shape, offset = (dist.get_world_size(),), (dist.get_rank(),)
-    return ShardedObject("random", data, shape, offset, replica_id=0)
+    return ShardedObject(name, data, shape, offset, replica_id=0)
 
 
 def guard_object(state: dict[str, Any] | None) -> ShardedObject:

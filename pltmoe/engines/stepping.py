@@ -20,12 +20,18 @@ from pltmoe.config import RunConfig
 from pltmoe.engines import sharded_state
 from pltmoe.engines.base import Batch, Capabilities, StepResult
 from pltmoe.engines.step_guard import StepGuard
+from pltmoe.model.fp8_scales import (
+    forget_validation,
+    fp8_scales,
+    has_scales,
+    restore_fp8_scales,
+)
 from pltmoe.model.loop_diagnostics import diagnostic_metrics
 from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics
 from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.layout import Layout
 from pltmoe.runtime.distributed import highest, is_main
-from pltmoe.runtime.seeds import restore_random_state
+from pltmoe.runtime.seeds import random_state, restore_random_state
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +80,24 @@ class SteppingEngine:
         """Return summed loss and loss tokens of one global batch; see the protocol."""
         with torch.no_grad():
             local = self._forward_backward(batches, forward_only=True)
+        if has_scales(self.model):
+            forget_validation(self.model)
         loss_sum, tokens = sum_over_ranks(local)
         return loss_sum, int(tokens)
 
     def state(self) -> dict[str, Any]:
         """Return the sharded state to save; see the protocol."""
         weights = self._model_state()
-        return {
+        state = {
             "model": weights,
             "optimizer": self._optimizer_state(weights, loading=False),
-            "random": sharded_state.random_object(loading=False),
+            "random": sharded_state.rank_object("random", random_state()),
             "guard": sharded_state.guard_object(self._guard.state()),
         }
+        if has_scales(self.model):
+            scales = fp8_scales(self.model)
+            state["fp8_scales"] = sharded_state.rank_object("fp8_scales", scales)
+        return state
 
     def placeholders(self, *parts: str, expert_bias: bool = True) -> dict[str, Any]:
         """Return the sharded state to be filled; see the protocol."""
@@ -95,8 +107,9 @@ class SteppingEngine:
         wanted: dict[str, Any] = {"model": weights}
         if "optimizer" in parts:
             wanted["optimizer"] = self._optimizer_state(weights, loading=True)
-        if "random" in parts:
-            wanted["random"] = sharded_state.random_object(loading=True)
+        for name in ("random", "fp8_scales"):
+            if name in parts:
+                wanted[name] = sharded_state.rank_object(name, None)
         if "guard" in parts:
             wanted["guard"] = sharded_state.guard_object(None)
         return wanted
@@ -113,6 +126,8 @@ class SteppingEngine:
             self._start_optimizer()
         if "random" in loaded:
             restore_random_state(loaded["random"])
+        if "fp8_scales" in loaded and restore_fp8_scales(self.model, loaded["fp8_scales"]):
+            logger.warning("FP8 scales begin anew on this rank: the checkpoint's layout differs")
         self._schedule.num_steps = step
         self._schedule.step(0)
 

@@ -160,10 +160,18 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
     """Fill the engine from where the run starts, and say where that is."""
     if start.folder is not None and start.manifest is not None:
         parts = ["model", "optimizer"]
-        if start.manifest.world_size == layout.world_size:
+        if same_ranks := start.manifest.world_size == layout.world_size:
             parts.append("random")
         if "guard" in start.manifest.contains:  # written since steps can be skipped
             parts.append("guard")
+        if config.train.precision == "fp8" and config.train.fp8_recipe == "delayed":
+            if same_ranks and "fp8_scales" in start.manifest.contains:
+                parts.append("fp8_scales")
+            elif distributed.is_main():
+                logger.warning(
+                    "FP8 scales begin anew: %s has none for %d processes; a step may be less exact",
+                    start.folder, layout.world_size,
+                )  # fmt: skip
         engine.restore(store.load_state(start.folder, engine.placeholders(*parts)), start.step)
         return f"resumed from {start.folder} (step {start.step:,})"
     if (folder := config.checkpoint.load_weights) is None:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from pltmoe.model.fp8_scales import forget_validation, fp8_scales, restore_fp8_scales
 from pltmoe.model.megatron_config import Fp8, transformer_config
 from pltmoe.model.plt import PLTModel
 from pltmoe.runtime import fp8
@@ -99,3 +100,27 @@ def test_the_window_stays_bf16_beside_attention_in_fp8(groups: Any) -> None:
     losses(low, model)
     difference = losses(low, model).mean() - losses(plain, model).mean()
     assert difference.abs() < 0.02 * losses(plain, model).mean()
+
+
+def test_delayed_scales_are_taken_back_and_validation_leaves_none(groups: Any) -> None:
+    """Else a run that resumes, or that validates, would go on with other numbers."""
+    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    model, _, first = pair("row5_plt2", "delayed", groups)
+    _, _, second = pair("row5_plt2", "delayed", groups)
+    _, _, without = pair("row5_plt2", "delayed", groups)
+    for _ in range(2):
+        losses(first, model).mean().backward()
+    assert restore_fp8_scales(second, fp8_scales(first)) == 0
+    weights = [parameter.detach().clone() for parameter in first.parameters()]
+    with torch.no_grad():
+        for plt in (second, without):
+            for parameter in plt.parameters():
+                parameter.mul_(100)  # validation sees larger numbers than training did
+            losses(plt, model)
+            for parameter, kept in zip(plt.parameters(), weights, strict=True):
+                parameter.copy_(kept)
+    forget_validation(second)
+    for plt in (first, second, without):
+        plt.set_is_first_microbatch()
+    steps = [[losses(plt, model).mean() for _ in range(2)] for plt in (first, second, without)]
+    assert steps[0] == steps[1] and steps[0][0] != steps[2][0]

@@ -83,10 +83,11 @@ class Checkpointing(Callback):
             )  # fmt: skip
             self._complete(trainer.step)
         config, begin = trainer.config, time.perf_counter()
+        state = trainer.engine.state()
         save = store.begin_save(
             config.train.output_dir / "checkpoints",
-            trainer.engine.state(),
-            self._describe(trainer.step),
+            state,
+            self._describe(trainer.step).model_copy(update={"contains": tuple(state)}),
             config.data.tokenizer,
             background=config.checkpoint.asynchronous,
         )

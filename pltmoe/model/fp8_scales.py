@@ -1,0 +1,84 @@
+"""The scales of FP8's delayed recipe, which come of earlier passes: saved, and taken back.
+
+Without them a run goes on with scales of 1, in which small gradients vanish, until the next pass
+has set them. Transformer Engine would keep them in an "extra state" of every module; that is a
+pickle, which it refuses to load by default, and it would be part of the weights. Here they are
+plain tensors beside the weights, each rank's own, and a checkpoint without them is whole.
+
+Source: transformer_engine 2.20.2, pytorch/module/base.py (``get_extra_state``,
+``set_extra_state``).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from pltmoe.model.initialize import global_name
+from pltmoe.model.plt import PLTModel
+
+_DIRECTIONS = ("scaling_fwd", "scaling_bwd")
+_TENSORS = ("scale", "amax_history")
+
+
+def has_scales(model: PLTModel) -> bool:
+    """Whether the model computes in FP8 with scales of earlier passes."""
+    return bool(model.config.fp8) and model.config.fp8_recipe == "delayed"
+
+
+def fp8_scales(model: PLTModel) -> dict[str, Any]:
+    """Return the scales of every module that has run, by its name in the whole model.
+
+    Each has ``products`` (how many share the module), and for both directions ``scale`` [tensors]
+    and ``amax_history`` [passes, tensors].
+    """
+    found = {}
+    for name, module in _modules(model):
+        if all(hasattr(module.fp8_meta.get(way), "amax_history") for way in _DIRECTIONS):
+            found[name] = {"products": module.fp8_meta["num_gemms"]} | {
+                f"{way}.{what}": getattr(module.fp8_meta[way], what).cpu()
+                for way in _DIRECTIONS
+                for what in _TENSORS
+            }
+    return found
+
+
+def restore_fp8_scales(model: PLTModel, saved: dict[str, Any]) -> int:
+    """Take back what ``fp8_scales`` returned; return how many modules of it are not here.
+
+    They are of another layout: then all begin anew, as they would belong to other tensors.
+    """
+    from megatron.core.fp8_utils import get_fp8_recipe
+
+    modules = dict(_modules(model))
+    strange = [name for name in saved if not _fits(modules.get(name), saved[name])]
+    for name in saved if not strange else ():
+        meta = modules[name].fp8_meta
+        meta["num_gemms"] = saved[name]["products"]
+        modules[name].init_fp8_meta_tensors(get_fp8_recipe(model.config))
+        for way in _DIRECTIONS:
+            for what in _TENSORS:
+                getattr(meta[way], what).copy_(saved[name][f"{way}.{what}"])
+    return len(strange)
+
+
+def forget_validation(model: PLTModel) -> None:
+    """Drop what passes without gradients have seen: else the next step would take it for its own.
+
+    Between steps the first row of a history, which collects, is zero.
+    """
+    for _, module in _modules(model):
+        for way in _DIRECTIONS:
+            if hasattr(module.fp8_meta.get(way), "amax_history"):
+                module.fp8_meta[way].amax_history[0].zero_()
+
+
+def _modules(model: PLTModel) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if hasattr(module, "fp8_meta"):
+            yield global_name(model, name), module
+
+
+def _fits(module: Any, saved: dict[str, Any]) -> bool:
+    products = saved["products"]
+    return module is not None and getattr(module, "num_gemms", products) == products

@@ -1,0 +1,46 @@
+"""Which parts of a checkpoint a run asks for."""
+
+import logging
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from pltmoe.checkpoint.manifest import Manifest
+from pltmoe.train import pretrain
+from tests.distributed.tiny import tiny_config
+
+FP8 = {"model__hidden_size": 64, "model__head_dim": 16, "model__moe_ffn_hidden_size": 32,
+       "train__precision": "fp8"}  # fmt: skip
+ALL = ("model", "optimizer", "random", "guard", "fp8_scales")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "contains", "processes", "asked", "warned"),
+    [
+        ("delayed", ALL, 2, ALL, False),
+        ("delayed", ALL[:-1], 2, ALL[:-1], True),
+        ("delayed", ALL, 4, ("model", "optimizer", "guard"), True),
+        ("tensorwise", ALL, 2, ALL[:-1], False),
+    ],
+)
+def test_scales_of_fp8_come_back_with_as_many_processes(
+    recipe: str, contains: Any, processes: int, asked: Any, warned: bool,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    config = tiny_config(**FP8, train__fp8_recipe=recipe)
+    manifest = Manifest(config=config, step=3, world_size=2, contains=contains)
+    found: dict[str, Any] = {}
+    engine = SimpleNamespace(
+        placeholders=lambda *parts: found.setdefault("asked", parts),
+        restore=lambda loaded, step: found.update(step=step),
+    )
+    monkeypatch.setattr(pretrain.store, "load_state", lambda folder, wanted: wanted)
+    start = pretrain.Start({}, Path("run/checkpoints/step_3"), manifest)
+    with caplog.at_level(logging.WARNING):
+        said = pretrain._load(config, engine, SimpleNamespace(world_size=processes), start)
+    assert said == "resumed from run/checkpoints/step_3 (step 3)" and found["step"] == 3
+    assert found["asked"] == asked
+    message = f"FP8 scales begin anew: {start.folder} has none for {processes} processes"
+    assert (message in caplog.text) == warned
