@@ -28,11 +28,13 @@ from transformer_engine.pytorch import permutation  # noqa: E402
 from transformer_engine.pytorch.triton import permutation as kernels  # noqa: E402
 from triton.runtime.autotuner import Autotuner  # noqa: E402
 
-from tests import te_in_torch  # noqa: E402
+from tests import te_in_torch, te_routing_in_torch  # noqa: E402
 
 OTHER_NAMES = {
     "fused_topk_with_score_function_fwd": "topk_fwd",
     "fused_topk_with_score_function_bwd": "topk_bwd",
+    "fused_score_for_moe_aux_loss_fwd": "score_fwd",
+    "fused_score_for_moe_aux_loss_bwd": "score_bwd",
     "fused_amax_and_scale_update_after_reduction": "update_scales",
 }
 ITS_OWN = {"get_cublasLt_version", "get_num_cublas_streams", "get_cudnn_version"}
@@ -45,7 +47,8 @@ def _ours(name: str) -> Any:
     def missing(*_: Any, **__: Any) -> Any:
         raise NotImplementedError(f"tests/te_in_torch.py has no {name}")
 
-    return getattr(te_in_torch, OTHER_NAMES.get(name, name), missing)
+    name = OTHER_NAMES.get(name, name)
+    return getattr(te_in_torch, name, getattr(te_routing_in_torch, name, missing))
 
 
 class _OnHost:
@@ -78,15 +81,15 @@ def _by_type(theirs: Any, ours: Any, x: torch.Tensor, *args: Any, **kwargs: Any)
 
 def _put_into_kernels() -> None:
     """Triton's for float32, which its interpreter runs slowly; of other types PyTorch."""
-    kernels.make_row_id_map = te_in_torch.make_row_id_map
-    kernels.make_chunk_sort_map = te_in_torch.make_chunk_sort_map
+    kernels.make_row_id_map = te_routing_in_torch.make_row_id_map
+    kernels.make_chunk_sort_map = te_routing_in_torch.make_chunk_sort_map
     for name in (
         "sort_chunks_by_map",
         "permute_with_mask_map",
         "unpermute_with_mask_map",
         "unpermute_with_mask_map_bwd_with_merging_probs",
     ):
-        pair = getattr(kernels, name), getattr(te_in_torch, name)
+        pair = getattr(kernels, name), getattr(te_routing_in_torch, name)
         setattr(kernels, name, partial(_by_type, *pair))
     permutation.torch = kernels.torch = _OnHost()
     Autotuner.run = lambda self, *args, **kwargs: self.fn.run(
