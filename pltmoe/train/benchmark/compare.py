@@ -115,6 +115,7 @@ COMPARISONS = {
             "finite before it updates",
         ),
         same_losses=True,
+        goal_on_gpu=Goal(at_most=1.0),
     ),
     "precision": Comparison(
         "a step with matrix products in FP8 / the same step in bf16",

@@ -13,7 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from pltmoe.reports import gpu_parts
+from pltmoe.reports import gpu_parts, gpu_tables
 from tests.launch import REPOSITORY
 from tests.unit.reports.test_learning import logged
 
@@ -209,6 +209,18 @@ def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path:
     report(tmp_path / "mfu-bf16", "mfu", None, None, 1000.0)
     assert "| unknown  | no listed peak |" in gpu_check._page(tmp_path)
     assert gpu_check._summary("mfu-bf16", tmp_path, "") == "### mfu: text\n"
+
+
+def test_targets_are_the_benchmarks_goals() -> None:
+    """Of ratios; gpu_check does not load Megatron, so they stand in both."""
+    from pltmoe.train.benchmark.compare import COMPARISONS
+
+    for name in ("loops", "megatron"):
+        goal = COMPARISONS[name].goal_on_gpu
+        target = next(t for t in gpu_tables._targets() if t.files == (f"speed/{name}.json",))
+        assert goal is not None and target.is_met_by(goal.at_most)
+        assert not target.is_met_by(goal.at_most + 0.001)
+        assert float(target.wanted.removeprefix("at most ")) == goal.at_most
 
 
 def test_pages_and_picture_are_made_from_what_was_measured(
