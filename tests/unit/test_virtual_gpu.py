@@ -91,7 +91,8 @@ def test_a_model_of_transformer_engines_modules_equals_the_reference(name: str) 
     ("file", "names"),
     [
         ("test_model.py", "row5_plt2-transformer_engine or fused_router"),
-        ("test_fp8.py", "row5_plt2-moe or weights or window"),
+        ("test_fp8.py", "row5_plt2-moe or weights or window or validation"),
+        ("test_fp8_runs.py", "delayed"),
         ("test_looped_gradients.py", "1-None or 1-delayed or flags_lose_the_gradients"),
     ],
 )
