@@ -85,8 +85,9 @@ class Engine(Protocol):
 
         Args:
             parts: any of the other names of ``state``; ``model`` is always there. Random states
-                and FP8 scales belong to ranks: they can only be asked for when as many processes
-                wrote them. The guard (skipped steps, window of the spikes) is the same on all.
+                belong to ranks: they can only be asked for when as many processes wrote them, and
+                FP8 scales when their layout was the same. The guard (skipped steps, window of the
+                spikes) is the same on all.
             expert_bias: whether the checkpoint has the experts' biases.
         """
         ...

@@ -21,7 +21,7 @@ from pltmoe.engines import sharded_state
 from pltmoe.engines.base import Batch, Capabilities, StepResult
 from pltmoe.engines.step_guard import StepGuard
 from pltmoe.model.fp8_scales import (
-    forget_validation,
+    forget_what_was_not_trained,
     fp8_scales,
     has_scales,
     restore_fp8_scales,
@@ -81,7 +81,7 @@ class SteppingEngine:
         with torch.no_grad():
             local = self._forward_backward(batches, forward_only=True)
         if has_scales(self.model):
-            forget_validation(self.model)
+            forget_what_was_not_trained(self.model)
         loss_sum, tokens = sum_over_ranks(local)
         return loss_sum, int(tokens)
 
@@ -126,8 +126,8 @@ class SteppingEngine:
             self._start_optimizer()
         if "random" in loaded:
             restore_random_state(loaded["random"])
-        if "fp8_scales" in loaded and restore_fp8_scales(self.model, loaded["fp8_scales"]):
-            logger.warning("FP8 scales begin anew on this rank: the checkpoint's layout differs")
+        if "fp8_scales" in loaded:
+            restore_fp8_scales(self.model, loaded["fp8_scales"])
         self._schedule.num_steps = step
         self._schedule.step(0)
 
@@ -182,6 +182,8 @@ class SteppingEngine:
 
     def _skip(self, step: int, reason: str) -> None:
         """Count and tell; raises EngineError after too many in a row."""
+        if has_scales(self.model):
+            forget_what_was_not_trained(self.model)
         self._guard.skip(step, reason)
         if is_main():
             logger.warning(

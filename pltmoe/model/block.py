@@ -5,6 +5,7 @@ never through hidden state, so that recomputation and pipeline stages can see it
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -44,14 +45,7 @@ class PLTLayer(TransformerLayer):
     def forward(  # type: ignore[override]
         self, hidden_sbd: Tensor, at: Pass, lent: Lent | None
     ) -> tuple[Tensor, Lent]:
-        """Return the layer's output [s, b, d] and what this loop could lend.
-
-        In FP8 the layer itself enters the precision, so that its repetition for gradients does.
-        """
-        with get_fp8_context(self.config):
-            return self._forward(hidden_sbd, at, lent)
-
-    def _forward(self, hidden_sbd: Tensor, at: Pass, lent: Lent | None) -> tuple[Tensor, Lent]:
+        """Return the layer's output [s, b, d] and what this loop could lend."""
         y, own_kv = self.self_attention(
             self.input_layernorm(hidden_sbd), at, lent.key_value if lent else None, self.stats
         )
@@ -113,7 +107,8 @@ class LoopedStack(torch.nn.ModuleList):
     @staticmethod
     def _run_layer(layer: Any, *arguments: Any) -> tuple[Tensor, Lent]:
         if layer.training and layer.config.recompute_granularity == "full":
-            return checkpoint(layer, *arguments, use_reentrant=False, context_fn=recompute_contexts)
+            contexts = partial(recompute_contexts, get_fp8_context(layer.config))
+            return checkpoint(layer, *arguments, use_reentrant=False, context_fn=contexts)
         return layer(*arguments)
 
     def sharded_state_dict(

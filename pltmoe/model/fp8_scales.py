@@ -43,42 +43,36 @@ def fp8_scales(model: PLTModel) -> dict[str, Any]:
     return found
 
 
-def restore_fp8_scales(model: PLTModel, saved: dict[str, Any]) -> int:
-    """Take back what ``fp8_scales`` returned; return how many modules of it are not here.
-
-    They are of another layout: then all begin anew, as they would belong to other tensors.
-    """
+def restore_fp8_scales(model: PLTModel, saved: dict[str, Any]) -> None:
+    """Take back what ``fp8_scales`` returned, on the same rank of the same layout."""
     from megatron.core.fp8_utils import get_fp8_recipe
 
     modules = dict(_modules(model))
-    strange = [name for name in saved if not _fits(modules.get(name), saved[name])]
-    for name in saved if not strange else ():
+    for name, scales in saved.items():
         meta = modules[name].fp8_meta
-        meta["num_gemms"] = saved[name]["products"]
+        meta["num_gemms"] = scales["products"]
         modules[name].init_fp8_meta_tensors(get_fp8_recipe(model.config))
         for way in _DIRECTIONS:
             for what in _TENSORS:
-                getattr(meta[way], what).copy_(saved[name][f"{way}.{what}"])
-    return len(strange)
+                getattr(meta[way], what).copy_(scales[f"{way}.{what}"])
 
 
-def forget_validation(model: PLTModel) -> None:
-    """Drop what passes without gradients have seen: else the next step would take it for its own.
+def forget_what_was_not_trained(model: PLTModel) -> None:
+    """Drop what must not enter the next scales; to be called between steps.
 
-    Between steps the first row of a history, which collects, is zero.
+    Passes without gradients collect in the first row of a history, which is zero else. A step that
+    was skipped may have left what is not finite: its scales would stand still until it has left
+    the history.
     """
     for _, module in _modules(model):
         for way in _DIRECTIONS:
             if hasattr(module.fp8_meta.get(way), "amax_history"):
-                module.fp8_meta[way].amax_history[0].zero_()
+                history = module.fp8_meta[way].amax_history
+                history[0].zero_()
+                history.nan_to_num_(nan=0.0, posinf=0.0)
 
 
 def _modules(model: PLTModel) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if hasattr(module, "fp8_meta"):
             yield global_name(model, name), module
-
-
-def _fits(module: Any, saved: dict[str, Any]) -> bool:
-    products = saved["products"]
-    return module is not None and getattr(module, "num_gemms", products) == products

@@ -154,7 +154,8 @@ class PLTModel(LanguageModule):
             slots = torch.arange(tokens_bs.size(1), device=tokens_bs.device)
             position_ids_bs = slots.expand_as(tokens_bs)
         embedding = self.embed(tokens_bs, position_ids_bs)
-        with get_fp8_context(self.config):  # delayed scales move once, when all loops are done
+        # Once: inside of another such context delayed scales of gradients would move for each.
+        with get_fp8_context(self.config):
             hidden = self._run_loops(embedding, tokens_bs, position_ids_bs, loss_tokens)
         return self.head(hidden, labels_bs)
 

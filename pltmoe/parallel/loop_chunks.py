@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from megatron.core.enums import ModelType
+from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
@@ -90,7 +91,8 @@ class LoopChunk(MegatronModule):
         entered, self._input = hidden, None
         at = stage.pass_of(self._loop, tokens_bs, loss_tokens)
         lent = self._unpack(borrowed) if self._loop > 1 else None
-        hidden, own = stage.layers.run(hidden, at, lent, self._part)  # type: ignore[arg-type]
+        with get_fp8_context(stage.config):
+            hidden, own = stage.layers.run(hidden, at, lent, self._part)  # type: ignore[arg-type]
         if self._leaves:
             stage.diagnostics.add_output(self._loop, hidden, number)
             last = self._loop == self._loops

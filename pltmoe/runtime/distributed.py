@@ -157,8 +157,9 @@ def _is_first_here() -> bool:
     """Whether no other process of this machine comes before; also where nobody can tell."""
     try:
         return processes_from_environment().local_rank == 0
-    except EngineError:
-        return True
+    except EngineError:  # the environment is what is wrong
+        local = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or "0"
+        return local == "0" or not local.isdigit()
 
 
 def speaks_for_error(error: Exception, patience_s: float = 3.0) -> bool:
@@ -166,7 +167,7 @@ def speaks_for_error(error: Exception, patience_s: float = 3.0) -> bool:
 
     Rank 0 speaks; another rank only where rank 0 does not fail as well within ``patience_s``.
     Before the processes have met, the first on each machine speaks (a file may be missing on one
-    of them), and whoever is alone with its error.
+    of them), and whoever has an error of its own (``RankError``).
     """
     if not dist.is_initialized():
         return isinstance(error, RankError) or _is_first_here()

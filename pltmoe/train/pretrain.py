@@ -165,12 +165,13 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
         if "guard" in start.manifest.contains:  # written since steps can be skipped
             parts.append("guard")
         if config.train.precision == "fp8" and config.train.fp8_recipe == "delayed":
-            if same_ranks and "fp8_scales" in start.manifest.contains:
+            same_layout = same_ranks and start.manifest.config.parallel == config.parallel
+            if same_layout and "fp8_scales" in start.manifest.contains:
                 parts.append("fp8_scales")
             elif distributed.is_main():
                 logger.warning(
-                    "FP8 scales begin anew: %s has none for %d processes; a step may be less exact",
-                    start.folder, layout.world_size,
+                    "FP8 scales begin anew: %s has none for this layout; the next step is less "
+                    "exact than others", start.folder,
                 )  # fmt: skip
         engine.restore(store.load_state(start.folder, engine.placeholders(*parts)), start.step)
         return f"resumed from {start.folder} (step {start.step:,})"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from pltmoe.model.fp8_scales import forget_validation, fp8_scales, restore_fp8_scales
+from pltmoe.model.fp8_scales import forget_what_was_not_trained, fp8_scales, restore_fp8_scales
 from pltmoe.model.megatron_config import Fp8, transformer_config
 from pltmoe.model.plt import PLTModel
 from pltmoe.runtime import fp8
@@ -110,7 +110,8 @@ def test_delayed_scales_are_taken_back_and_validation_leaves_none(groups: Any) -
     _, _, without = pair("row5_plt2", "delayed", groups)
     for _ in range(2):
         losses(first, model).mean().backward()
-    assert restore_fp8_scales(second, fp8_scales(first)) == 0
+    for plt in (second, without):
+        restore_fp8_scales(plt, fp8_scales(first))
     weights = [parameter.detach().clone() for parameter in first.parameters()]
     with torch.no_grad():
         for plt in (second, without):
@@ -119,8 +120,28 @@ def test_delayed_scales_are_taken_back_and_validation_leaves_none(groups: Any) -
             losses(plt, model)
             for parameter, kept in zip(plt.parameters(), weights, strict=True):
                 parameter.copy_(kept)
-    forget_validation(second)
+    forget_what_was_not_trained(second)
     for plt in (first, second, without):
         plt.set_is_first_microbatch()
     steps = [[losses(plt, model).mean() for _ in range(2)] for plt in (first, second, without)]
-    assert steps[0] == steps[1] and steps[0][0] != steps[2][0]
+    assert steps[0] == steps[1] and steps[0][1] != steps[2][1]
+
+
+def test_delayed_scales_move_once_a_micro_batch(
+    groups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all layers and loops together: else one loop's gradients would scale another's."""
+    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    from transformer_engine.pytorch.quantization import FP8GlobalStateManager
+
+    moved: list[bool] = []
+    move = FP8GlobalStateManager.reduce_and_update_fp8_tensors
+    monkeypatch.setattr(
+        FP8GlobalStateManager,
+        "reduce_and_update_fp8_tensors",
+        lambda forward: (moved.append(forward), move(forward=forward)),
+    )
+    model, _, low = pair("row6_plt3", "delayed", groups)
+    for _ in range(2):
+        losses(low, model).mean().backward()
+    assert moved == [True, False] * 2

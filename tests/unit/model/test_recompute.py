@@ -8,16 +8,18 @@ import pytest
 import torch
 
 from pltmoe.model import block, gated_attention
+from pltmoe.model import plt as plt_module
 from pltmoe.model.gated_attention import GatedSelfAttention
 from pltmoe.model.recompute import is_recomputing
 from tests.single_process import build_model, packed_batch
 from tests.unit.model.cases import ROWS, small_model
 
 
+@pytest.mark.parametrize("granularity", ["selective", "full"])
 def test_what_is_repeated_enters_the_precision_again(
-    groups: Any, monkeypatch: pytest.MonkeyPatch
+    granularity: str, groups: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Backward is outside of a layer, and so of the FP8 that the layer has entered."""
+    """Backward is outside of the forward pass, and so of the FP8 that it has entered, once."""
     depth, seen, mixed = 0, [], GatedSelfAttention._mixed
 
     @contextmanager
@@ -33,12 +35,12 @@ def test_what_is_repeated_enters_the_precision_again(
         seen.append((is_recomputing(), depth))
         return mixed(self, *arguments)
 
-    monkeypatch.setattr(block, "get_fp8_context", precision)
-    monkeypatch.setattr(gated_attention, "get_fp8_context", precision)
+    for module in (block, gated_attention, plt_module):
+        monkeypatch.setattr(module, "get_fp8_context", precision)
     monkeypatch.setattr(GatedSelfAttention, "_mixed", recorded)
     model = small_model(**ROWS["row5_plt2"])
     plt = build_model(model, groups, torch.float32)
-    plt.config.recompute_granularity = "selective"
+    plt.config.recompute_granularity = granularity
     tokens, labels, positions = packed_batch(model)
     plt(tokens, positions, labels).mean().backward()
     passes = model.num_layers * model.num_loops

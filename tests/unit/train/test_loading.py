@@ -17,20 +17,24 @@ ALL = ("model", "optimizer", "random", "guard", "fp8_scales")
 
 
 @pytest.mark.parametrize(
-    ("recipe", "contains", "processes", "asked", "warned"),
+    ("recipe", "contains", "processes", "tensor_parallel", "asked", "warned"),
     [
-        ("delayed", ALL, 2, ALL, False),
-        ("delayed", ALL[:-1], 2, ALL[:-1], True),
-        ("delayed", ALL, 4, ("model", "optimizer", "guard"), True),
-        ("tensorwise", ALL, 2, ALL[:-1], False),
+        ("delayed", ALL, 2, 1, ALL, False),
+        ("delayed", ALL[:-1], 2, 1, ALL[:-1], True),
+        ("delayed", ALL, 2, 2, ALL[:-1], True),
+        ("delayed", ALL, 4, 1, ("model", "optimizer", "guard"), True),
+        ("tensorwise", ALL, 2, 1, ALL[:-1], False),
     ],
 )
-def test_scales_of_fp8_come_back_with_as_many_processes(
-    recipe: str, contains: Any, processes: int, asked: Any, warned: bool,
+def test_scales_of_fp8_come_back_in_the_same_layout(
+    recipe: str, contains: Any, processes: int, tensor_parallel: int, asked: Any, warned: bool,
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     config = tiny_config(**FP8, train__fp8_recipe=recipe)
     manifest = Manifest(config=config, step=3, world_size=2, contains=contains)
+    config = tiny_config(
+        **FP8, train__fp8_recipe=recipe, parallel__tensor_parallel_size=tensor_parallel
+    )
     found: dict[str, Any] = {}
     engine = SimpleNamespace(
         placeholders=lambda *parts: found.setdefault("asked", parts),
@@ -42,5 +46,5 @@ def test_scales_of_fp8_come_back_with_as_many_processes(
         said = pretrain._load(config, engine, SimpleNamespace(world_size=processes), start)
     assert said == "resumed from run/checkpoints/step_3 (step 3)" and found["step"] == 3
     assert found["asked"] == asked
-    message = f"FP8 scales begin anew: {start.folder} has none for {processes} processes"
+    message = f"FP8 scales begin anew: {start.folder} has none for this layout"
     assert (message in caplog.text) == warned
