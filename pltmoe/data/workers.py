@@ -70,9 +70,10 @@ class Workers:
         """
         if not self._pool:
             return [function(task, bar.update) for task in tasks]
+        before = self._done.value - bar.n  # a short task may be done before the next line is
         futures = [self._pool.submit(_call, function, task) for task in tasks]
         try:
-            return self._collect(futures, bar)
+            return self._collect(futures, bar, before)
         except BrokenProcessPool:
             raise DataError(
                 "a worker process was killed (out of memory?): use fewer workers and run the same "
@@ -83,8 +84,9 @@ class Workers:
             wait([future for future in futures if not future.cancel()])
             self._stop.value = 0
 
-    def _collect[Result](self, futures: list[Future[Result]], bar: Bar) -> list[Result]:
-        before = self._done.value - bar.n
+    def _collect[Result](
+        self, futures: list[Future[Result]], bar: Bar, before: float
+    ) -> list[Result]:
         pending: set[Future[Result]] = set(futures)
         while pending:
             done, pending = wait(pending, _POLL_SECONDS, FIRST_EXCEPTION)

@@ -25,6 +25,22 @@ def test_results_in_order_and_progress_of_two_rounds_with_one_pool():
                 assert bar.n == sum(tasks)
 
 
+def test_progress_of_tasks_that_are_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the caller has come to look at any of them."""
+    with Workers(2) as workers:
+        workers.run(double, [1, 2], _Bar())  # the processes run
+        submit = workers._pool.submit
+
+        def submit_and_wait(*arguments):
+            future = submit(*arguments)
+            future.result()
+            return future
+
+        monkeypatch.setattr(workers._pool, "submit", submit_and_wait)
+        bar = _Bar()
+        assert workers.run(double, [5, 6], bar) == [10, 12] and bar.n == 11
+
+
 def test_error_ends_the_other_tasks_soon():
     begin = time.monotonic()
     with Workers(2) as workers, pytest.raises(DataError, match="three is broken"):
