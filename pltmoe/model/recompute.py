@@ -18,14 +18,14 @@ def is_recomputing() -> bool:
 
 
 def recompute_contexts(
-    precision: AbstractContextManager[Any] | None = None,
+    precision: AbstractContextManager[Any],
 ) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """Return the contexts of the first pass and of its repetition, for ``checkpoint``.
 
     Args:
         precision: what the first pass runs in and does not enter itself; backward is outside.
     """
-    return nullcontext(), _repeating(precision or nullcontext())
+    return nullcontext(), _repeating(precision)
 
 
 @contextmanager

@@ -3,6 +3,10 @@
 import pytest
 import torch
 
+from pltmoe.runtime import fp8
+
+RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests of this folder, and skip them where there is no GPU."""
@@ -12,3 +16,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
             if not torch.cuda.is_available():
                 item.add_marker(no_gpu)
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request: pytest.FixtureRequest) -> str:
+    """Each recipe of FP8 that this GPU has."""
+    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
+    machine = fp8.this_machine()
+    assert machine is not None
+    if reason := fp8.why_recipe_cannot_run(request.param, machine):
+        pytest.skip(reason)
+    return request.param

@@ -12,7 +12,6 @@ from pltmoe.runtime import fp8
 from tests.single_process import build_model, packed_batch
 from tests.unit.model.cases import DENSE, ROWS, small_model
 
-RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 SIZES = {
     "hidden_size": 256,
     "head_dim": 128,
@@ -20,16 +19,6 @@ SIZES = {
     "vocab_size": 64,
     "init_std": 0.0625,
 }
-
-
-@pytest.fixture(params=RECIPES)
-def recipe(request: pytest.FixtureRequest) -> str:
-    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
-    machine = fp8.this_machine()
-    assert machine is not None
-    if reason := fp8.why_recipe_cannot_run(request.param, machine):
-        pytest.skip(reason)
-    return request.param
 
 
 def pair(

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 
-from pltmoe.runtime import fp8
 from tests.distributed.deepspeed_cases import curve
 
 RUN: dict[str, Any] = {
@@ -27,14 +26,8 @@ def _deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("_deterministic")
-@pytest.mark.parametrize("recipe", ["delayed", "tensorwise", "blockwise"])
-def test_a_run_goes_on_as_if_it_had_not_stopped(recipe: Any, tmp_path: Path) -> None:
+def test_a_run_goes_on_as_if_it_had_not_stopped(recipe: str, tmp_path: Path) -> None:
     """The half that is saved validates before; the other one does not."""
-    pytest.importorskip("transformer_engine.pytorch", reason="needs Transformer Engine")
-    machine = fp8.this_machine()
-    assert machine is not None
-    if reason := fp8.why_recipe_cannot_run(recipe, machine):
-        pytest.skip(reason)
     run = {**RUN, "train__fp8_recipe": recipe}
     straight = curve(None, 5, **run)
     curve(None, 3, save_to=tmp_path, **run)

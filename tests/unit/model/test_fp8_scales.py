@@ -38,7 +38,6 @@ def with_modules(groups: Any, number: float | None) -> Any:
             meta["scaling_bwd"] = tensors(1.0, meta["num_gemms"], 2)
 
         module.fp8_meta, module.init_fp8_meta_tensors = meta, start
-        module.num_gemms = products
         if number is not None:
             meta["num_gemms"] = products
             meta["scaling_fwd"] = tensors(number, products, 3)
