@@ -18,6 +18,7 @@ Arguments and results travel by pickle: plain types, paths, arrays and CPU tenso
 """
 
 import ctypes
+import faulthandler
 import gc
 import importlib
 import json
@@ -411,6 +412,7 @@ def _become_a_rank(environment: dict[str, str], log: Path) -> None:
 
 def _serve() -> None:
     """Answer the calls that come in on stdin until it closes."""
+    faulthandler.enable(2)  # a crash in C code shows the stack of every thread
     for line in open(0, closefd=False):
         folder = Path(line.strip())
         answer = _answer(pickle.loads((folder / "call.pickle").read_bytes()))

@@ -8,6 +8,7 @@ The run continues by itself when its output folder holds a checkpoint.
 """
 
 import argparse
+import faulthandler
 import logging
 import sys
 
@@ -38,6 +39,7 @@ def main() -> int:
     try:
         processes = distributed.processes_from_environment()
         configure_logging(processes.rank)
+        faulthandler.enable(2)  # a crash in C code shows the stack of every thread
         config = load_config(arguments.config, arguments.overrides)
         stand_in_for_cuda()
         # Megatron may be imported only after the CPU stands in for CUDA.

@@ -1,6 +1,7 @@
 """How every tool under tools/ ends: log lines as they are, an error for the user as one line."""
 
 import argparse
+import faulthandler
 import logging
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     What a user can act on is one line on stderr and exit code 1; anything else is a defect and
     keeps its traceback.
     """
+    faulthandler.enable(2)  # a crash in C code shows the stack of every thread
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         code = main()

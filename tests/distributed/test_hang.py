@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -101,7 +102,10 @@ def test_rank_zero_may_stop_with_the_store(jobs):
 
 
 def test_a_real_run_ends_when_a_rank_is_stopped(tmp_path):
-    """SIGSTOP to one rank of two of tools/pretrain.py: the other ends the job."""
+    """SIGSTOP to one rank of two of tools/pretrain.py: the other ends the job.
+
+    And a rank that crashes in C code, as SIGSEGV pretends, says where it was.
+    """
     config = make_files(tmp_path)
     arguments = ["train.steps=500", "optimizer.decay_steps=500", "checkpoint.save_interval=2"]
     ranks = start_ranks(config, *arguments, "train.hang_timeout_minutes=0.3", nprocs=2)
@@ -110,12 +114,16 @@ def test_a_real_run_ends_when_a_rank_is_stopped(tmp_path):
         seen += line
         if "step 5/500" in line:
             break
-    os.kill(ranks[1].pid, 19)
+    os.kill(ranks[1].pid, signal.SIGSTOP)
     begin = time.monotonic()
     assert ranks[0].wait(timeout=200) == HANG_EXIT_CODE, seen
     assert time.monotonic() - begin < 180
-    ranks[1].kill()
-    _, outputs = finish(ranks)
+    for crash in (signal.SIGSEGV, signal.SIGCONT):
+        os.kill(ranks[1].pid, crash)
+    codes, outputs = finish(ranks)
+    assert codes[1] == -signal.SIGSEGV
+    assert "Fatal Python error: Segmentation fault" in outputs[1]
+    assert "pltmoe/train/trainer.py" in outputs[1]
     assert "no progress: rank 1 did not answer" in outputs[0]
     stacks = (tmp_path / "run" / "logs" / "stacks_rank_0.txt").read_text()
     assert "pltmoe/train/trainer.py" in stacks, "a step, a save or the vote on stopping"
