@@ -163,7 +163,7 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")  # JSON may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--prompts-file {path} cannot be read as text: {error}") from None
     for number, line in enumerate(lines, start=1):
@@ -250,9 +250,10 @@ def _transformers(args: argparse.Namespace) -> Run:
 
     def run(prompts: Sequence[Text], request: Request) -> tuple[list[Text], Timing]:
         torch.manual_seed(request.options.seed)
-        o, sampling = request.options, {}
+        o = request.options
+        sampling: dict[str, Any] = {"do_sample": bool(o.temperature)}
         if o.temperature:
-            sampling = {"do_sample": True, "temperature": o.temperature}
+            sampling |= {"temperature": o.temperature}
             sampling |= {"top_k": o.top_k, "top_p": o.top_p}
         prompt_texts = [prompt.text for prompt in prompts]
         batch = tokenizer(prompt_texts, return_tensors="pt", padding=True).to(model.device)

@@ -25,6 +25,10 @@ _PROBES = (
 def build_fast_tokenizer(model_path: Path, max_length: int) -> PreTrainedTokenizerFast:
     """Return a fast tokenizer equal to the sentencepiece model, special pieces included.
 
+    What ends a document also begins one (``bos_token``), as in GPT-2: training puts the end of one
+    document before the next and never saw the model's own beginning piece. lm-evaluation-harness
+    and ``generate()`` begin with this token where they have no other.
+
     Names of special pieces in a *text* are ordinary text, as in sentencepiece
     (``split_special_tokens``); add their ids where you want them. No id is added by itself.
 
@@ -47,10 +51,13 @@ def build_fast_tokenizer(model_path: Path, max_length: int) -> PreTrainedTokeniz
             byte_fallback=True,
         )
     )
+    ids = special_ids(pieces)
+    unused = {pieces.bos_id()} - {-1, *ids.values()}
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        **{name: names[index] for name, index in special_ids(pieces).items()},
+        **{name: names[index] for name, index in ids.items()},
+        additional_special_tokens=[names[i] for i in unused],
         clean_up_tokenization_spaces=False,
         split_special_tokens=True,
         model_max_length=max_length,
@@ -67,10 +74,10 @@ def build_fast_tokenizer(model_path: Path, max_length: int) -> PreTrainedTokeniz
 
 
 def special_ids(pieces: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
-    """Return the ids of the special pieces that the model has, e.g. ``{"eos_token": 2}``."""
+    """Return the ids of the special tokens that the model has, e.g. ``{"eos_token": 2}``."""
     ids = {
         "unk_token": pieces.unk_id(),
-        "bos_token": pieces.bos_id(),
+        "bos_token": pieces.eos_id(),
         "eos_token": pieces.eos_id(),
         "pad_token": pieces.pad_id(),
     }

@@ -818,7 +818,7 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
 
         Args:
             input_ids: New tokens [b, s]; or ``inputs_embeds`` [b, s, d].
-            attention_mask: [b, cached + s], 0 where there is padding (either side).
+            attention_mask: [b, cached + s], 0 where there is padding, on either side of the tokens.
             position_ids: [b or 1, s]; default: slots counted from the first real one. Position 0
                 begins a document: nothing is shifted into it. Without ``attention_mask`` and
                 cache, documents packed into one row do not see each other.
@@ -998,6 +998,7 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
             return h_bsd[:, ahead:]
         h_bsd = h_bsd[:, max(ahead - 1, 0) :]
         h_bsd = self.norm(h_bsd) if config.plt_normalize_per_loop else h_bsd
+        h_bsd = h_bsd.to(e_bsd.device)  # layers may be spread over devices
         before = cache.hidden_before(loop - 1) if cache is not None else None
         if cache is not None:
             cache.keep_hidden(loop - 1, h_bsd)
@@ -1055,7 +1056,16 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
                 f"[batch, {num_slots}]: one number for every cached and new slot"
             )
         valid = attention_mask.bool()
-        return None if valid.all() else valid
+        if valid.all():
+            return None
+        ended = (~valid & (valid.cumsum(-1) > 0)).cumsum(-1) > 0
+        if (valid & ended).any():
+            raise ValueError(
+                "attention_mask has padding between tokens of a row, which the shift between loops "
+                "and the window would take for slots: pad on the left, or give rows that end at "
+                "different slots a cache each"
+            )
+        return valid
 
     @staticmethod
     def _positions(
@@ -1122,8 +1132,17 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
                 the last loop, without router losses.
             logits_to_keep: compute logits of the last so many slots only (0: all), or of the
                 slots with these indices.
-            kwargs: ``num_items_in_batch`` (divide the summed loss by it instead of averaging).
+            kwargs: ``num_items_in_batch`` (divide the summed loss by it instead of averaging),
+                ``shift_labels`` ([b, s], ``labels`` already moved to the slot that predicts them).
+
+        Raises:
+            ValueError: contradicting or unsupported arguments, such as ``output_router_logits``.
         """
+        if kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False)):
+            raise ValueError(
+                "output_router_logits is not supported: the router losses belong to training in "
+                "pltmoe; here the loss is that of the tokens alone"
+            )
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1141,7 +1160,9 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
         logits = self.lm_head(out.last_hidden_state[:, kept])
         loss = None
         if labels is not None:
-            loss = next_token_loss(logits, labels, kwargs.get("num_items_in_batch"))
+            shifted = kwargs.get("shift_labels")
+            shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if shifted is None else shifted
+            loss = token_loss(logits, shifted, kwargs.get("num_items_in_batch"))
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
@@ -1183,12 +1204,12 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
 
 
-def next_token_loss(
+def token_loss(
     logits_bsv: Tensor, labels_bs: Tensor, num_items: Tensor | int | None = None
 ) -> Tensor:
-    """Cross entropy of each slot's logits with the next slot's label, in at least float32."""
-    predicted = at_least_float32(logits_bsv[:, :-1]).flatten(0, 1)
-    wanted = labels_bs[:, 1:].flatten().to(predicted.device)
+    """Cross entropy of each slot's logits with its label (-100: none), in at least float32."""
+    predicted = at_least_float32(logits_bsv).flatten(0, 1)
+    wanted = labels_bs.flatten().to(predicted.device)
     if num_items is None:
         return F.cross_entropy(predicted, wanted)
     total = F.cross_entropy(predicted, wanted, reduction="sum")

@@ -75,7 +75,7 @@ def test_scores_are_those_of_the_model_itself(name, exports, text, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = documents(text)
     ids = [tokenizer.encode(t, add_special_tokens=False) for t in texts]
-    prefix = [tokenizer.bos_token_id]
+    prefix = [tokenizer.eos_token_id]  # what training puts before a document
     nats = -sum(log_likelihood(folder, prefix, tokens) for tokens in ids)
     size = sum(len(t.encode()) for t in texts)
     bits = nats / size / math.log(2)

@@ -94,7 +94,8 @@ def test_text_that_spells_special_pieces(tmp_path):
 def test_special_pieces(both):
     ours, fast = both
     assert (fast.eos_token_id, fast.pad_token_id) == (ours.eod, ours.pad)
-    assert (fast.bos_token_id, fast.unk_token_id) == (ours.bos, ours.unk)
+    assert (fast.bos_token_id, fast.unk_token_id) == (ours.eod, ours.unk)
+    assert ours.bos in fast.all_special_ids, "and no text, though training never sees it"
     assert len(fast) == ours.vocab_size
     batch = fast(["a b", "a"], padding=True)
     assert batch["attention_mask"][1][0] == 0, "a language model's padding goes to the left"

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from pltmoe.hf import modeling_plt_moe
 from pltmoe.model.reference import language_model_loss
+from tests.launch import Ranks
 from tests.unit.hf.models import MODELS, hf_model, pair, small_model
 
 NUM_SLOTS = 13
@@ -78,6 +79,9 @@ def test_labels_that_are_left_out_and_summed_loss():
     assert torch.allclose(out.loss, rows.mean())
     summed = model(x, labels=labels, num_items_in_batch=torch.tensor(10)).loss
     assert torch.allclose(summed, rows.sum() / 10)
+    moved = F.pad(labels[:, 1:], (0, 1), value=-100)
+    assert torch.allclose(model(x, labels=labels, shift_labels=moved).loss, out.loss)
+    assert model(x, labels=labels, shift_labels=moved.flip(0)).loss != out.loss
 
 
 def test_logits_to_keep():
@@ -109,6 +113,12 @@ def test_packed_documents_do_not_see_each_other():
     packed = model(torch.cat([a, b], 1), position_ids=positions).logits
     apart = torch.cat([model(a).logits, model(b).logits], 1)
     assert (packed - apart).abs().max() < 1e-10
+
+
+def test_layers_may_be_spread_over_devices():
+    """In a process where the CPU does not stand in for CUDA."""
+    with Ranks(1, megatron=False) as ranks:
+        ranks.run("tests.unit.hf.spread_cases:run_on_two_gpus")
 
 
 def test_half_precision_runs_and_keeps_the_expert_bias_wide():
@@ -143,6 +153,17 @@ def test_refusals_say_what_to_do():
         ValueError, match=r"attention_mask has shape \[2, 5\]; expected \[batch, 13"
     ):
         model(x, attention_mask=torch.ones(2, 5))
+    hole = torch.ones(2, 13, dtype=torch.long)
+    hole[0, :2] = hole[1, 11:] = 0
+    model(x, attention_mask=hole)
+    hole[1, 12] = 1
+    with pytest.raises(ValueError, match="has padding between tokens of a row, .* pad on the left"):
+        model(x, attention_mask=hole)
+    with pytest.raises(ValueError, match="output_router_logits is not supported"):
+        model(x, output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.raises(ValueError, match="the router losses belong to training"):
+        model(x)
     with pytest.raises(ValueError, match="does not support|flash"):
         hf_model(small_model("plt2"), attn_implementation="flash_attention_2")
 
