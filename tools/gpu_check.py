@@ -20,6 +20,7 @@ import shlex
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -73,6 +74,11 @@ def main() -> int:
         "versions": installed,
         "commit": commit(),
     }
+    if where["commit"] == "unknown":
+        print(
+            "[gpu_check] no git repository here, so no part counts as done already; "
+            "PLTMOE_COMMIT may say which commit this is"
+        )
     for part in PARTS:
         if part.name not in args.parts.split(","):
             continue
@@ -103,6 +109,13 @@ def _run_part(
                 failure = f"\n[gpu_check] exit code {code}: {command}\n"
                 break
     seconds = round(time.monotonic() - started, 1)
+    summary = (output + failure)[-1500:]
+    if not failure:
+        try:
+            summary = _summary(part.name, work, output)
+        except Exception:  # the parts that follow are worth their time
+            failure = summary = f"cannot say what it measured:\n{traceback.format_exc()}"
+            print(failure)
     if failure and limit_s < LIMIT_S and seconds >= limit_s - 1:
         print(f"[gpu_check] {part.name}: stopped after {seconds} s: no time left")
         return
@@ -111,7 +124,7 @@ def _run_part(
         "seconds": seconds,
         "where": where,
         "command": f"python tools/gpu_check.py --parts {part.name}",
-        "summary": (output + failure)[-1500:] if failure else _summary(part.name, work, output),
+        "summary": summary,
     }
     (work / f"{part.name}.json").write_text(json.dumps(result, indent=2))
     print(f"[gpu_check] {part.name}: {'FAILED' if failure else 'passed'} in {seconds} s")

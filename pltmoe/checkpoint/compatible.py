@@ -5,7 +5,7 @@
 | fields of model.* that give tensors their shape         | must be equal    | must be equal |
 | the rest of model.*, optimizer.*, order of the data,    | must be equal,   | free          |
 | seed, batch sizes, precision, train.fp8_* (if it is     | or be accepted   |               |
-| fp8), train.spike_*,                                    |                  |               |
+| fp8), train.spike_*,                                    |                  | (*)           |
 | the text itself ("data.contents")                       |                  |               |
 | train.steps                                             | see below        | free          |
 | parallel.*, intervals, tracking, name, validation data  | free             | free          |
@@ -13,7 +13,8 @@
 "Accepted" means listed in ``checkpoint.accept_changes``. ``train.steps`` ends the learning-rate
 schedule unless ``optimizer.decay_steps`` is given; another end is another learning rate at every
 step, so it counts as a change of ``optimizer.decay_steps``. Where the schedule stays the same, a
-run may be made longer or shorter.
+run may be made longer or shorter. (*) Expert biases are part of the function: that they are left
+behind (a rate of 0) must be accepted, too.
 """
 
 import logging
@@ -45,6 +46,7 @@ SHAPE_FIELDS = (
 )
 """Fields of the model section that decide which tensors there are, and their shapes."""
 
+_BIAS = "model.moe_expert_bias_update_rate"
 CONTENTS = "data.contents"
 """Stands for the text behind ``data.train`` in messages and ``checkpoint.accept_changes``."""
 _DATA_ORDER = ("train", "split", "sequence_length", "reset_position_ids", "mask_document_ends")
@@ -117,13 +119,21 @@ def check_weights(directory: Path, manifest: Manifest, config: RunConfig) -> Non
     """Check that the weights in ``directory`` have the shapes of ``config.model``.
 
     Raises:
-        CheckpointError: fields differ.
+        CheckpointError: fields differ, or expert biases, by which the model chooses its experts,
+            would be left behind.
     """
     changed = _changed(_shapes(manifest.config), _shapes(config))
     if changed:
         raise CheckpointError(
             f"the weights in {directory} do not fit the configuration: "
             + "; ".join(changed.values())
+        )
+    rate, theirs = config.model.moe_expert_bias_update_rate, manifest.config.model
+    if theirs.moe_expert_bias_update_rate and not rate and not _accepts(config, _BIAS):
+        raise CheckpointError(
+            f"the model in {directory} chooses its experts with biases (checkpoint {_BIAS} "
+            f"{theirs.moe_expert_bias_update_rate}, config {rate}): set the same rate or another, "
+            "or leave the biases behind with checkpoint.accept_changes=[" + _BIAS + "]"
         )
 
 

@@ -66,8 +66,6 @@ _ZERO = (
     "reduce_bucket_size",
     "allgather_bucket_size",
     "sub_group_size",
-    "round_robin_gradients",
-    "parameter_alignment",
     "use_multi_rank_bucket_allreduce",
     *(f"offload_optimizer.{key}" for key in ("device", "pin_memory", "nvme_path", "buffer_count")),
     *_STAGE_3,
@@ -82,9 +80,10 @@ _FREE = {
     "memory_breakdown",
 }
 """Keys that are handed on. Others would break what the engine counts on (a second optimizer, steps
-that cannot be skipped, other gradients), or be ignored by DeepSpeed without a word."""
+that cannot be skipped, other gradients), be ignored by DeepSpeed without a word, or change where
+its stages 1 and 2 keep a weight's state without telling (round_robin_gradients,
+parameter_alignment): checkpoints would hold the moments of other weights."""
 _FLAGS = (
-    "zero_optimization.round_robin_gradients",
     "zero_optimization.use_multi_rank_bucket_allreduce",
     "zero_optimization.offload_optimizer.pin_memory",
     "aio.single_submit",
@@ -311,7 +310,7 @@ def _leaves(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield prefix + key, value
+            yield f"{prefix}{key}", value
 
 
 def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:

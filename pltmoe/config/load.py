@@ -61,7 +61,7 @@ def config_to_dict(config: BaseModel) -> dict[str, Any]:
 
 def without_password(uri: str) -> str:
     """Return a URI that may be shown and stored: ``http://user:secret@host`` loses the secret."""
-    return re.sub(r"://[^/@]*@", "://***@", uri)
+    return re.sub(r"://[^/]*@", "://***@", uri)
 
 
 def write_config(config: RunConfig, path: Path) -> None:

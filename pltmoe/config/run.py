@@ -165,7 +165,8 @@ class CheckpointConfig(Section):
     """Continue from the newest complete checkpoint in output_dir when there is one."""
     accept_changes: list[str] = []
     """Fields that may differ from the checkpoint on resume, e.g. [optimizer.lr]: the new value is
-    used from there on. Without this a changed field that decides the result is an error."""
+    used from there on. Without this a changed field that decides the result is an error. With
+    load_weights only model.moe_expert_bias_update_rate, for biases that are left behind."""
     load_weights: Path | None = None
     """Checkpoint folder whose weights a new run starts from (step 0, fresh optimizer), e.g. one
     made by tools/convert_from_hf.py. Not used when the run resumes."""

@@ -1,6 +1,8 @@
 """The router of a looped layer: Megatron's top-k router, run once per loop.
 
-It differs from ``TopKRouter`` in five ways. Scores and weights are computed in at least float32
+It differs from ``TopKRouter`` in six ways. Products are in the precision of the model (where
+Transformer Engine can be imported, Megatron takes its product even of local layers, which rounds
+float32 to TF32 and so sends tokens elsewhere). Scores and weights are computed in at least float32
 *and* in float64 when the model is (Megatron rounds them to float32, which would hide errors below
 1e-7 from the tests). The aux-loss-free expert bias works with softmax scores. It knows its loop,
 for the statistics; the losses of the loops are averaged by their coefficients
@@ -24,6 +26,7 @@ backward pass.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from megatron.core.transformer.moe.moe_utils import (
     MoEAuxLossAutoScaler,
     get_tokens_per_expert_and_token_count,
@@ -62,6 +65,12 @@ class LoopRouter(TopKRouter):
         assert chooses or first_map is not None, "loop 1 comes first"
         self._at, self._first_map, self._stats = at, first_map, [stats]
         self._chooses = chooses
+
+    def gating(self, input: Tensor) -> Tensor:  # noqa: A002  the base class's name
+        """Return logits [s, b, e] of a layer's input [s, b, d], in at least float32."""
+        if input.dtype in (torch.float32, torch.float64):
+            return F.linear(input, self.weight)
+        return super().gating(input)
 
     def routing(self, logits: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Choose experts, or weigh those of loop 1.

@@ -79,20 +79,32 @@ def targets_table(work: Path) -> str:
 
 
 def training_table(runs: Path, models: Sequence[str]) -> str:
-    """Return last losses, median speed and memory of runs in ``runs/MODEL``."""
+    """Return last losses, median speed and memory of runs in ``runs/MODEL``.
+
+    A run that is not there has dashes; a loss that is not finite is written as it was logged.
+    """
     rows = [("model", "loss", "validation loss", "tokens/s per GPU", "MFU", "peak GiB")]
     for model in models:
-        last: dict[str, float] = {}
+        last: dict[str, Any] = {}
         speeds = []
-        for line in (runs / model / "metrics.jsonl").read_text().splitlines():
+        file = runs / model / "metrics.jsonl"
+        if not file.exists():
+            rows.append((model, *"-----"))
+            continue
+        for line in file.read_text().splitlines():
             record = json.loads(line)
             last |= record
             speeds.append(record.get("perf/tokens_per_second_per_gpu", 0.0))
-        losses = f"{last['train/loss']:.3f}", f"{last['valid/loss']:.3f}"
+        losses = [_number(last.get(f"{split}/loss", "-")) for split in ("train", "valid")]
         speed = median([s for s in speeds if s] or [0.0])
         mfu = f"{last['perf/mfu']:.1%}" if "perf/mfu" in last else "-"
         rows.append((model, *losses, f"{speed:,.0f}", mfu, f"{last['memory/peak_gib']:.2f}"))
     return table(rows)
+
+
+def _number(value: float | str) -> str:
+    """Round what was logged; NaN and infinity are logged as words."""
+    return value if isinstance(value, str) else f"{value:.3f}"
 
 
 def decoding_table(path: Path) -> str:

@@ -1,5 +1,6 @@
 """Which software made a run: package versions and the commit of this source tree."""
 
+import hashlib
 import os
 import platform
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pltmoe
 
+_SOURCES = ("configs", "pltmoe", "tests", "tools")
 _PACKAGES = ("torch", "megatron-core", "transformer-engine", "deepspeed", "transformers", "mlflow")
 
 
@@ -23,9 +25,10 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str:
-    """Return the git commit of the source tree, ``-dirty`` if it was changed, or ``unknown``.
+    """Return the git commit of the source tree, or ``unknown``.
 
-    Where sources travel without their repository, PLTMOE_COMMIT says what they are.
+    A tree that was changed is COMMIT-dirty-HASH, the hash that of the changes. Where sources
+    travel without their repository, PLTMOE_COMMIT says what they are.
     """
     if told := os.environ.get("PLTMOE_COMMIT"):
         return told
@@ -35,8 +38,10 @@ def commit() -> str:
     revision = _git(root, "rev-parse", "--short=12", "HEAD")
     if not revision:
         return "unknown"
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", "pltmoe", "tools")
-    return f"{revision}-dirty" if changed else revision
+    changes = _git(root, "diff", "HEAD", "--", *_SOURCES)
+    if not changes:
+        return revision
+    return f"{revision}-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:6]}"
 
 
 def _git(root: Path, *arguments: str) -> str:

@@ -173,7 +173,8 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
                     "FP8 scales begin anew: %s has none for this layout; the next step is less "
                     "exact than others", start.folder,
                 )  # fmt: skip
-        engine.restore(store.load_state(start.folder, engine.placeholders(*parts)), start.step)
+        wanted = engine.placeholders(*parts, expert_bias=_has_expert_bias(start.manifest))
+        engine.restore(store.load_state(start.folder, wanted), start.step)
         return f"resumed from {start.folder} (step {start.step:,})"
     if (folder := config.checkpoint.load_weights) is None:
         return f"new, seed {config.train.seed}"
@@ -181,9 +182,13 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
     check_weights(folder, manifest, config)
     if config.checkpoint.verify:
         check_files_together(folder, manifest)
-    bias = manifest.config.model.moe_expert_bias_update_rate > 0
-    engine.restore(store.load_state(folder, engine.placeholders("model", expert_bias=bias)), 0)
+    wanted = engine.placeholders("model", expert_bias=_has_expert_bias(manifest))
+    engine.restore(store.load_state(folder, wanted), 0)
     return f"from {folder} (step {manifest.step:,} of {manifest.config.name}); new optimizer"
+
+
+def _has_expert_bias(manifest: Manifest) -> bool:
+    return manifest.config.model.moe_expert_bias_update_rate > 0
 
 
 def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: StopRequest) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch.distributed.checkpoint import FileSystemReader
 
 from pltmoe.checkpoint import folders
 from pltmoe.checkpoint.manifest import read_manifest
@@ -241,6 +242,18 @@ def test_an_accepted_batch_size_counts_from_where_the_run_was(run, straight, tmp
     assert (manifest.step, manifest.consumed_samples, manifest.tokens) == (14, 64, 64 * 16)
     assert [line["tokens"] // 16 for line in lines_of(tmp_path / "run")[-3:]] == [48, 56, 64]
     assert lines_of(tmp_path / "run")[-1]["train/tokens"] == 64 * 16
+
+
+def test_expert_biases_may_be_turned_off_and_on_where_that_is_accepted(run, straight, tmp_path):
+    shutil.copytree(straight[0], tmp_path / "run")
+    path = "model.moe_expert_bias_update_rate"
+    more = (f"checkpoint.accept_changes=[{path}]", f"optimizer.decay_steps={STEPS}")
+    for steps, rate, has in ((STEPS + 1, 0.0, False), (STEPS + 2, 0.02, True)):
+        code, log = run(tmp_path / "run", f"train.steps={steps}", f"{path}={rate}", *more)
+        assert code == 0 and f"accepted change: {path}" in log, log
+        folder = folders.latest_checkpoint(tmp_path / "run")
+        keys = FileSystemReader(folder).read_metadata().state_dict_metadata
+        assert any(key.endswith("expert_bias") for key in keys) == has
 
 
 def test_a_finished_run_stays_as_it_is(run, straight):

@@ -3,7 +3,7 @@
 The model is ``GPTModel`` from Megatron-core's local layer spec, or from its Transformer Engine spec
 where our engine uses that, in the same data-parallel wrapper, with the same distributed optimizer
 and the same schedule of micro batches as our engine. Weights are copied from our model, so both
-have the same losses: that is checked.
+have the same losses: that is checked. Statistics of its routers are not taken, as ours are not.
 """
 
 from collections.abc import Container, Iterator
@@ -19,6 +19,7 @@ from megatron.core.models.gpt.gpt_layer_specs import (
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_logging import MoEMetricsTracker, set_moe_metrics_tracker
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
@@ -50,6 +51,7 @@ class MegatronGPT:
         """
         self._config, self._layout, self._groups = config, layout, groups
         self._device, model = devices.device(), config.model
+        set_moe_metrics_tracker(_NoStatistics())
         assert model.num_loops == 1, "Megatron-core has no loops"
         dtype = devices.parameter_dtype(config.train.precision)
         is_te = devices.transformer_impl(config.train.transformer_impl, dtype).choice == "TE"
@@ -103,6 +105,11 @@ class MegatronGPT:
         batch = {n: t.to(self._device, non_blocking=True) for n, t in next(batches).items()}
         losses = model(batch["tokens"], batch["position_ids"], None, labels=batch["labels"])
         return losses, partial(_sum_loss, batch["loss_mask"])
+
+
+class _NoStatistics(MoEMetricsTracker):
+    def record(self, *args: Any, **kwargs: Any) -> None:
+        """Take none."""
 
 
 def _sum_loss(mask_bs: Tensor, losses_bs: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -188,3 +188,13 @@ def test_weights_need_the_same_shapes_only():
         f"the weights in {FOLDER} do not fit the configuration: "
         "model.vocab_size: checkpoint 64, config 65"
     )
+
+
+def test_weights_do_not_lose_expert_biases_unnoticed():
+    without = MOE | {"moe_expert_bias_update_rate": 0.0}
+    path = "model.moe_expert_bias_update_rate"
+    check_weights(FOLDER, Manifest(config=tiny_config(without), step=5), tiny_config())
+    with pytest.raises(CheckpointError, match="chooses its experts with biases .*: set the same"):
+        check_weights(FOLDER, Manifest(config=tiny_config(), step=5), tiny_config(without))
+    accepts = tiny_config(without, checkpoint__accept_changes=[path])
+    check_weights(FOLDER, Manifest(config=tiny_config(), step=5), accepts)

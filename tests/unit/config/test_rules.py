@@ -168,8 +168,17 @@ BROKEN = {
             "deepspeed.zero_optimization.allgather_bucket_size (-1) must be a number of at least 0",
         ),
         (
-            deepspeed(2, {"round_robin_gradients": "yes"}),
-            "deepspeed.zero_optimization.round_robin_gradients ('yes') must be true or false",
+            deepspeed(2, {"use_multi_rank_bucket_allreduce": "yes"}),
+            "deepspeed.zero_optimization.use_multi_rank_bucket_allreduce ('yes') must be true or "
+            "false",
+        ),
+        (
+            deepspeed(1, {"round_robin_gradients": True}),
+            "deepspeed.zero_optimization.round_robin_gradients (True) is none of the keys",
+        ),
+        (
+            deepspeed(1, {1: 2}),
+            "deepspeed.zero_optimization.1 (2) is none of the keys of DeepSpeed's JSON that are",
         ),
         (
             deepspeed(3, {"offload_optimizer": NVME["offload_optimizer"] | {"buffer_count": 3}}),

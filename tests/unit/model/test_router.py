@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.moe import token_dispatcher
+from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
 from pltmoe.hf.mapping import megatron_to_hf
 from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics
 from pltmoe.model.reference import ReferencePLT, load_balancing_loss
 from pltmoe.model.router import LoopRouter
+from tests.single_process import build_model
 from tests.unit.model.cases import ALL, small_model
 
 
@@ -68,6 +69,23 @@ def test_statistics_of_shared_routing(build: Callable[..., Any]) -> None:
         if record.loop > 1:
             assert abs(metrics[f"moe/expert_overlap/{where}"] - share) < 1e-5
             assert share < 0.95
+
+
+def test_float32_is_not_rounded_by_transformer_engine(
+    groups: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which Megatron's router takes where it can be imported, and which rounds it to TF32."""
+    monkeypatch.setattr(moe_utils, "te_general_gemm", lambda *a, **k: pytest.fail("rounded"))
+    plt = build_model(small_model(**ALL["row5_plt2"]), groups=groups, dtype=torch.float32)
+    router = plt.layers[0].mlp.router
+    x = torch.randn(3, 2, router.weight.size(1), requires_grad=True)
+    logits = router.gating(x)
+    logits.sum().backward()
+    expected = (x.double() @ router.weight.double().T).detach()
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-6, atol=1e-6)
+    router.bfloat16()
+    with pytest.raises(pytest.fail.Exception, match="rounded"):
+        router.gating(x.bfloat16())  # whose products are exact in it
 
 
 def test_weights_are_those_of_megatrons_own_choice() -> None:

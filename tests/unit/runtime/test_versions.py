@@ -1,5 +1,6 @@
 """What made a run."""
 
+import re
 import subprocess
 
 import torch
@@ -28,7 +29,11 @@ def test_commit_is_that_of_this_tree_and_says_when_it_is_changed(tmp_path, monke
     ):
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     assert len(versions.commit()) == 12
-    (package / "__init__.py").write_text("changed")
-    assert versions.commit().endswith("-dirty")
+    dirty = set()
+    for change in ("changed", "changed again"):
+        (package / "__init__.py").write_text(change)
+        dirty.add(versions.commit())
+    assert len(dirty) == 2, "measured with other sources"
+    assert all(re.fullmatch("[0-9a-f]{12}-dirty-[0-9a-f]{6}", commit) for commit in dirty)
     monkeypatch.setenv("PLTMOE_COMMIT", "abc")
     assert versions.commit() == "abc", "sources that travelled without their repository"

@@ -101,6 +101,16 @@ def test_a_passed_part_is_not_run_again(gpu_check: ModuleType, tmp_path: Path) -
     assert count.read_text() == "x\n" * 5
 
 
+def test_a_part_that_cannot_say_what_it_measured_failed(
+    gpu_check: ModuleType, tmp_path: Path
+) -> None:
+    """It is on the page, and the parts after it are run."""
+    gpu_check._run_part(gpu_parts.Part("decode", "a part", ("true",)), tmp_path, WHERE, False)
+    result = json.loads((tmp_path / "decode.json").read_text())
+    assert not result["passed"] and "cannot say what it measured" in result["summary"]
+    assert "FileNotFoundError" in gpu_check._page(tmp_path)
+
+
 def test_a_part_whose_files_are_gone_is_run_again(gpu_check: ModuleType, tmp_path: Path) -> None:
     """Results travel between lent machines, data sets stay behind."""
     made, count = tmp_path / "data.bin", tmp_path / "count"

@@ -52,6 +52,7 @@ def test_no_password_is_written_down(tmp_path):
     MLflowTracker(config, tmp_path).record_start({}, {}, resume_step=None)
     assert "secret" not in Journal(tmp_path).events_path.read_text()
     assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    assert without_password("http://user:p@ss@host:1/a@b") == "http://***@host:1/a@b"
 
 
 def test_tags_say_model_and_resume_and_users_win(tmp_path):
