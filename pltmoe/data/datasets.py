@@ -26,7 +26,7 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from torch.utils.data import DataLoader, Dataset
 
 from pltmoe.config.run import DataConfig, DataSource, RunConfig
-from pltmoe.data.indexed import idx_path, read_pair
+from pltmoe.data.indexed import idx_path, index_cache, read_pair
 from pltmoe.data.manifest import read_manifest
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.data.verify import verify_dataset, verify_split, verify_vocabulary
@@ -53,7 +53,7 @@ def build_datasets(config: RunConfig, tokenizer: Tokenizer, num_samples: Samples
         DataError: missing, half-written or mismatched data; an empty part of the split; samples
             asked of a set without a source; a cache folder that cannot be used.
     """
-    root = config.data.cache_dir or config.data.train[0].path.parent / "index_cache"
+    root = config.data.cache_dir or index_cache(config.data.train[0].path)
     _on_rank_zero(lambda: _verify(config, tokenizer, num_samples, root))
     cache = Path(_on_rank_zero(lambda: str(_cache_folder(config, tokenizer, num_samples, root))))
     if not _on_rank_zero(cache.is_dir):

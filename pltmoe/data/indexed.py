@@ -118,6 +118,11 @@ def parts_folder(prefix: Path) -> Path:
     return prefix.with_name(prefix.name + ".parts")
 
 
+def index_cache(prefix: Path) -> Path:
+    """Where training keeps Megatron's indices of datasets in the same folder by default."""
+    return prefix.parent / "index_cache"
+
+
 def _what_to_do(prefix: Path) -> str:
     if parts_folder(prefix).is_dir():
         return (

@@ -27,6 +27,7 @@ from pltmoe.data.fingerprint import fingerprint_of_files
 from pltmoe.data.indexed import (
     bin_path,
     idx_path,
+    index_cache,
     parts_folder,
     read_pair,
     token_dtype,
@@ -50,7 +51,7 @@ from pltmoe.data.parts import (
     read_counts,
     write_part,
 )
-from pltmoe.data.sources import InputFile, find_inputs
+from pltmoe.data.sources import InputFile, find_inputs, reading_of
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.data.workers import Workers
 from pltmoe.errors import DataError
@@ -130,13 +131,13 @@ class _Job:
 
 
 def _without_own(files: list[InputFile], prefix: Path) -> list[InputFile]:
-    """Leave out what an earlier run wrote, when the dataset lies in the folder of its inputs."""
+    """Leave out what earlier runs wrote, when the dataset lies in the folder of its inputs."""
     own = {bin_path(prefix).resolve(), idx_path(prefix).resolve()}
-    parts = parts_folder(prefix).resolve()
+    folders = {parts_folder(prefix).resolve(), index_cache(prefix).resolve()}
     kept = [
         file
         for file in files
-        if file.path.resolve() not in own and parts not in file.path.resolve().parents
+        if file.path.resolve() not in own and not folders & set(file.path.resolve().parents)
     ]
     if not kept:
         raise DataError(f"{prefix}: the only input is the dataset itself")
@@ -278,10 +279,10 @@ def _matching(job: _Job) -> DatasetManifest | None:
     manifest = read_manifest(job.prefix)
     if manifest is None:
         return None
-    hashes = [mark.sha256 for mark in job.marks]
-    wanted = (job.options.json_key, job.tokenizer.sha256, hashes)
-    found = (manifest.json_key, manifest.tokenizer.sha256, [i.sha256 for i in manifest.inputs])
-    if wanted != found:
+    texts = [(mark.sha256, file.kind) for mark, file in zip(job.marks, job.files, strict=True)]
+    recorded = [(file.sha256, reading_of(Path(file.path)).kind) for file in manifest.inputs]
+    wanted = (job.options.json_key, job.tokenizer.sha256, texts)
+    if wanted != (manifest.json_key, manifest.tokenizer.sha256, recorded):
         return None
     pair = read_pair(job.prefix)
     return manifest if pair.tokens == manifest.tokens else None

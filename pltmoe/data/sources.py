@@ -37,6 +37,11 @@ class InputFile:
     compression: str
     """One of .gz .bz2 .xz .zst, or empty."""
 
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What decides, besides its bytes, which text is in it."""
+        return self.format, self.compression
+
 
 @dataclass(frozen=True)
 class FileSlice:
@@ -103,17 +108,23 @@ def _is_wanted(path: Path, root: Path, include: str) -> bool:
     return named and not hidden and path.is_file()
 
 
-def _describe(path: Path) -> InputFile:
+def reading_of(path: Path) -> InputFile:
+    """Say how a file of this name is read; there need not be one."""
     name, compression = path.name.lower(), ""
     for suffix in _COMPRESSED_SUFFIXES:
         if name.endswith(suffix):
             name, compression = name.removesuffix(suffix), suffix
-    if compression == ".zst" and _zstd() is None:
+    return InputFile(path, "jsonl" if name.endswith(_JSON_SUFFIXES) else "text", compression)
+
+
+def _describe(path: Path) -> InputFile:
+    file = reading_of(path)
+    if file.compression == ".zst" and _zstd() is None:
         raise DataError(
             f"{path}: reading .zst needs Python 3.14 or the package backports.zstd "
             "(pip install backports.zstd); or decompress it first, e.g. with zstd -d"
         )
-    return InputFile(path, "jsonl" if name.endswith(_JSON_SUFFIXES) else "text", compression)
+    return file
 
 
 def _zstd() -> ModuleType | None:

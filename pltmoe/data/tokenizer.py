@@ -19,6 +19,7 @@ from pltmoe.errors import DataError
 log = logging.getLogger(__name__)
 
 SPACE_MARK = "\u2581"
+_MARKED = f"a{SPACE_MARK}b"
 _PROBE = "  a\tb \r\n\n\x00\ufb01 e\u0301 \U0001f600  "
 
 
@@ -43,7 +44,8 @@ class Tokenizer:
         if self._is_lossless():
             names = (f"<0x{byte:02X}>" for byte in SPACE_MARK.encode())
             self._space_mark_ids = [self._pieces.piece_to_id(name) for name in names]
-        else:
+        if self.decode(self.encode(_MARKED)) != _MARKED:  # each part would get a dummy prefix
+            self._space_mark_ids = []
             log.warning("%s is not lossless: decoding may not give back the same text", path)
 
     @property

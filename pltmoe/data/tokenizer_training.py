@@ -14,7 +14,7 @@ import sentencepiece
 from tqdm import tqdm
 
 from pltmoe.data.atomic import complete_file, sha256_of
-from pltmoe.data.sources import FileSlice, InputFile, find_inputs, read_documents
+from pltmoe.data.sources import FileSlice, InputFile, find_inputs, read_documents, reading_of
 from pltmoe.data.tokenizer import SPACE_MARK, Tokenizer
 from pltmoe.errors import DataError
 
@@ -80,15 +80,16 @@ def _is_current(output: Path, manifest: dict[str, Any]) -> bool:
     try:
         recorded = json.loads(manifest_path(output).read_text())
         recorded_sha256 = recorded.pop("model_sha256", None)
-    except (OSError, ValueError, AttributeError):
+        same_text = _without_paths(recorded) == _without_paths(manifest)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return False
-    same_text = _without_paths(recorded) == _without_paths(manifest)
     return same_text and output.is_file() and sha256_of(output) == recorded_sha256
 
 
 def _without_paths(manifest: dict[str, Any]) -> dict[str, Any]:
-    hashes = [item.get("sha256") for item in manifest.get("inputs", [])]
-    return {**manifest, "inputs": hashes}
+    inputs = manifest["inputs"]
+    texts = [(item["sha256"], reading_of(Path(item["path"])).kind) for item in inputs]
+    return {**manifest, "inputs": texts}
 
 
 def _sample(files: list[InputFile], options: TrainingOptions, progress: bool) -> list[str]:

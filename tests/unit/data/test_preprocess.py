@@ -12,7 +12,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pltmoe.data import preprocess as module
 from pltmoe.data.atomic import sha256_of
-from pltmoe.data.indexed import bin_path, idx_path, parts_folder
+from pltmoe.data.indexed import bin_path, idx_path, index_cache, parts_folder
 from pltmoe.data.manifest import manifest_path, read_manifest
 from pltmoe.data.parts import write_part
 from pltmoe.data.preprocess import PreprocessOptions, preprocess
@@ -265,9 +265,32 @@ def test_dataset_in_the_folder_of_its_text(tmp_path: Path, tokenizer: Tokenizer,
     """A second run over the folder must not read the first one's output as text."""
     prefix = jsonl.parent / "out"
     first = preprocess([jsonl.parent], prefix, tokenizer.model_path, _options())
+    cache = index_cache(prefix)  # training has used it
+    cache.mkdir()
+    (cache / "1-description.txt").write_text("{}")
+    (cache / "1-document_index.npy").write_bytes(b"\x93NUMPY")
     assert preprocess([jsonl.parent], prefix, tokenizer.model_path, _options()) == first
     with pytest.raises(DataError, match="the only input is the dataset itself"):
         preprocess([bin_path(prefix)], prefix, tokenizer.model_path, _options())
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_text_whose_name_was_wrong(
+    overwrite: bool, tmp_path: Path, tokenizer: Tokenizer, jsonl: Path
+):
+    """Its bytes are the same, but they are read as another text."""
+    wrong, prefix = jsonl.rename(tmp_path / "corpus.txt"), tmp_path / "out"
+    one = preprocess([wrong], prefix, tokenizer.model_path, _options())
+    assert one.documents == 1
+    right = wrong.rename(tmp_path / "corpus.jsonl")
+    if overwrite:
+        many = preprocess([right], prefix, tokenizer.model_path, _options(overwrite=True))
+        assert many.documents > 1 and many.tokens != one.tokens
+        moved = right.rename(tmp_path / "elsewhere.jsonl")
+        assert preprocess([moved], prefix, tokenizer.model_path, _options()) == many
+    else:
+        with pytest.raises(DataError, match="made from other text"):
+            preprocess([right], prefix, tokenizer.model_path, _options())
 
 
 def test_two_runs_at_once(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path):

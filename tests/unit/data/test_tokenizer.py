@@ -107,6 +107,16 @@ def test_foreign_model_works_but_says_that_it_loses_text(
     assert foreign.pad == -1
 
 
+def test_a_dummy_prefix_is_not_put_into_the_text(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """As Llama's models have it: at each U+2581 the text would be cut and get one."""
+    path = _train(tmp_path / "llama.model", vocab_size=300, model_type="bpe", byte_fallback=True,
+                  normalization_rule_name="identity", remove_extra_whitespaces=False)  # fmt: skip
+    foreign = Tokenizer(path)
+    assert "is not lossless" in caplog.text
+    assert foreign.decode(foreign.encode("a b")) == "a b"
+    assert foreign.decode(foreign.encode("a\u2581b")) == "a b", "and not 'a \u2581 b'"
+
+
 @pytest.mark.parametrize("bad", [-1, 600])
 def test_id_outside_the_vocabulary(tokenizer: Tokenizer, bad: int):
     with pytest.raises(DataError, match=rf"token id {bad} is not in 0 \.\. 599"):

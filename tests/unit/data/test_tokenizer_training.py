@@ -46,6 +46,11 @@ def test_second_run_reuses_and_other_options_train_anew(tmp_path: Path):
     _train([text], output, 330)
     manifest = json.loads(manifest_path(output).read_text())
     assert manifest["options"]["vocab_size"] == 330
+    text.write_text(json.dumps({"text": _WORDS * 31}) + "\n")
+    as_text = _train([text], output, 330).sha256
+    as_json = _train([text.rename(tmp_path / "text.json")], output, 330).sha256
+    assert as_json != as_text, "the same bytes under another name are another text"
+    text.write_text(_WORDS * 31)
     output.write_bytes(b"damaged")
     assert _train([text], output, 330).vocab_size == 330
 
