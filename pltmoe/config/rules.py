@@ -182,7 +182,8 @@ def transformer_engine_fits(c: RunConfig) -> Iterator[str]:
             f"({p.pipeline_parallel_size}) and model.num_loops ({m.num_loops}): loops of a micro "
             "batch would be scaled by one another's history; use another recipe"
         )
-    tp = p.tensor_parallel_size
+    tp, is_mx = p.tensor_parallel_size, t.fp8_recipe == "mxfp8"  # which scales blocks of 32
+    wide, long = (32, 32) if is_mx else (16, 8)
     widths = {
         "model.hidden_size": (m.hidden_size, 1),
         "model.num_attention_heads x head_dim": (m.num_attention_heads * m.head_dim, tp),
@@ -191,16 +192,17 @@ def transformer_engine_fits(c: RunConfig) -> Iterator[str]:
         "model.moe_ffn_hidden_size": (m.moe_ffn_hidden_size or 0, p.expert_tensor_parallel_size),
     }
     for name, (width, parts) in widths.items():
-        if width % (16 * parts):
+        if width % (wide * parts):
             yield (
-                f"train.precision (fp8): {name} ({width}) must be a multiple of 16 on each of "
+                f"train.precision (fp8): {name} ({width}) must be a multiple of {wide} on each of "
                 f"{parts} tensor-parallel ranks"
             )
     slots = c.data.sequence_length * t.micro_batch_size // p.context_parallel_size
-    if slots % 8:
+    if slots % long:
         yield (
             f"train.precision (fp8): data.sequence_length x train.micro_batch_size on each of "
-            f"{p.context_parallel_size} context-parallel ranks ({slots}) must be a multiple of 8"
+            f"{p.context_parallel_size} context-parallel ranks ({slots}) must be a multiple of "
+            f"{long}"
         )
 
 

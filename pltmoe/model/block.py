@@ -46,6 +46,25 @@ class PLTLayer(TransformerLayer):
         self, hidden_sbd: Tensor, at: Pass, lent: Lent | None
     ) -> tuple[Tensor, Lent]:
         """Return the layer's output [s, b, d] and what this loop could lend."""
+        try:
+            return self._pass(hidden_sbd, at, lent)
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Drop what Megatron remembers of a pass, and with it the whole graph of a repeated one.
+
+        PyTorch ends a repetition as soon as it has what backward needs, by an error inside of this
+        pass; nothing goes backward through its graph, which would stay until the next pass.
+        """
+        self.mlp_norm_manager = None
+        if self.is_moe_layer:
+            dispatcher, router = self.mlp.token_dispatcher, self.mlp.router
+            dispatcher.probs = dispatcher.routing_map = None
+            dispatcher.reversed_local_input_permutation_mapping = None
+            router.chosen = router._first_map = None
+
+    def _pass(self, hidden_sbd: Tensor, at: Pass, lent: Lent | None) -> tuple[Tensor, Lent]:
         y, own_kv = self.self_attention(
             self.input_layernorm(hidden_sbd), at, lent.key_value if lent else None, self.stats
         )

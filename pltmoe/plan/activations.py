@@ -18,18 +18,21 @@ from pltmoe.parallel.layout import Layout
 
 @dataclass(frozen=True)
 class Kernels:
-    """Differences between the kernels of PyTorch's devices."""
+    """Differences between the kernels that may run."""
 
     fused_norm: bool
     """RMSNorm keeps its input as it is; else it keeps the normed input, and both in fp32."""
-    fused_window: bool
-    """The window's scores are never stored, also with fewer KV heads than query heads."""
+    cuts_window: bool
+    """The window's Q, K and V are cut into bands (model/sdpa.py)."""
+    repeats_heads: bool
+    """The bands' KV heads are repeated, one for each query head."""
 
 
-CUDA = Kernels(fused_norm=True, fused_window=False)
-"""CUDA's memory-efficient attention takes the window's mask, but no grouped KV heads: with them
-PyTorch falls back to plain fp32 matrix products, which keep the scores."""
-CPU = Kernels(fused_norm=False, fused_window=True)
+TE = Kernels(fused_norm=True, cuts_window=False, repeats_heads=False)
+"""Transformer Engine's attention knows windows and grouped heads."""
+CUDA = Kernels(fused_norm=True, cuts_window=True, repeats_heads=True)
+"""PyTorch's memory-efficient attention takes the bands' mask, but no grouped heads."""
+CPU = Kernels(fused_norm=False, cuts_window=True, repeats_heads=False)
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,10 @@ def sizes_for(
     config: RunConfig,
     layout: Layout,
     element: int,
-    kernels: Kernels = CUDA,
+    kernels: Kernels | None = None,
     expert_load: float = 1.0,
 ) -> Sizes:
-    """Return the letters of a run."""
+    """Return the letters of a run; ``kernels`` None: those that it takes on a GPU."""
     s = config.data.sequence_length // layout.context_parallel_size
     t = s * layout.micro_batch_size
     return Sizes(
@@ -99,9 +102,15 @@ def sizes_for(
         cp=layout.context_parallel_size,
         etp=layout.expert_tensor_parallel_size,
         e=element,
-        kernels=kernels,
+        kernels=kernels or _on_a_gpu(config),
         expert_load=expert_load,
     )
+
+
+def _on_a_gpu(config: RunConfig) -> Kernels:
+    """Transformer Engine unless it is turned off, and not in fp32; see runtime/devices.py."""
+    has_none = config.train.transformer_impl == "local" or config.train.precision == "fp32"
+    return CUDA if has_none else TE
 
 
 @dataclass(frozen=True)
@@ -174,19 +183,6 @@ def head_bytes(z: Sizes) -> float:
     return norm + 4 * z.t * z.m.vocab_size / z.tp + labels
 
 
-def left_by_layer(z: Sizes, recompute: str) -> float:
-    """Return what router and dispatcher of a layer remember of their last pass, on top.
-
-    Once per layer, whatever is under way: the weights of all experts in fp32; routing map and token
-    numbers too where they are not kept for backward anyway. A last loop that takes loop 1's experts
-    keeps its weights for backward, and its routing map is lent.
-    """
-    experts, top_k = z.m.num_experts or 0, z.m.moe_top_k or 0
-    if z.m.choosing_loops < z.m.num_loops:
-        return z.r * (4 * experts + 8 * top_k if recompute == "full" else 0)
-    return z.r * (4 * experts + (experts + 8 * top_k if recompute == "full" else 0))
-
-
 def message_bytes(z: Sizes, layout: Layout) -> float:
     """Return what is under way between ranks, whatever the micro batch.
 
@@ -233,7 +229,7 @@ def _borrows(z: Sizes, loop: int) -> bool:
 
 
 def _window_is_cut(z: Sizes) -> bool:
-    return z.m.window_keys < z.s * z.cp
+    return z.kernels.cuts_window and z.m.window_keys < z.s * z.cp
 
 
 def _keeps_mixed(z: Sizes, loop: int) -> bool:
@@ -276,7 +272,7 @@ def _attention(z: Sizes, loop: int) -> float:
 
 
 def _window(z: Sizes) -> float:
-    """Return the sliding-window branch: Q, K, V cut into bands (sdpa.py), and its output."""
+    """Return the sliding-window branch: Q, K, V, perhaps cut into bands, and its output."""
     output = z.query + 4 * z.t * z.h
     if not _window_is_cut(z):
         return output + z.key
@@ -284,12 +280,10 @@ def _window(z: Sizes) -> float:
     segments, past = (2, z.m.window_keys - 1) if z.cp > 1 else (1, 0)
     slots = segments * ceil((z.s / segments + past) / size) * size * z.b
     query = slots * z.h * z.m.head_dim
-    key = 2 * slots * z.g * z.m.head_dim  # a band: own block and the one before
+    heads = z.h if z.kernels.repeats_heads else z.g
+    key = 2 * slots * heads * z.m.head_dim  # a band: own block and the one before
     mask = slots * 2 * size * z.e
-    if z.kernels.fused_window or z.h == z.g:
-        total = (2 * query + 2 * key) * z.e + mask + 4 * slots * z.h
-    else:  # fp32 copies of Q and of K and V for every query head, the scores' softmax
-        total = 4 * (query + 2 * key * z.h // z.g + slots * 2 * size * z.h) + mask
+    total = (2 * query + 2 * key) * z.e + mask + 4 * slots * z.h
     return total + z.query  # the output as [t, h * k]
 
 

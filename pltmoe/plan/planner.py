@@ -232,16 +232,23 @@ def _stage_memory(
         embedding = z.stream if first and chunk == 0 and m.cross_loop_shift else 0
         return layers * activations.lent_gradient_bytes(z) + embedding
 
-    alive, count = peak_bytes(layout, stage, chunk_bytes, lent_gradients)
-    left = layers * chunks * activations.left_by_layer(z, recompute)
-    left += activations.message_bytes(z, layout)
+    # Without stages all loops are one graph: autograd adds up their gradients of a weight, and
+    # hands them on when loop 1's has come. Fused products add them to the sum at once.
+    in_one_graph = layout.pipeline_parallel_size == 1 < m.num_loops
+    waits = in_one_graph and not config.train.gradient_accumulation_fusion
+    weight_gradients = weights.in_layers * z.e if waits else 0
+
+    def waiting_gradients(chunk: int) -> float:
+        return lent_gradients(chunk) + weight_gradients
+
+    alive, count = peak_bytes(layout, stage, chunk_bytes, waiting_gradients)
     whole = [activations.layer_bytes(z, loop) for loop in kept]
     dispatched = layers * chunks * sum(layer.dispatch for layer in whole)
     kept_bytes = _ENGINES[config.engine](config, layout, z.e, weights)
     return StageMemory(
         stage=stage,
         weights=kept_bytes,
-        activations=alive + left,
+        activations=alive + activations.message_bytes(z, layout),
         working=_working(z, weights, recompute, last) + kept_bytes.buckets,
         loop_chunks_alive=count,
         shared_kv=layers * chunks * activations.shared_kv_bytes(z),

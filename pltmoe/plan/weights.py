@@ -16,6 +16,8 @@ class StageWeights:
     """Experts; copies on expert-data-parallel ranks."""
     largest: int
     """The largest single parameter: the size of a weight gradient before it is added."""
+    in_layers: int
+    """Those that every loop uses: without embedding, head and final norm."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,13 @@ def stage_weights(m: ModelConfig, layout: Layout, stage: int) -> StageWeights:
     matrices = _layer_matrices(m, layout)
     table = m.vocab_size // tp * m.hidden_size
     tables = (stage == 0) + (stage == last and not (m.tied_embeddings and last == 0))
-    shared = layers * (sum(matrices) + _layer_vectors(m, tp)) + tables * table
+    in_layers = layers * (sum(matrices) + _layer_vectors(m, tp))
+    shared = in_layers + tables * table
     shared += m.hidden_size if stage == last else 0  # final norm
     expert = 3 * m.hidden_size * (m.moe_ffn_hidden_size or 0) // layout.expert_tensor_parallel_size
     experts = layers * (m.num_experts or 0) // layout.expert_parallel_size * expert
-    return StageWeights(shared, experts, max(*matrices, tables and table, expert * 2 // 3))
+    largest = max(*matrices, tables and table, expert * 2 // 3)
+    return StageWeights(shared, experts, largest, in_layers + experts)
 
 
 def weight_bytes(

@@ -346,6 +346,14 @@ BROKEN = {
             fp8(data__sequence_length=36),
             "on each of 1 context-parallel ranks (36) must be a multiple of 8",
         ),
+        (
+            fp8(train__fp8_recipe="mxfp8", model__moe_ffn_hidden_size=48),
+            "train.precision (fp8): model.moe_ffn_hidden_size (48) must be a multiple of 32",
+        ),
+        (
+            fp8(train__fp8_recipe="mxfp8", data__sequence_length=40),
+            "on each of 1 context-parallel ranks (40) must be a multiple of 32",
+        ),
     ],
     "batch_divides": [
         (

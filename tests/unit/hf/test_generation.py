@@ -141,8 +141,9 @@ def test_right_padding_leaves_real_tokens_alone():
 def test_beam_search_reorders_every_part_of_the_cache(name):
     _, model = pair(small_model(name))
     prompt = tokens(2, 19)
-    with_cache = generate(model, prompt, num_beams=3)
-    assert torch.equal(with_cache, generate(model, prompt, num_beams=3, use_cache=False))
+    options = {"num_beams": 3, "attention_mask": torch.ones_like(prompt)}
+    with_cache = generate(model, prompt, **options)
+    assert torch.equal(with_cache, generate(model, prompt, use_cache=False, **options))
 
 
 @torch.no_grad()

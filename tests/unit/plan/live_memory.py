@@ -6,6 +6,9 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+_EVERY = 8
+"""Operations between two looks; each costs as many steps as there are storages."""
+
 
 class LiveMemory(TorchDispatchMode):
     """Follows the storages of all results while it is entered.
@@ -15,16 +18,20 @@ class LiveMemory(TorchDispatchMode):
     """
 
     def __init__(self, known: list[torch.Tensor]):
-        """``known`` (weights) does not count."""
+        """``known`` (weights) does not count; ``most`` is what was alive at the worst moment."""
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._calls, self.most = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for tensor in out if isinstance(out, tuple | list) else [out]:
             if isinstance(tensor, torch.Tensor):
                 self._follow(tensor.untyped_storage())
+        self._calls += 1
+        if self._calls % _EVERY == 0:
+            self.most = max(self.most, self.alive())
         return out
 
     def _follow(self, storage: torch.UntypedStorage) -> None:
