@@ -4,6 +4,7 @@
         step_00000100/        Megatron torch_dist files, tokenizer.model, manifest.json (last)
         .writing_step_...     being written, or left by a crash: never read, cleaned at start
         damaged_step_...      was found to be damaged (newest.py): kept, never read
+        left_step_...         of a run that went back to an earlier step (newest.py): the same
         latest                name of the newest folder, replaced atomically after the rename
 
 Needs neither torch nor Megatron.
@@ -70,8 +71,8 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 def prune(directory: Path, keep_last: int, keep_every: int | None) -> list[Path]:
     """Delete checkpoints that are neither among the newest nor at a kept step; rank 0 calls it.
 
-    The folder that ``latest`` names is always kept. Later steps are those of a run that went back
-    to an older one: they do not count, and are written again. Returns what was deleted.
+    The folder that ``latest`` names is always kept, and later ones do not count (newest.py renames
+    those of a branch that was left). Returns what was deleted.
     """
     newest = latest_checkpoint(directory.parent)
     if newest is None:

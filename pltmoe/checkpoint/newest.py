@@ -12,7 +12,7 @@ from pltmoe.runtime.distributed import on_main
 
 logger = logging.getLogger(__name__)
 
-DAMAGED = "damaged_"
+DAMAGED, LEFT = "damaged_", "left_"
 
 
 def newest_intact(run_dir: Path, verify: bool) -> tuple[Path, Manifest] | None:
@@ -55,14 +55,30 @@ def _fall_back(damaged: dict[Path, str], folder: Path) -> None:
     try:
         folders.point_to(folder)
         for bad in damaged:
-            os.rename(bad, _free_name(bad))
+            os.rename(bad, _free_name(bad, DAMAGED))
     except OSError as error:
         logger.warning("%s: %s; damaged checkpoints stay where they are", folder, error.strerror)
 
 
-def _free_name(bad: Path) -> Path:
-    name, number = bad.with_name(DAMAGED + bad.name), 1
+def leave_later(folder: Path) -> None:
+    """Rename checkpoints later than ``folder``, from which a run goes on; rank 0 calls it.
+
+    Somebody has gone back and left that branch. It is kept, but must not be counted among what is
+    saved from here on, at other steps perhaps, nor be fallen back to.
+    """
+    every = folders.complete_checkpoints(folder.parent)
+    for later in every[every.index(folder) + 1 :]:
+        name = _free_name(later, LEFT)
+        logger.warning("going on from %s; the later %s is now %s", folder, later.name, name.name)
+        try:
+            os.rename(later, name)
+        except OSError as error:
+            raise CheckpointError(f"{later} cannot be renamed: {error.strerror}") from error
+
+
+def _free_name(folder: Path, prefix: str) -> Path:
+    name, number = folder.with_name(prefix + folder.name), 1
     while name.exists():
         number += 1
-        name = bad.with_name(f"{DAMAGED}{bad.name}_{number}")
+        name = folder.with_name(f"{prefix}{folder.name}_{number}")
     return name

@@ -21,7 +21,7 @@ from pltmoe.checkpoint import folders, store
 from pltmoe.checkpoint.compatible import check_resume, check_weights
 from pltmoe.checkpoint.integrity import check_files_together
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
-from pltmoe.checkpoint.newest import newest_intact
+from pltmoe.checkpoint.newest import leave_later, newest_intact
 from pltmoe.config import RunConfig, config_to_dict, write_config
 from pltmoe.data.atomic import complete_file
 from pltmoe.data.datasets import batches, build_datasets
@@ -138,6 +138,7 @@ def _find_start(config: RunConfig) -> Start:
         return Start(fingerprints)
     folder, manifest = newest
     distributed.on_main(lambda: check_resume(folder, manifest, config, fingerprints))
+    distributed.on_main(lambda: leave_later(folder))
     return Start(fingerprints, folder, manifest)
 
 

@@ -247,13 +247,19 @@ def test_an_accepted_batch_size_counts_from_where_the_run_was(run, straight, tmp
 def test_expert_biases_may_be_turned_off_and_on_where_that_is_accepted(run, straight, tmp_path):
     shutil.copytree(straight[0], tmp_path / "run")
     path = "model.moe_expert_bias_update_rate"
-    more = (f"checkpoint.accept_changes=[{path}]", f"optimizer.decay_steps={STEPS}")
+    same = (f"optimizer.decay_steps={STEPS}", "checkpoint.keep_last=9")
+    more = (*same, f"checkpoint.accept_changes=[{path}]")
     for steps, rate, has in ((STEPS + 1, 0.0, False), (STEPS + 2, 0.02, True)):
         code, log = run(tmp_path / "run", f"train.steps={steps}", f"{path}={rate}", *more)
         assert code == 0 and f"accepted change: {path}" in log, log
         folder = folders.latest_checkpoint(tmp_path / "run")
         keys = FileSystemReader(folder).read_metadata().state_dict_metadata
         assert any(key.endswith("expert_bias") for key in keys) == has
+    folders.point_to(tmp_path / "run" / "checkpoints" / "step_00000012")  # somebody goes back
+    code, log = run(tmp_path / "run", f"train.steps={STEPS + 1}", *same)
+    assert code == 0 and "the later step_00000013 is now left_step_00000013" in log, log
+    left = sorted(path.name for path in (tmp_path / "run" / "checkpoints").glob("left_*"))
+    assert left == ["left_step_00000013", "left_step_00000014"]
 
 
 def test_a_finished_run_stays_as_it_is(run, straight):

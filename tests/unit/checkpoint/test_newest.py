@@ -11,7 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from pltmoe.checkpoint import folders, store
 from pltmoe.checkpoint.integrity import check_files, checksum
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
-from pltmoe.checkpoint.newest import newest_intact
+from pltmoe.checkpoint.newest import leave_later, newest_intact
 from pltmoe.errors import CheckpointError, DamagedCheckpointError
 from tests.distributed.tiny import tiny_config
 
@@ -119,6 +119,20 @@ def test_checkpoints_from_before_there_were_checksums(run, caplog):
     assert newest_intact(run, verify=True)[1].step == 7, "sizes only"
     truncate(folder(run, 7))
     assert newest_intact(run, verify=True)[1].step == 6
+
+
+def test_a_branch_that_was_left_is_kept_and_not_counted(run, caplog):
+    """The run goes back to step 5 and saves at other steps, which is then all that it has."""
+    for _ in range(2):
+        if not folder(run, 6).exists():
+            os.rename(run / "checkpoints" / "left_step_00000006", folder(run, 6))
+            (run / "checkpoints" / "left_step_00000006").mkdir()
+        folders.point_to(folder(run, 5))
+        leave_later(folder(run, 5))
+        assert folders.complete_checkpoints(run / "checkpoints") == [folder(run, 5)]
+    names = {path.name for path in (run / "checkpoints").iterdir()}
+    assert {"left_step_00000006_2", "left_step_00000007", "step_00000005", "latest"} <= names
+    assert "going on from" in caplog.text and "is now left_step_00000007" in caplog.text
 
 
 def test_checks_can_be_turned_off(run):
