@@ -121,7 +121,7 @@ def test_checkpoints_from_before_there_were_checksums(run, caplog):
     assert newest_intact(run, verify=True)[1].step == 6
 
 
-def test_a_branch_that_was_left_is_kept_and_not_counted(run, caplog):
+def test_a_branch_that_was_left_is_kept_and_not_counted(run, caplog, monkeypatch):
     """The run goes back to step 5 and saves at other steps, which is then all that it has."""
     for _ in range(2):
         if not folder(run, 6).exists():
@@ -133,6 +133,10 @@ def test_a_branch_that_was_left_is_kept_and_not_counted(run, caplog):
     names = {path.name for path in (run / "checkpoints").iterdir()}
     assert {"left_step_00000006_2", "left_step_00000007", "step_00000005", "latest"} <= names
     assert "going on from" in caplog.text and "is now left_step_00000007" in caplog.text
+    os.rename(run / "checkpoints" / "left_step_00000007", folder(run, 7))
+    monkeypatch.setattr(os, "rename", lambda *_: (_ for _ in ()).throw(OSError(30, "Read-only")))
+    with pytest.raises(CheckpointError, match="step_00000007 cannot be renamed: Read-only"):
+        leave_later(folder(run, 5))
 
 
 def test_checks_can_be_turned_off(run):
