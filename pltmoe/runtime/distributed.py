@@ -6,6 +6,7 @@ the same group.
 """
 
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -76,6 +77,7 @@ def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
 
     Raises:
         RankError: more processes on this machine than GPUs.
+        EngineError: some ranks see a GPU and some do not.
     """
     if dist.is_initialized():
         return
@@ -97,6 +99,30 @@ def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
         world_size=processes.world_size,
         store=dist.HashStore() if alone else None,
         timeout=timedelta(minutes=timeout_minutes),
+    )
+    if not alone:
+        require_like_devices(torch.cuda.is_available())
+
+
+def require_like_devices(has_gpu: bool) -> None:
+    """Check that all ranks have a GPU or none; one whose driver is gone would wait for ever.
+
+    Raises:
+        EngineError: on every rank; names those without.
+    """
+    with_gpu = torch.tensor(int(has_gpu))
+    dist.all_reduce(with_gpu)  # through gloo, which both kinds of ranks have
+    if with_gpu.item() in (0, dist.get_world_size()):
+        return
+    names: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(
+        names, None if has_gpu else f"{dist.get_rank()} on {socket.gethostname()}"
+    )
+    without = [name for name in names if name]
+    more = f" and {len(without) - 8} more" if len(without) > 8 else ""
+    raise EngineError(
+        f"no GPU is seen by rank {', '.join(without[:8])}{more}, but by others: look at nvidia-smi "
+        "and CUDA_VISIBLE_DEVICES there, or leave the machine out (sbatch --exclude)"
     )
 
 

@@ -54,3 +54,14 @@ def who_speaks(only_rank: int | None) -> bool | None:
     if only_rank is not None and rank != only_rank:
         return None
     return distributed.speaks_for_error(EngineError("bad"), patience_s=1.0)
+
+
+def without_gpu(ranks: list[int]) -> str:
+    """What a rank sees when these see no GPU."""
+    rank = start()
+    try:
+        distributed.require_like_devices(rank not in ranks)
+    except EngineError as seen:
+        assert distributed.highest(1) == 1
+        return str(seen)
+    return "nothing"

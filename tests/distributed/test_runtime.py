@@ -1,5 +1,7 @@
 """Collectives of the runtime on two real processes: nobody waits for a rank that failed."""
 
+import socket
+
 import pytest
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
@@ -22,3 +24,11 @@ def test_an_error_of_rank_zero_reaches_all(warm_ranks):
 def test_one_rank_speaks(warm_ranks):
     assert warm_ranks(2, f"{CASES}:who_speaks", only_rank=None) == [True, False]
     assert warm_ranks(2, f"{CASES}:who_speaks", only_rank=1) == [None, True]
+
+
+def test_ranks_with_and_without_a_gpu_do_not_train_together(warm_ranks):
+    one = warm_ranks(2, f"{CASES}:without_gpu", ranks=[1])
+    assert one[0] == one[1]
+    assert one[0].startswith(f"no GPU is seen by rank 1 on {socket.gethostname()}, but by others:")
+    for all_or_none in ([], [0, 1]):
+        assert warm_ranks(2, f"{CASES}:without_gpu", ranks=all_or_none) == ["nothing"] * 2
