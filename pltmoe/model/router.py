@@ -46,6 +46,8 @@ class LoopRouter(TopKRouter):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        # Megatron makes it on the CPU, and moves it when it is first used.
+        self.weight.data = self.weight.data.to(torch.cuda.current_device())
         self.chosen: Tensor | None = None
         """Routing map [t, e] of the last forward pass."""
         self._at: Pass | None = None
