@@ -102,7 +102,8 @@ def test_a_whole_run(server, tmp_path):
     assert [f.path for f in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
     experiment = client.get_experiment(run.info.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-    again = read_mlflow_run(server.uri, run.info.run_id)
+    again = read_mlflow_run(server.uri.replace("://", "://me:secret@"), run.info.run_id)
+    assert again.source == f"http://***@127.0.0.1:{server.port} run {run.info.run_id}"
     here = read_run(run_dir)
     assert again.series("train/loss") == here.series("train/loss")
     assert (again.name, again.config, again.status) == (here.name, here.config, "FINISHED")
