@@ -17,18 +17,20 @@
 [[ -f slurm/job.sh ]] || { echo "submit from the repository's root" >&2 && exit 2; }
 # shellcheck source=slurm/job.sh
 source slurm/job.sh
-if in_job; then # the report: RUN RUN --output FOLDER, also in MLflow if the runs are there
-    uri=$(run_python tools/pretrain.py --config "$1/config.yaml" --print tracking.mlflow_uri "${OVERRIDES[@]}")
-    run_python tools/compare_runs.py "$@" ${uri:+--mlflow-uri "$uri"}
+if in_job; then # the report: RUN RUN --output FOLDER, also in MLflow if PLTMOE_MLFLOW_URI is set
+    run_python tools/compare_runs.py "$@"
     exit
 fi
 export PLT_CONFIG=${PLT_CONFIG:-configs/plt_1.7b_40b.yaml}
 export VANILLA_CONFIG=${VANILLA_CONFIG:-configs/vanilla_2.5b_60b.yaml}
 REPORT=${REPORT:-runs/comparison}
 
-folder() { run_python tools/pretrain.py --config "$1" --print train.output_dir "${OVERRIDES[@]}" "${@:2}"; }
-plt=$(folder "$PLT_CONFIG" "$@")
-vanilla=$(folder "$VANILLA_CONFIG" "$@")
+# setting NAME CONFIG OVERRIDES...: prints one field of a run.
+setting() { run_python tools/pretrain.py --config "$2" --print "$1" "${OVERRIDES[@]}" "${@:3}"; }
+plt=$(setting train.output_dir "$PLT_CONFIG" "$@")
+vanilla=$(setting train.output_dir "$VANILLA_CONFIG" "$@")
+# By the environment: what a run stores of the address has no password.
+PLTMOE_MLFLOW_URI=$(setting tracking.mlflow_uri "$VANILLA_CONFIG" "$@")
 [[ $plt != "$vanilla" ]] || die "both runs would write to $plt: leave train.output_dir to the configs"
 
 first=$(CONFIG=$PLT_CONFIG bash slurm/pretrain_plt_moe.sh "$@")
@@ -36,5 +38,6 @@ if ! second=$(CONFIG=$VANILLA_CONFIG bash slurm/pretrain_vanilla_moe.sh "$@"); t
     scancel "$first"
     die "the second run was refused: job $first is cancelled"
 fi
+export PLTMOE_MLFLOW_URI
 submit slurm/compare.sh "${CPU_OPTIONS[@]}" --dependency="afterok:$first:$second" \
     --kill-on-invalid-dep=yes -- "$vanilla" "$plt" --output "$REPORT"

@@ -3,6 +3,8 @@
 python tools/compare_runs.py RUN RUN... --output DIR
     [--decode decode.json] [--evaluation NAME=results.json]... [--mlflow-uri URI]
 
+The URI may be in the environment instead (PLTMOE_MLFLOW_URI), where `ps` does not show a password.
+
 RUN is the output folder of a run (metrics.jsonl, config.yaml), or mlflow:RUN_ID at --mlflow-uri.
 DIR gets report.md, its pictures, and a CSV behind each. With --mlflow-uri the runs are brought up
 to date there, the report becomes a run "comparison" of their experiment, and its table the
@@ -50,7 +52,12 @@ def main() -> None:
     )
     parser.add_argument("--generated", type=Path, help="JSON of tools/generate.py")
     parser.add_argument("--title", default="Comparison of runs")
-    parser.add_argument("--mlflow-uri", metavar="URI", help="server or store to read and log to")
+    parser.add_argument(
+        "--mlflow-uri",
+        metavar="URI",
+        default=os.environ.get("PLTMOE_MLFLOW_URI") or None,
+        help="server or store to read and log to (default: PLTMOE_MLFLOW_URI, else none)",
+    )
     args = parser.parse_args()
     # Nobody trains meanwhile: a slow server may take its time.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")

@@ -158,7 +158,7 @@ def _score_statement(extras: Extras) -> str:
         )
     tasks = common_tasks(list(extras.evaluations.values()))
     if not tasks:
-        return "No task with right and wrong answers was run on all evaluated models: no average."
+        return "No task with right and wrong answers was run alike on all models: no average."
     if tuple(tasks) == PAPER_TASKS:
         return (
             f"The average is over the paper's {paper.SCORE_TASKS} benchmarks: {', '.join(tasks)}."

@@ -172,7 +172,7 @@ def _scores(runs: Sequence[Run], extras: Extras) -> list[str]:
         if scores is None:
             cells.append(NOT_RUN)
         else:
-            cells.append(f"{scores.average(tasks):.1f}" if tasks else "no common task")
+            cells.append(f"{scores.average(tasks):.1f}" if tasks else "no comparable task")
     label = (
         f"average score, {len(tasks)} task{'s' * (len(tasks) != 1)}" if tasks else "average score"
     )

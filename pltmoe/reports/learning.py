@@ -1,6 +1,7 @@
 """Validation losses of ablation rows over seeds, and whether the paper's order of them shows."""
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,15 +124,23 @@ def _verdict(a: Row | None, b: Row | None, alike: bool) -> tuple[str, str]:
 
 
 def draw(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw validation losses over tokens: the six rows whole and enlarged, then the variants."""
+    """Draw validation losses over tokens, whole and the end enlarged.
+
+    Rows of the ablation come first; other models then have a panel beside rows 5 and 6.
+    """
     six = [(i, row) for i, row in enumerate(rows) if re.fullmatch(r"row\d", row.name)]
     others = [pair for pair in enumerate(rows) if pair not in six]
-    beside = [(i, row) for i, row in six if row.name in ("row5", "row6")] if others else []
-    panels = [("the ablation's rows", six, 0.0), ("the end of it, enlarged", six, _DETAIL_SHARE)]
-    panels.append(("variants beside rows 5 and 6", [*beside, *others], _DETAIL_SHARE))
-    panels = [panel for panel in panels if panel[1] and (panel[1] != beside)]
+    beside = [(i, row) for i, row in six if row.name in ("row5", "row6")]
+    first, name = (six, "the ablation's rows") if six else (others, "the models")
+    panels = [(name, first, 0.0), ("the end of it, enlarged", first, _DETAIL_SHARE)]
+    if six and others:
+        known = " and ".join(row.name for _, row in beside)
+        name = f"variants beside {known}" if beside else "variants"
+        panels.append((name, [*beside, *others], _DETAIL_SHARE))
+    width = 4.8 * len(panels)
+    longest = max(len(row.name) for row in rows)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.8 * len(panels), 4.8), layout="constrained")
+        figure = Figure(figsize=(width, 4.8), layout="constrained")
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (name, drawn, share) in zip(axes, panels, strict=True):
             _panel(axis, drawn, share)
@@ -142,9 +151,10 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
             handles=handles,
             title="line: mean over seeds, band: from the lowest to the highest",
             loc="outside lower center",
-            ncols=5,
+            ncols=min(5, max(1, int(width / (0.9 + 0.08 * longest)))),  # inches of an entry
             handlelength=3.4,
         )
+        title = textwrap.fill(title, int(8.5 * width))
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         save(figure, path)
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pltmoe.config import RunConfig, load_config
+from pltmoe.config import RunConfig, load_config, without_password
 from pltmoe.config.counts import flops_per_token
 from pltmoe.errors import DataError
 from pltmoe.tracking.jsonl import METRICS_FILE, NOT_METRICS, read_jobs, read_lines
@@ -111,9 +111,10 @@ def read_mlflow_run(uri: str, run_id: str) -> Run:
     Raises:
         DataError: no such run, it has no metrics, or no config.yaml among its artefacts.
     """
-    from pltmoe.tracking.sender import quick_to_fail  # only this function pays for mlflow
+    from pltmoe.tracking.sender import one_line, quick_to_fail
 
-    quick_to_fail()
+    quick_to_fail()  # only this function pays for mlflow
+    where = f"{without_password(uri)} run {run_id}"
     from mlflow.exceptions import MlflowException
     from mlflow.tracking import MlflowClient
 
@@ -124,23 +125,26 @@ def read_mlflow_run(uri: str, run_id: str) -> Run:
             config = load_config(client.download_artifacts(run_id, "config.yaml", folder))
         histories = {key: client.get_metric_history(run_id, key) for key in run.data.metrics}
     except (MlflowException, OSError) as error:
-        text = " ".join(str(error).split())[:300]
-        raise DataError(f"run {run_id} at {uri} cannot be read: {text}") from None
+        raise DataError(f"{where} cannot be read: {one_line(error)}") from None
     per_step = config.train.global_batch_size * config.data.sequence_length
     rows: dict[int, dict[str, Any]] = {}
+    # A branch that was given up may have been longer than the one that replaced it.
+    newest = max(((m.timestamp, m.step) for m in histories.get("train/loss", [])), default=(0, 0))
     for key, history in histories.items():
         if key.startswith("system/"):
             continue  # counted in samples, not in steps
-        for m in history:
+        for m in sorted(history, key=lambda m: m.timestamp):  # of one step the later counts
+            if m.step > newest[1] and m.timestamp <= newest[0]:
+                continue
             row = rows.setdefault(m.step, {"step": m.step, "tokens": m.step * per_step})
             row[key] = m.value
             if key == "train/tokens":  # else reckoned: the batch size may have changed on a resume
                 row["tokens"] = int(m.value)
             row["time"] = max(row.get("time", 0.0), m.timestamp / 1000)
     if not rows:
-        raise DataError(f"run {run_id} at {uri}: no metrics")
+        raise DataError(f"{where}: no metrics")
     job = {"status": run.info.status, "tags": run.data.tags, "started": run.info.start_time / 1e3}
-    return Run(config, [rows[step] for step in sorted(rows)], f"{uri} run {run_id}", [job])
+    return Run(config, [rows[step] for step in sorted(rows)], where, [job])
 
 
 def table(run: Run, metrics: Iterable[str] | None = None) -> list[list[Any]]:

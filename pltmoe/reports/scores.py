@@ -79,7 +79,7 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def common_tasks(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Return the tasks to average: those with a share of right answers that all have.
+    """Return the tasks to average: those with a share of right answers that all have, run alike.
 
     Where the paper's ten benchmarks are among them, only those.
     """
@@ -90,7 +90,18 @@ def common_tasks(evaluations: Sequence[Evaluation]) -> list[str]:
         for task, score in evaluations[0].tasks.items()
         if score.is_share and all(task in other.tasks for other in evaluations)
     ]
+    unlike = unlike_tasks(evaluations)
+    tasks = [task for task in tasks if task not in unlike]
     return list(PAPER_TASKS) if set(PAPER_TASKS) <= set(tasks) else tasks
+
+
+def unlike_tasks(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Return the tasks whose scores are not comparable: other shots or another metric."""
+    ways: dict[str, set[tuple[str, int | None]]] = {}
+    for evaluation in evaluations:
+        for task, score in evaluation.tasks.items():
+            ways.setdefault(task, set()).add((score.metric, score.shots))
+    return [task for task, found in ways.items() if len(found) > 1]
 
 
 def _score(task: str, entry: Any, shots: Mapping[str, Any]) -> Score | None:

@@ -1,7 +1,7 @@
 """One Markdown report about several runs: what they are, cost and reach, and what was not done."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from pltmoe.reports.heat_maps import plot_heat_maps
 from pltmoe.reports.markdown import table
 from pltmoe.reports.plots import Bars, plot_costs, plot_losses, plot_scores
 from pltmoe.reports.runs import Run
-from pltmoe.reports.scores import common_tasks
+from pltmoe.reports.scores import common_tasks, unlike_tasks
 from pltmoe.tracking.mlflow import flatten
 
 REPORT_FILE = "report.md"
@@ -231,8 +231,9 @@ def _scores_section(runs: Sequence[Run], folder: Path, extras: Extras) -> str:
     rows = [["task", "metric", "shots", *(run.name for run in runs)]]
     for task in tasks:
         known = [e.tasks[task] for e in extras.evaluations.values() if task in e.tasks]
-        shots = "not stated" if known[0].shots is None else str(known[0].shots)
-        rows.append([task, known[0].metric, shots, *(_score(r, task, extras) for r in runs)])
+        metrics = _distinct(score.metric for score in known)
+        shots = _distinct("not stated" if s.shots is None else str(s.shots) for s in known)
+        rows.append([task, metrics, shots, *(_score(r, task, extras) for r in runs)])
     common = common_tasks(list(extras.evaluations.values()))
     if common:
         cells = [_average(run, common, extras) for run in runs]
@@ -243,7 +244,17 @@ def _scores_section(runs: Sequence[Run], folder: Path, extras: Extras) -> str:
         plot_scores(common, labels, values, colours, folder / "scores.png")
     sources = "\n".join(f"- {name}: `{e.source}`" for name, e in extras.evaluations.items())
     picture = "\n\n![Benchmark scores](scores.png)" if common else ""
-    return f"{head}{table(rows)}{picture}\n\nFrom:\n\n{sources}"
+    unlike = unlike_tasks(list(extras.evaluations.values()))
+    warning = (
+        f"\n\n**Not comparable: {', '.join(unlike)}.** The models were not asked alike (shots or "
+        "metric); these scores are in no average."
+    )
+    return f"{head}{table(rows)}{warning if unlike else ''}{picture}\n\nFrom:\n\n{sources}"
+
+
+def _distinct(values: Iterable[str]) -> str:
+    """Return what the evaluated models have, once if it is the same."""
+    return " / ".join(dict.fromkeys(values))
 
 
 def _average(run: Run, tasks: Sequence[str], extras: Extras) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 from pltmoe.config import without_password
 from pltmoe.errors import DataError
 from pltmoe.tracking.mlflow import page_of
-from pltmoe.tracking.sender import quick_to_fail
+from pltmoe.tracking.sender import one_line, quick_to_fail
 from pltmoe.tracking.store import artifact_location, usable_uri
 
 RUN_NAME = "comparison"
@@ -66,11 +66,9 @@ def log_comparison(
         client.set_experiment_tag(experiment_id, NOTE_TAG, _cut(note))
         client.set_terminated(run_id, "FINISHED")
     except UNAVAILABLE as error:
-        text = " ".join(str(error).split())[:300]
-        shown = without_password(uri)
         raise DataError(
-            f"{shown}: the comparison could not be logged ({text}); the report is written, so run "
-            "the same command again when MLflow answers"
+            f"{without_password(uri)}: the comparison could not be logged ({one_line(error)}); the "
+            "report is written, so run the same command again when MLflow answers"
         ) from None
     return page_of(without_password(uri), experiment_id)
 

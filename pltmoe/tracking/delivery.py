@@ -5,7 +5,10 @@ Safe to repeat and to interrupt anywhere:
 - the run is found again by its id or, when the answer to "create" was lost, by a key in its tags;
 - a point is sent when its step is later than the newest one that the server has of that metric, so
   steps done again after a resume do not double (MLflow keeps what it got first);
-- a batch whose answer was lost is sent again unchanged, and the server drops equal points.
+- steps done again with other settings are sent again (legs.py): MLflow keeps both points, and the
+  later one counts;
+- what was sent before is sent again unchanged (the answer to a batch was lost; a branch is not yet
+  as long as the one it replaces), and the server drops equal points.
 
 This module is imported by processes that send, never by the one that trains.
 """
@@ -36,7 +39,14 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from pltmoe.config import without_password
 from pltmoe.tracking.journal import Journal, end_of_last_start
-from pltmoe.tracking.jsonl import METRICS_FILE, NOT_METRICS, SYSTEM_METRICS_FILE, decode_line
+from pltmoe.tracking.jsonl import (
+    METRICS_FILE,
+    NOT_METRICS,
+    SYSTEM_METRICS_FILE,
+    decode_line,
+    is_archived,
+)
+from pltmoe.tracking.legs import branches, changes, first_values
 from pltmoe.tracking.store import artifact_location, run_link
 
 UNAVAILABLE = (MlflowException, requests.RequestException, SQLAlchemyError, OSError)
@@ -66,7 +76,8 @@ class Delivery:
         self.sent_metrics = 0
         self._client: MlflowClient | None = None
         self._run_id: str | None = None
-        self._newest: dict[str, int] = {}
+        self._newest: dict[str, tuple[int, int]] = {}  # metric -> step and ms since 1970
+        self._branches: list[tuple[float, int]] = []
         self._feeds = [_Feed(run_dir / METRICS_FILE), _Feed(run_dir / SYSTEM_METRICS_FILE)]
         self._events_done = 0
 
@@ -78,12 +89,14 @@ class Delivery:
             Exception: one of UNAVAILABLE; what was acknowledged before is not sent again.
         """
         events = self.journal.events()  # before the metrics: a finish event comes after the last
-        if not any(event["event"] == "start" for event in events):
+        starts = [event for event in events if event["event"] == "start"]
+        if not starts:
             return False
         if self._run_id is None:
-            self._open_run(events)
+            self._open_run(starts[0])
+        self._branches = branches(starts)
         new = events[self._events_done :]
-        moved = self._send_starts(new)
+        moved = self._send_starts(starts, [event for event in new if event["event"] == "start"])
         moved |= self._send_metrics()
         moved |= self._send_artifacts(new)
         self._set_status(events, new)
@@ -94,8 +107,7 @@ class Delivery:
         """Size of the lines not yet acknowledged (a torn line at the end counts)."""
         return sum(feed.bytes_waiting() for feed in self._feeds)
 
-    def _open_run(self, events: list[dict[str, Any]]) -> None:
-        start = next(event for event in events if event["event"] == "start")
+    def _open_run(self, start: dict[str, Any]) -> None:
         if self._client is None:
             self._client = MlflowClient(tracking_uri=self.uri)
         state = self.journal.state(self.uri)
@@ -104,7 +116,7 @@ class Delivery:
             raise RunGoneError(f"run {run.info.run_id} was deleted in MLflow; not sending to it")
         state |= {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
         self.journal.save_state(self.uri, state)
-        self._newest = {m.key: m.step for m in run.data.to_proto().metrics}
+        self._newest = {m.key: (m.step, m.timestamp) for m in run.data.to_proto().metrics}
         self._run_id = run.info.run_id
         log.info("run %r: %s", start["run_name"], self.where())
 
@@ -147,28 +159,22 @@ class Delivery:
         )
         return self._client.get_run(run.info.run_id)
 
-    def _send_starts(self, events: list[dict[str, Any]]) -> bool:
-        starts = [event for event in events if event["event"] == "start"]
-        if not starts:
+    def _send_starts(self, starts: list[dict[str, Any]], new: list[dict[str, Any]]) -> bool:
+        if not new:
             return False
-        has = self._client.get_run(self._run_id).data.params
-        tags: dict[str, str] = {}
-        new: dict[str, str] = {}
-        for start in starts:
-            tags |= start["tags"]
-            for key, value in start["params"].items():
-                key, value = _name(key), value[:MAX_PARAM_VAL_LENGTH]
-                known = has.get(key, new.get(key))
-                if known is None:
-                    new[key] = value
-                elif known != value:  # parameters cannot be changed in MLflow; a tag says so
-                    tags[f"changed.{key}"] = f"{value} since step {start['resume_step']}"
-        params = [Param(key, value) for key, value in new.items()]
+        has = self._client.get_run(self._run_id).data
+        first = {_name(k): v[:MAX_PARAM_VAL_LENGTH] for k, v in first_values(starts).items()}
+        params = [Param(key, value) for key, value in first.items() if key not in has.params]
         for chunk in _chunks(params, MAX_PARAMS_TAGS_PER_BATCH):
             self._client.log_batch(self._run_id, params=chunk)
-        run_tags = [RunTag(_name(key), tag[:MAX_TAG_VAL_LENGTH]) for key, tag in tags.items()]
+        tags = {_name(key): tag for start in new for key, tag in start["tags"].items()}
+        # Parameters cannot be changed in MLflow; tags say what was.
+        changed = {_name(f"changed.{key}"): text for key, text in changes(starts).items()}
+        run_tags = [RunTag(key, tag[:MAX_TAG_VAL_LENGTH]) for key, tag in (tags | changed).items()]
         for chunk in _chunks(run_tags, MAX_PARAMS_TAGS_PER_BATCH):
             self._client.log_batch(self._run_id, tags=chunk)
+        for key in {_name(f"changed.{key}") for key in first} & set(has.tags) - set(changed):
+            self._client.delete_tag(self._run_id, key)
         return True
 
     def _send_metrics(self) -> bool:
@@ -178,7 +184,7 @@ class Delivery:
                 points = [point for line in lines for point in self._points(line)]
                 for chunk in _chunks(points, MAX_METRICS_PER_BATCH):
                     self._log_metrics(chunk)
-                    self._newest |= {m.key: max(m.step, self._newest.get(m.key, -1)) for m in chunk}
+                    self._newest |= {m.key: (m.step, m.timestamp) for m in chunk}
                     moved = True
                 self._on_batch(feed.acknowledge())
         return moved
@@ -188,8 +194,15 @@ class Delivery:
             if key in NOT_METRICS:
                 continue
             name = _name(key)
-            if line["step"] > self._newest.get(name, -1):
+            if line["step"] > self._sent_to(name):
                 yield Metric(name, float(value), int(line["time"] * 1000), line["step"])
+
+    def _sent_to(self, metric: str) -> int:
+        """Return the step up to which the server has the points that count."""
+        step, time_ms = self._newest.get(metric, (-1, 0))
+        if metric.startswith("system/"):  # counts samples: steps done again are not its own
+            return step
+        return min([step, *(after for time_s, after in self._branches if time_ms < 1000 * time_s)])
 
     def _log_metrics(self, metrics: list[Metric]) -> None:
         try:
@@ -209,8 +222,8 @@ class Delivery:
         done: dict[str, list[list[Any]]] = state.setdefault("artifacts", {})
         moved = False
         for event in events:
-            if event["event"] != "artifact":
-                continue
+            if event["event"] != "artifact" or is_archived(self.journal.run_dir):
+                continue  # the files of an archived run have been written anew by the next
             path = Path(event["path"])
             if not path.exists():
                 log.warning("%s: artefact was gone before it could be sent", path)

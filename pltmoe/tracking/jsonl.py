@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,8 +27,11 @@ JOBS_FILE = "run.json"
 SYSTEM_METRICS_FILE = "system_metrics.jsonl"
 MLFLOW_FOLDER = "mlflow"
 PREVIOUS_FOLDER = "previous"
+SYNC_COMMAND = "python tools/sync_mlflow.py {}"
 NOT_METRICS = frozenset({"step", "time", "tokens"})
 """Keys of a line that are coordinates, not metrics."""
+
+_STAMP = re.compile(r"\d{8}_\d{6}(_\d+)?")
 
 log = logging.getLogger(__name__)
 
@@ -145,7 +149,7 @@ def drop_after(path: Path, step: int) -> int:
 def archive_previous(run_dir: Path) -> Path | None:
     """Move the records of an earlier run in this directory out of the way; nothing is deleted.
 
-    Returns the folder, itself a run directory that reports and tools/sync_mlflow.py can read.
+    Returns the folder, which tools/sync_mlflow.py can send if the run was tracked.
     """
     names = (METRICS_FILE, JOBS_FILE, SYSTEM_METRICS_FILE, MLFLOW_FOLDER)
     found = [run_dir / name for name in names if (run_dir / name).exists()]
@@ -161,7 +165,21 @@ def archive_previous(run_dir: Path) -> Path | None:
     for path in found:
         os.replace(path, folder / path.name)
     log.warning("%s: starts from scratch; records of the run before are in %s", run_dir, folder)
+    if (folder / MLFLOW_FOLDER).exists():
+        again = SYNC_COMMAND.format(folder)
+        log.warning("the run before is ended in MLflow if this one is tracked; else: %s", again)
     return folder
+
+
+def archived(run_dir: Path) -> list[Path]:
+    """Return the folders of ``archive_previous``, oldest first."""
+    return sorted(filter(is_archived, (run_dir / PREVIOUS_FOLDER).glob("*")))
+
+
+def is_archived(run_dir: Path) -> bool:
+    """Whether a folder is one of ``archive_previous``: its job is gone, its files are others'."""
+    folder = run_dir.absolute()
+    return folder.parent.name == PREVIOUS_FOLDER and bool(_STAMP.fullmatch(folder.name))
 
 
 def _plain(value: Any) -> Any:

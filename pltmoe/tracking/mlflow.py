@@ -25,10 +25,10 @@ from pltmoe.config.counts import count_parameters
 from pltmoe.config.describe import describe_model, variant
 from pltmoe.tracking.base import EndStatus
 from pltmoe.tracking.journal import Journal, process_identity
+from pltmoe.tracking.jsonl import SYNC_COMMAND
 from pltmoe.tracking.store import run_link, usable_uri
 
 _LOOK_AFTER_SENDER_S = 10.0
-SYNC_COMMAND = "python tools/sync_mlflow.py {}"
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from pltmoe.config import without_password
 from pltmoe.errors import ConfigError, DataError
 from pltmoe.tracking.journal import Journal
-from pltmoe.tracking.sender import quick_to_fail
+from pltmoe.tracking.sender import one_line, quick_to_fail
 from pltmoe.tracking.store import usable_uri
 
 
@@ -45,8 +45,7 @@ def log_scores(
     try:
         add_scores(uri, run_id, metrics, files, step)
     except UNAVAILABLE as error:
-        text = " ".join(str(error).split())[:200]
         raise DataError(
-            f"{without_password(uri)} does not take the scores ({text}); they are kept in "
+            f"{without_password(uri)} does not take the scores ({one_line(error)}); they are in "
             f"{files[0]}: run again with --log-only when it answers"
         ) from None

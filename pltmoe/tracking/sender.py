@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pltmoe.config import without_password
+from pltmoe.errors import PLTMoEError
 from pltmoe.tracking.journal import Journal, vanished
-from pltmoe.tracking.jsonl import SYSTEM_METRICS_FILE
+from pltmoe.tracking.jsonl import SYNC_COMMAND, SYSTEM_METRICS_FILE, archived
 
 if TYPE_CHECKING:
     from pltmoe.tracking.delivery import Delivery
@@ -52,6 +53,7 @@ class Sender:
         self._give_up_s = give_up_s
         self._pause_s = 0.0
         self._failing_since: float | None = None
+        self._previous_done = False
 
     def run(self, on_drain: Callable[[], None]) -> int:
         """Work until there is nothing left to do; return the exit status."""
@@ -67,6 +69,9 @@ class Sender:
             except RunGoneError as error:
                 log.warning("%s", error)
                 return RUN_GONE
+            if progress is not None and not self._previous_done:
+                self._previous_done = True
+                end_previous(self._journal.run_dir, self._delivery.uri)
             if ended_at is not None:
                 if progress is not None and not self._delivery.bytes_waiting():
                     return ALL_SENT
@@ -86,7 +91,7 @@ class Sender:
             if self._failing_since is None:
                 self._failing_since = time.monotonic()
                 uri = without_password(self._delivery.uri)
-                log.warning("%s: %s. Training goes on, will try again", uri, _one_line(error))
+                log.warning("%s: %s. Training goes on, will try again", uri, one_line(error, 200))
             self._pause_s = min(max(1.0, 2 * self._pause_s), _LONGEST_PAUSE_S)
             return None
         if self._failing_since is not None:
@@ -114,6 +119,21 @@ class Sender:
             return False
         self._journal.append("finish", status="FAILED", reason=VANISHED, attempt=self._attempt)
         return True
+
+
+def end_previous(run_dir: Path, uri: str) -> None:
+    """Send the runs that were moved away and that nobody ended (killed with their senders)."""
+    from pltmoe.tracking.sync import sync
+
+    for folder in archived(run_dir):
+        journal = Journal(folder)
+        start = journal.last_start()
+        if start is None or journal.last_end() is not None:
+            continue
+        try:
+            sync(folder, uri if start["uri"] == without_password(uri) else start["uri"])
+        except (PLTMoEError, OSError) as error:
+            log.warning("%s; later: %s", error, SYNC_COMMAND.format(folder))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -155,9 +175,10 @@ def _sampling(run_dir: Path, enabled: bool) -> Iterator[Callable[[], None]]:
     sampler.stop()
 
 
-def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) < 200 else text[:200] + "…"
+def one_line(error: Exception, longest: int = 300) -> str:
+    """Return an error's text on one line, without the password of the address it may quote."""
+    text = without_password(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= longest else text[:longest] + "…"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
 """Sending a run directory to MLflow after the fact; the work of tools/sync_mlflow.py."""
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pltmoe.config import load_config, without_password
 from pltmoe.errors import ConfigError, DataError
 from pltmoe.tracking.base import EndStatus
 from pltmoe.tracking.journal import Journal, vanished
-from pltmoe.tracking.jsonl import METRICS_FILE, read_lines
+from pltmoe.tracking.jsonl import METRICS_FILE, is_archived, read_jobs, read_lines
 from pltmoe.tracking.mlflow import MLflowTracker
-from pltmoe.tracking.sender import VANISHED, quick_to_fail
+from pltmoe.tracking.sender import VANISHED, one_line, quick_to_fail
 from pltmoe.tracking.store import usable_uri
 
 
@@ -22,7 +24,7 @@ class Synced:
     where: str
     """Address of the run."""
     sent_metrics: int
-    """Points that the server did not have."""
+    """Points sent; after a change of settings the server may have had some of them."""
     status: str
     """Status the run has now; RUNNING when nobody knows how the job ended."""
 
@@ -38,7 +40,7 @@ def sync(
     Args:
         run_dir: directory of a run, with or without MLflow when it ran.
         uri: tracking server; default: the one the run was tracked to.
-        status: how the run ended, when its journal does not say.
+        status: how the run ended, when neither its journal nor run.json says.
         on_progress: called with the bytes of metrics files just done with.
 
     Raises:
@@ -52,8 +54,7 @@ def sync(
     with journal.lock(wait_s=0.0) as mine:
         if not mine:
             raise DataError(f"{run_dir}: a running job is sending this run now; nothing to do")
-        if journal.last_start() is None:
-            _start_from_config(run_dir, target)
+        _add_untracked_jobs(journal, target)
         _close(journal, status)
         return _deliver(run_dir, target, on_progress)
 
@@ -66,25 +67,36 @@ def _target(journal: Journal, uri: str | None) -> str:
     return usable_uri(known)
 
 
-def _start_from_config(run_dir: Path, uri: str) -> None:
-    config = load_config(run_dir / "config.yaml", [f"tracking.mlflow_uri={uri}"])
-    lines = list(read_lines(run_dir / METRICS_FILE))
-    tracker = MLflowTracker(config, run_dir)
-    began = {"time": lines[0]["time"]} if lines else {}
-    tracker.record_start({}, {}, resume_step=None, host="unknown", **began)
-    if lines and lines[-1]["step"] >= config.train.steps:
-        ended = {"time": lines[-1]["time"], "attempt": tracker.attempt}
-        Journal(run_dir).append("finish", status="FINISHED", **ended)
+def _add_untracked_jobs(journal: Journal, uri: str) -> None:
+    """Write start events for the jobs of run.json that ran without MLflow since the last start."""
+    start, run_dir = journal.last_start(), journal.run_dir
+    jobs = read_jobs(run_dir)
+    if start is None and not jobs:
+        first = next(read_lines(run_dir / METRICS_FILE), {"time": time.time()})
+        jobs = [{"started": first["time"], "resume_step": None, "tags": {}}]
+    for job in jobs:
+        if start is not None and job["started"] <= start["time"]:
+            continue
+        config = load_config(run_dir / "config.yaml", [f"tracking.mlflow_uri={uri}"])
+        where = {"host": "unknown", "time": job["started"]}
+        MLflowTracker(config, run_dir).record_start({}, job["tags"], job["resume_step"], **where)
 
 
 def _close(journal: Journal, status: EndStatus | None) -> None:
-    start = journal.last_start()
+    """Write how the newest job ended, if it is known and not yet written."""
+    start, jobs = journal.last_start(), read_jobs(journal.run_dir)
     assert start is not None
+    end: dict[str, Any] = {}
     if status is not None:
-        reason = "said by hand at a later sync"
-        journal.append("finish", status=status, reason=reason, attempt=start["attempt"])
-    elif journal.last_end() is None and vanished(start):
-        journal.append("finish", status="FAILED", reason=VANISHED, attempt=start["attempt"])
+        end = {"status": status, "reason": "said by hand at a later sync"}
+    elif journal.last_end() is not None:
+        return
+    elif jobs and jobs[-1]["status"] != "RUNNING":
+        end = {"status": jobs[-1]["status"], "time": jobs[-1]["ended"]}
+    elif vanished(start) or is_archived(journal.run_dir):
+        end = {"status": "FAILED", "reason": VANISHED}
+    if end:
+        journal.append("finish", attempt=start["attempt"], **end)
 
 
 def _deliver(run_dir: Path, uri: str, on_progress: Callable[[int], None] | None) -> Synced:
@@ -98,7 +110,7 @@ def _deliver(run_dir: Path, uri: str, on_progress: Callable[[int], None] | None)
     except RunGoneError as error:
         raise DataError(f"{run_dir}: {error}") from None
     except UNAVAILABLE as error:
-        text = " ".join(str(error).split())[:300]
-        raise DataError(f"{without_password(uri)} does not take the run: {text}") from None
+        where = without_password(uri)
+        raise DataError(f"{where} does not take the run: {one_line(error)}") from None
     end = delivery.journal.last_end()
     return Synced(delivery.where(), delivery.sent_metrics, end["status"] if end else "RUNNING")

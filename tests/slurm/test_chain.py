@@ -1,9 +1,13 @@
 """From text to a converted model and a report through Slurm's queue."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 
+from tests.launch import REPOSITORY
 from tests.slurm.conftest import Site
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group("slurm")]
@@ -27,6 +31,7 @@ def test_the_report_follows_both_runs_and_is_about_them(site):
     assert {name: runs[name] for name in "ab"} == dict.fromkeys(
         "ab", ("FINISHED", [1, 2, 3, 4, 5, 6])
     )
+    assert "comparison" in runs
     text = "".join(path.read_text() for path in report.glob("*.md"))
     assert "a" in text and "b" in text and list(report.glob("*.png"))
 
@@ -45,6 +50,27 @@ def test_a_run_that_fails_cancels_the_report(site):
 def test_two_runs_in_one_folder_are_refused(site):
     done = site.shell("bash", "slurm/compare.sh", f"train.output_dir={site.folder}/same")
     assert done.returncode == 2 and "both runs would write to" in done.stderr
+
+
+def test_the_report_gets_the_address_with_its_password_by_the_environment(tmp_path):
+    """config.yaml of a run has none; an argument would show it."""
+    sbatch = tmp_path / "sbatch"
+    sbatch.write_text(f'#!/bin/sh\necho "$PLTMOE_MLFLOW_URI $@" >>{tmp_path}/calls; echo 7\n')
+    sbatch.chmod(0o755)
+    configs = [REPOSITORY / f"configs/quickstart_{name}.yaml" for name in ("plt2", "vanilla")]
+    uri = "http://me:secret@mlflow:5000"
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "GPU_TYPE": "",
+        "PLT_CONFIG": str(configs[0]),
+        "VANILLA_CONFIG": str(configs[1]),
+    }
+    command = ["bash", "slurm/compare.sh", f"tracking.mlflow_uri={uri}"]
+    done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = (tmp_path / "calls").read_text().splitlines()[-1]
+    assert report.startswith(f"{uri} --parsable") and report.count("secret") == 1
 
 
 def test_preprocess_then_convert(site):

@@ -40,7 +40,7 @@ def uri(folder) -> str:
     return f"sqlite:///{folder}/mlflow.db"
 
 
-def test_one_experiment_shows_runs_table_and_report(folder, uri, compare, tmp_path):
+def test_one_experiment_shows_runs_table_and_report(folder, uri, compare, tmp_path, monkeypatch):
     from mlflow.tracking import MlflowClient
 
     runs = [folder / "vanilla", folder / "plt2"]
@@ -71,7 +71,8 @@ def test_one_experiment_shows_runs_table_and_report(folder, uri, compare, tmp_pa
 
     # What MLflow has gives the same table as the folders.
     ids = [f"mlflow:{found[name].info.run_id}" for name in ("vanilla", "plt2")]
-    compare(*ids, *decode, "--output", tmp_path / "again")
+    monkeypatch.setenv("PLTMOE_MLFLOW_URI", uri)
+    compare(*ids, *decode[:2], "--output", tmp_path / "again")
     for label in ("**validation loss**", "training loss", "decode ms", "training compute per"):
         both = [cells(tmp_path / name / "report.md", label) for name in ("report", "again")]
         assert both[0] == both[1]

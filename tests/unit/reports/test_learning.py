@@ -7,7 +7,9 @@ import pytest
 from matplotlib.image import imread
 
 from pltmoe.config import write_config
-from pltmoe.reports.learning import draw, losses_table, order, read_rows
+from pltmoe.reports import learning
+from pltmoe.reports.learning import losses_table, order, read_rows
+from pltmoe.reports.style import save
 from pltmoe.tracking.jsonl import JsonlTracker
 from tests.unit.tracking.runs import run_config
 
@@ -71,9 +73,29 @@ def test_only_runs_that_reached_their_end_count(tmp_path: Path) -> None:
     assert [cell.strip() for cell in lines[3]] == ["row2", "3.0950", "-", "3.0950", "-", "+0.0950"]
 
 
-@pytest.mark.parametrize("names", [list(PAPER), [*PAPER, "plt2-normed"], ["row1"]])
-def test_the_picture_is_drawn_from_whatever_there_is(names: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("names", "panels"),
+    [
+        ([*PAPER, "plt2-normed", "plt2-shared", "plt3"], 3),
+        (["vanilla", "loop2", "plt2"], 2),
+        (["row1"], 2),
+        ([f"a-model-with-a-very-long-name-{number}" for number in range(4)], 2),
+    ],
+)
+def test_the_picture_is_whole_whatever_it_is_drawn_from(names, panels, tmp_path, monkeypatch):
     losses = {name: PAPER.get(name, 3.05) for name in names}
-    draw(read_rows(logged(tmp_path, losses), names), tmp_path / "learning.png", "a title")
+    figures = []
+    monkeypatch.setattr(learning, "save", lambda f, path: figures.append(f) or save(f, path))
+    title = "a title that is longer than one panel " * 3
+    learning.draw(read_rows(logged(tmp_path, losses), names), tmp_path / "learning.png", title)
     picture = imread(tmp_path / "learning.png")
     assert picture.shape[1] > 1000 and picture[..., :3].min() < 0.5
+    (figure,) = figures
+    figure.draw_without_rendering()  # at the figure's own resolution, not the file's
+    assert len(figure.axes) == panels
+    assert figure.axes[0].get_xlim()[0] == 0 and figure.axes[1].get_xlim()[0] > 60
+    (legend,) = figure.legends
+    for part in (figure._suptitle, legend, *(axis.title for axis in figure.axes)):
+        box = part.get_window_extent()
+        assert box.x0 >= 0 and box.y0 >= 0
+        assert box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1

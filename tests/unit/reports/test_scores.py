@@ -87,8 +87,17 @@ def test_scores_stand_in_the_report_beside_the_papers(tmp_path):
         "not run",
     ]
     text = path.read_text()
+    assert "Not comparable" not in text
     assert "not the paper's 10 benchmarks" in text and "![Benchmark scores](scores.png)" in text
     assert (path.parent / "scores.png").stat().st_size > 10_000
+    other = json.loads(Path(scores["plt2"].source).read_text())
+    other["n-shot"]["mmlu"] = 0
+    Path(scores["plt2"].source).write_text(json.dumps(other))
+    scores["plt2"] = read_evaluation(Path(scores["plt2"].source))
+    path = write_report(runs, tmp_path / "report", "t", Extras(evaluations=scores))
+    assert cells(path, "mmlu") == ["acc", "5 / 0", "30.0 ± 0.4", "36.0 ± 0.4", "not run"]
+    assert "**Not comparable: mmlu.**" in path.read_text()
+    assert cells(path, "average score, 2 tasks")[:3] == ["31.2", "34.2", "not run"]
     again = write_report(runs, tmp_path / "report", "t", Extras())
     assert not (again.parent / "scores.png").exists()  # what an earlier report drew is gone
     assert "Not run for any of the runs" in again.read_text()

@@ -10,15 +10,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pltmoe.config import write_config
 from pltmoe.errors import ConfigError, DataError
 from pltmoe.reports.runs import read_mlflow_run, read_run
 from pltmoe.tracking import build_tracker
+from pltmoe.tracking.delivery import Delivery, _Feed
 from pltmoe.tracking.journal import Journal
-from pltmoe.tracking.jsonl import NOT_METRICS, read_lines
-from pltmoe.tracking.mlflow import how_to_look
+from pltmoe.tracking.jsonl import NOT_METRICS, JsonlTracker, read_lines
+from pltmoe.tracking.mlflow import MLflowTracker, how_to_look
+from pltmoe.tracking.sender import Sender
 from pltmoe.tracking.sync import sync
 from tests.unit.tracking.conftest import ROOT, Server
 from tests.unit.tracking.runs import metrics_of, run_config
@@ -98,7 +102,8 @@ def test_a_whole_run(server, tmp_path):
     assert [f.path for f in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
     experiment = client.get_experiment(run.info.experiment_id)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-    again = read_mlflow_run(server.uri, run.info.run_id)
+    again = read_mlflow_run(server.uri.replace("://", "://me:secret@"), run.info.run_id)
+    assert again.source == f"http://***@127.0.0.1:{server.port} run {run.info.run_id}"
     here = read_run(run_dir)
     assert again.series("train/loss") == here.series("train/loss")
     assert (again.name, again.config, again.status) == (here.name, here.config, "FINISHED")
@@ -235,39 +240,121 @@ def test_a_run_never_tracked_is_sent_from_its_config(server, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(tool, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "RUNNING" in done.stdout  # 12 of 1000 steps, and nobody wrote down why
+    assert "FINISHED" in done.stdout  # as run.json says
+    tags = run_of(tmp_path, server).data.tags
+    assert {"commit": "0123abc", "layout": "EP2 x DP1", "resumed": "false"}.items() <= tags.items()
     assert sync(tmp_path, server.uri, status="KILLED").status == "KILLED"
     assert run_of(tmp_path, server).info.status == "KILLED"
     assert_server_has_the_jsonl(tmp_path, server)
 
+    lines = JsonlTracker(tmp_path, lambda step: step)  # goes on, still without MLflow
+    lines.start({}, {"layout": "EP4"}, resume_step=12)
+    lines.log(13, {"train/loss": 1.0})
+    assert sync(tmp_path, server.uri).status == "RUNNING"
+    lines.finish("FAILED")
+    assert sync(tmp_path, server.uri).status == "FAILED"
+    run = run_of(tmp_path, server)
+    assert (run.info.status, run.data.tags["layout"]) == ("FAILED", "EP4")
+    assert run.data.tags["resumed_from_step"] == "12"
 
-def test_a_changed_setting_after_a_resume_is_a_tag(server, tmp_path):
-    """MLflow keeps parameters as they were first; the change must not be lost, or stop the run."""
-    from pltmoe.tracking.delivery import Delivery
-    from pltmoe.tracking.jsonl import JsonlTracker
-    from pltmoe.tracking.mlflow import MLflowTracker
 
-    for lr, resume in ((1e-3, None), (5e-4, 3)):
-        config = run_config(tmp_path, server.uri, optimizer__lr=lr)
-        lines = JsonlTracker(tmp_path, lambda step: step)
-        lines.start({}, {}, resume_step=3)
-        MLflowTracker(config, tmp_path).record_start({"note": "x" * 7000}, {}, resume_step=resume)
-        lines.log(4, {"train/loss": float("nan"), "odd [name]": 1.0})
-        lines.finish("FINISHED")
-        Delivery(tmp_path, server.uri).deliver()
+def leg(
+    run_dir: Path, uri: str, first: int, last: int, loss: float, sent: bool = True, **changes: Any
+) -> None:
+    """Steps ``first`` to ``last`` after a resume before them; ``sent``: then delivered."""
+    resume = first - 1 or None
+    lines = JsonlTracker(run_dir, lambda step: step)
+    lines.start({}, {}, resume_step=resume)
+    config = run_config(run_dir, uri, **changes)
+    write_config(config, run_dir / "config.yaml")
+    MLflowTracker(config, run_dir).record_start({"note": "x" * 7000}, {}, resume_step=resume)
+    time.sleep(0.005)  # a point of the same millisecond as the start would be of the leg before
+    for step in range(first, last + 1):
+        lines.log(step, {"train/loss": loss + step, "odd [name]": float("nan")})
+    lines.finish("FINISHED")
+    if sent:
+        Delivery(run_dir, uri).deliver()
+
+
+def test_steps_done_again_with_other_settings_replace_those_given_up(server, tmp_path):
+    """MLflow keeps parameters and points as they were first; tags and later points say better."""
+
+    def losses() -> list[tuple[int, float]]:
+        run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
+        assert [line["step"] for line in run.lines] == list(range(1, len(run.lines) + 1))
+        return [(point.step, point.value) for point in run.series("train/loss")]
+
+    def expected() -> list[tuple[int, float]]:
+        return [(m["step"], m["train/loss"]) for m in read_lines(tmp_path / "metrics.jsonl")]
+
+    def changed() -> str | None:
+        return run_of(tmp_path, server).data.tags.get("changed.optimizer.lr")
+
+    leg(tmp_path, server.uri, 1, 8, 0.0)
+    leg(tmp_path, server.uri, 6, 8, 0.0)
+    assert len(history(tmp_path, server, "train/loss")) == 8  # the same settings: the same points
+    assert changed() is None
+    leg(tmp_path, server.uri, 5, 6, 0.5, optimizer__lr=5e-4)
+    assert losses() == expected() and len(expected()) == 6  # 7 and 8 were given up
+    sync(tmp_path, server.uri)
+    assert len(history(tmp_path, server, "train/loss")) == 10  # 5 and 6 twice, and no more
+    leg(tmp_path, server.uri, 7, 12, 0.5, optimizer__lr=5e-4)
+    assert losses() == expected() and len(expected()) == 12
+    assert changed() == "0.0005 since step 4"
+    assert sync(tmp_path, server.uri).sent_metrics == 0
+    leg(tmp_path, server.uri, 11, 13, 0.0)
+    assert losses() == expected()
+    assert changed() == "0.0005 since step 4, then 0.001 since step 10"
+    leg(tmp_path, server.uri, 3, 4, 0.0)  # back to before the change
+    assert losses() == expected()
+    assert changed() is None
     run = run_of(tmp_path, server)
     assert run.data.params["optimizer.lr"] == "0.001"
-    assert run.data.tags["changed.optimizer.lr"] == "0.0005 since step 3"
     assert len(run.data.params["note"]) == 6000
-    assert run.data.metrics["odd _name_"] == 1.0
-    assert str(run.data.metrics["train/loss"]) == "nan"
+    assert str(run.data.metrics["odd _name_"]) == "nan"
+
+
+def test_what_was_not_sent_of_a_branch_is_sent_with_the_next(server, tmp_path):
+    """The server was away for the whole leg that changed a setting."""
+    leg(tmp_path, server.uri, 1, 8, 0.0)
+    leg(tmp_path, server.uri, 4, 6, 0.5, sent=False, optimizer__lr=5e-4)
+    leg(tmp_path, server.uri, 6, 7, 0.7, optimizer__lr=1e-4)
+    run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
+    assert [p.value for p in run.series("train/loss")] == [1, 2, 3, 4.5, 5.5, 6.7, 7.7]
+
+
+def test_a_run_begun_from_scratch_ends_the_one_that_was_there(server, tmp_path):
+    """It was killed with its sender before its first checkpoint: nobody else would end it."""
+    from mlflow.tracking import MlflowClient
+
+    trackers = []
+    for seed in (1, 2):
+        lines = JsonlTracker(tmp_path, lambda step: step)
+        lines.start({}, {})
+        config = run_config(tmp_path, server.uri, train__seed=seed)
+        write_config(config, tmp_path / "config.yaml")
+        trackers.append(MLflowTracker(config, tmp_path))
+        trackers[-1].record_start({}, {}, None)
+        lines.log(1, {"train/loss": float(seed)})
+        if seed == 1:
+            Delivery(tmp_path, server.uri).deliver()
+            lines.log(2, {"train/loss": 1.0})
+            old = run_of(tmp_path, server).info
+            assert old.status == "RUNNING"
+            lines._file.close()  # as it is when the process is gone
+    lines.finish("FINISHED")
+    Journal(tmp_path).append("finish", status="FINISHED", attempt=trackers[-1].attempt)
+    assert Sender(Delivery(tmp_path, server.uri), trackers[-1].attempt, 1.0).run(lambda: None) == 0
+    client = MlflowClient(server.uri)
+    assert run_of(tmp_path, server).info.run_id != old.run_id
+    assert client.get_run(old.run_id).info.status == "FAILED"
+    assert len(client.get_metric_history(old.run_id, "train/loss")) == 2  # also what was waiting
+    file = client.download_artifacts(old.run_id, "config.yaml", str(tmp_path))
+    assert "seed: 1\n" in Path(file).read_text()  # config.yaml here is of the new run by now
 
 
 def test_a_run_deleted_in_mlflow_is_left_alone(server, tmp_path):
     from mlflow.tracking import MlflowClient
-
-    from pltmoe.tracking.delivery import Delivery
-    from pltmoe.tracking.mlflow import MLflowTracker
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "a": 1.0}\n')
     MLflowTracker(run_config(tmp_path, server.uri), tmp_path).record_start({}, {}, None)
@@ -285,19 +372,19 @@ def test_sync_names_what_is_wrong(tmp_path):
         sync(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     config = run_config(tmp_path, "http://user:secret@127.0.0.1:9")
-    from pltmoe.tracking.mlflow import MLflowTracker
-
     MLflowTracker(config, tmp_path).record_start({}, {}, None)
     with pytest.raises(ConfigError, match="password is not stored"):
         sync(tmp_path)
+    for read in (lambda uri: sync(tmp_path, uri), lambda uri: read_mlflow_run(uri, "0" * 32)):
+        with pytest.raises(DataError, match=r"^http://\*\*\*@127\.0\.0\.1:9 ") as caught:
+            read("http://user:secret@127.0.0.1:9")
+        assert "secret" not in str(caught.value)
     with pytest.raises(DataError, match=r"127\.0\.0\.1:9 does not take the run"):
         sync(tmp_path, "http://127.0.0.1:9")
 
 
 def test_a_feed_goes_on_where_it_was_and_starts_over_when_the_file_was_replaced(tmp_path):
     """A resume replaces metrics.jsonl; a position in the old file means nothing in the new one."""
-    from pltmoe.tracking.delivery import _Feed
-
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "a": 1}\n{"step": 2, "a": 1}\n{"step": 3, "a"')
     feed = _Feed(path)
