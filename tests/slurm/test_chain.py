@@ -34,7 +34,8 @@ def test_the_report_follows_both_runs_and_is_about_them(site):
 def test_a_run_that_fails_cancels_the_report(site):
     missing = f"data.train=[{{path: {site.folder}/nowhere}}]"
     runs = [site.config("c", steps=6), site.config("d", steps=6)]
-    job = site.submit("compare.sh", missing, PLT_CONFIG=runs[0], VANILLA_CONFIG=runs[1])
+    job = site.submit("compare.sh", missing, PLT_CONFIG=runs[0], VANILLA_CONFIG=runs[1],
+                      CHECK_DATA="no")  # fmt: skip
     site.ended(job, "CANCELLED")
     first = site.ended(str(int(job) - 2), "FAILED")
     assert (first["ExitCode"], first["Restarts"]) == ("2:0", "0")
@@ -45,6 +46,19 @@ def test_a_run_that_fails_cancels_the_report(site):
 def test_two_runs_in_one_folder_are_refused(site):
     done = site.shell("bash", "slurm/compare.sh", f"train.output_dir={site.folder}/same")
     assert done.returncode == 2 and "both runs would write to" in done.stderr
+
+
+def test_a_login_node_without_the_environment_submits_unchecked(site):
+    """Its Python may be older than ours, or in a container: the jobs check themselves."""
+    bare = site.folder / "bare_python"
+    bare.write_text("#!/bin/sh\necho No module named pltmoe >&2; exit 1\n")
+    bare.chmod(0o755)
+    same = f"train.output_dir={site.folder}/same"
+    job = site.submit("compare.sh", same, PYTHON=bare)
+    site.cluster.run("scancel", *(str(int(job) - n) for n in range(3)))
+    done = site.shell("bash", "slurm/pretrain_plt_moe.sh", PYTHON="nosuchpython")
+    site.cluster.run("scancel", done.stdout.strip())
+    assert "nosuchpython cannot import pltmoe.plan here: the job checks itself" in done.stderr
 
 
 def test_preprocess_then_convert(site):
