@@ -17,7 +17,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%A_%a.out
-[[ ${ENVIRONMENT:-} == BATCH ]] || cd "$(dirname "$0")/.." || exit 2
+[[ $0 == */slurm_script ]] || cd "$(dirname "$0")/.." || exit 2
 [[ -f slurm/pretrain.sh ]] || { echo "submit from the repository's root" >&2 && exit 2; }
 CONFIGS=("${ABLATION:-configs/ablation_680m_13b}"/row[1-6]_*.yaml)
 CONFIG=${CONFIGS[${SLURM_ARRAY_TASK_ID:-1} - 1]}

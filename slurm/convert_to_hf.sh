@@ -12,7 +12,7 @@
 #SBATCH --time=04:00:00
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
-[[ ${ENVIRONMENT:-} == BATCH ]] || cd "$(dirname "$0")/.." || exit 2
+[[ $0 == */slurm_script ]] || cd "$(dirname "$0")/.." || exit 2
 [[ -f slurm/job.sh ]] || { echo "submit from the repository's root" >&2 && exit 2; }
 # shellcheck source=slurm/job.sh
 source slurm/job.sh

@@ -12,6 +12,9 @@ CPU_OPTIONS=() # e.g. (--partition=cpu)
 
 # GPU that tools/plan.py checks memory for; `python tools/plan.py --help` lists them. Empty: no check.
 GPU_TYPE=${GPU_TYPE-H200}
+# yes: `bash slurm/X.sh` looks whether tokenizer and data sets exist before it submits. no: where the
+# login node does not see their file system.
+CHECK_DATA=${CHECK_DATA:-yes}
 
 # Python of the environment (tools/setup_env.sh makes .venv). In a container: python.
 PYTHON=${PYTHON:-.venv/bin/python}
@@ -37,5 +40,5 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-4}
 
 # After a crash a job is requeued this often without a new checkpoint in between; 0: never.
 MAX_CRASH_RESTARTS=${MAX_CRASH_RESTARTS:-2}
-# yes: not on the node where the first rank crashed (while the partition has enough others).
+# yes: not on the node where the first rank crashed, or a rank hung (while there are enough others).
 EXCLUDE_CRASHED_NODES=${EXCLUDE_CRASHED_NODES:-yes}

@@ -11,8 +11,16 @@ die() {
     exit 2
 }
 
-# Whether this is a batch job, not a login node (and not the shell of salloc).
-in_job() { [[ ${ENVIRONMENT:-} == BATCH && -n ${SLURM_JOB_ID:-} ]]; }
+# Whether this is the job itself: Slurm runs a copy of the script, under this name. Variables would
+# not tell; a shell inside another job (salloc, a notebook) has inherited those of that job.
+in_job() { [[ $0 == */slurm_script ]]; }
+
+# Whether this machine can check a configuration; its Python may lack what a container has.
+can_check() {
+    run_python -c 'import pltmoe.plan' >/dev/null 2>&1 && return
+    say "${CONTAINER[*]:+${CONTAINER[*]} }$PYTHON cannot import pltmoe.plan here: the job checks itself"
+    return 1
+}
 
 # run_python ARGUMENTS...: in a job as a step of one task, so that the container options apply.
 run_python() {
@@ -25,12 +33,17 @@ run_python() {
 
 # submit SCRIPT OPTIONS... -- ARGUMENTS...: prints the number of the job.
 submit() {
-    local script=$1 options=() job
+    local script=$1 options=() job name
     shift
     while [[ $1 != -- ]]; do
         options+=("$1")
         shift
     done
+    if [[ -n ${SLURM_JOB_ID:-} ]]; then # a job around this shell: its memory and array are not ours
+        for name in "${!SLURM_@}"; do
+            [[ $name =~ ^SLURM_(CONF|CLUSTERS|JWT)$ ]] || unset "$name"
+        done
+    fi
     job=$(sbatch --parsable "${options[@]}" "$script" "${@:2}")
     say "job ${job%%;*}: $script; its log will be in slurm/logs/"
     printf '%s\n' "${job%%;*}"

@@ -17,7 +17,7 @@
 #SBATCH --signal=B:USR1@300
 #SBATCH --open-mode=append
 #SBATCH --output=slurm/logs/%x-%j.out
-[[ ${ENVIRONMENT:-} == BATCH ]] || cd "$(dirname "$0")/.." || exit 2
+[[ $0 == */slurm_script ]] || cd "$(dirname "$0")/.." || exit 2
 [[ -f slurm/pretrain.sh ]] || { echo "submit from the repository's root" >&2 && exit 2; }
 CONFIG=${CONFIG:-configs/vanilla_2.5b_60b.yaml}
 CONFIGS=("$CONFIG")

@@ -2,6 +2,7 @@
 
 python tools/plan.py --config configs/plt_1.7b_40b.yaml --gpus 64
 python tools/plan.py --config configs/plt_1.7b_40b.yaml --gpus 64 --search
+python tools/plan.py --config configs/plt_1.7b_40b.yaml --data
 python tools/plan.py --table docs/plan.md
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 
 from pltmoe.config import RunConfig, load_config
 from pltmoe.errors import ConfigError, PLTMoEError
-from pltmoe.plan import check_fits, make_plan
+from pltmoe.plan import check_fits, check_inputs, make_plan
 from pltmoe.plan.machines import GPUS
 from pltmoe.plan.report import as_json, as_text, page, search_table
 from pltmoe.plan.search import candidates, search
@@ -42,9 +43,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.table:
         _write_page(arguments.table, arguments.gpu)
         return 0
-    if arguments.config is None or arguments.gpus is None:
+    if arguments.config is None or (arguments.gpus is None and not arguments.data):
         raise ConfigError("give --config FILE and --gpus N (or --table FILE for the page of docs/)")
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.data:
+        check_inputs(config)
+        if arguments.gpus is None:
+            return 0
     if arguments.search:
         return _search(config, arguments)
     plan = make_plan(config, arguments.gpus, arguments.gpu)
@@ -69,6 +74,9 @@ def _arguments() -> argparse.Namespace:
         type=Path,
         metavar="PNG",
         help="also draw the pipeline's schedule, in the terminal and as PNG (timeline.png)",
+    )
+    parser.add_argument(
+        "--data", action="store_true", help="refuse files of the run that are missing here"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the page of docs/")

@@ -22,20 +22,25 @@ class Sighting:
     """Whether this is from now, or the last that was heard of a rank that is silent."""
 
 
-def report(ranks: Sequence[Sighting | None]) -> str:
-    """Name the ranks that are behind, then say where all are; None: never heard of."""
-    lines = [f"no progress: {_behind(ranks)}"]
+def report(ranks: Sequence[Sighting | None]) -> tuple[str, list[int]]:
+    """Name the ranks that are behind, then say where all are; None: never heard of.
+
+    Returns:
+        The text, and the ranks that are behind (none where nothing tells them from the others).
+    """
+    behind, why = _behind(ranks)
+    lines = [f"no progress: {why}"]
     groups: dict[str, list[int]] = {}
     for rank, sighting in enumerate(ranks):
         groups.setdefault(_describe(sighting), []).append(rank)
     lines += [f"  {_ranks(members)}: {text}" for text, members in groups.items()]
-    return "\n".join(lines)
+    return "\n".join(lines), behind
 
 
-def _behind(ranks: Sequence[Sighting | None]) -> str:
+def _behind(ranks: Sequence[Sighting | None]) -> tuple[list[int], str]:
     silent = [rank for rank, seen in enumerate(ranks) if seen is None or not seen.answers]
     if silent:
-        return (
+        return silent, (
             f"{_ranks(silent)} did not answer: stopped, dead, cut off, or inside C code that "
             "holds Python's lock"
         )
@@ -43,11 +48,11 @@ def _behind(ranks: Sequence[Sighting | None]) -> str:
     last = min(sighting.mark for sighting in seen)
     behind = [rank for rank, sighting in enumerate(seen) if sighting.mark == last]
     if len(behind) < len(seen):
-        return f"{_ranks(behind)} behind the others"
+        return behind, f"{_ranks(behind)} behind the others"
     idle = [rank for rank, sighting in enumerate(seen) if not sighting.waits]
     if 0 < len(idle) < len(seen):
-        return f"all but {_ranks(idle)} wait in torch.distributed"
-    return "all ranks are at the same place, see their stacks"
+        return idle, f"all but {_ranks(idle)} wait in torch.distributed"
+    return [], "all ranks are at the same place, see their stacks"
 
 
 def _describe(sighting: Sighting | None) -> str:

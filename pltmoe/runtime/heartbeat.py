@@ -3,7 +3,8 @@
     main thread     mark("data of step 7") ... mark("forward and backward of step 7") ...
     watcher         too long since the last mark, or another rank says so?
                       stacks of all threads -> standard error and OUTPUT_DIR/logs/stacks_rank_N.txt
-                      who is behind? -> log of every rank;  exit code 75
+                      who is behind? -> log of every rank, OUTPUT_DIR/logs/ranks_behind.txt
+                      exit code 75
     messenger       tells the other ranks through the store at which they met, and listens
     faulthandler    a C thread that the watcher winds up again and again: where it fails to, because
                     C code holds Python's lock, stacks go to standard error; exit code 1
@@ -20,7 +21,8 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -34,11 +36,15 @@ logger = logging.getLogger(__name__)
 HANG_EXIT_CODE = 75
 """EX_TEMPFAIL: try again; the run resumes from its last checkpoint."""
 
+RANKS_BEHIND = "ranks_behind.txt"
+"""The ranks that were behind, a number a line, for slurm/pretrain.sh; no file: not known."""
+
 _SLACK = 3.0
 _PATIENCE_S = 15.0
 """How long silent ranks are waited for, and how long the last to leave lingers."""
 _KEY = "pltmoe/heartbeat"
 _STANDARD_ERROR = 2
+_LAUNCHER_KEEPS_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,8 @@ class Heartbeat:
 
         Args:
             timeout_s: without a mark for so long, the job is ended; None: never.
-            folder: where ``stacks_rank_N.txt`` is written, made when it is needed.
+            folder: where ``stacks_rank_N.txt`` and ``ranks_behind.txt`` are written, made when it
+                is needed.
         """
         self._timeout_s, self._folder = timeout_s, folder
         self._mark = _Mark(0, "beginning", time.monotonic(), 0.0)
@@ -80,6 +87,9 @@ class Heartbeat:
         if self._timeout_s is not None:
             self.mark("beginning", slack=True)
             self._poll_s = min(5.0, self._timeout_s / 10)
+            if _rank() == 0:
+                with suppress(OSError):  # of a former hang; a message follows where it matters
+                    (self._folder / RANKS_BEHIND).unlink()
             self._wind_up(self._mark)
             if dist.is_initialized() and dist.get_world_size() > 1:
                 self._messenger = _Messenger()
@@ -136,11 +146,14 @@ class Heartbeat:
         self._ending.set()
         faulthandler.dump_traceback_later(4 * _PATIENCE_S, exit=True, file=_STANDARD_ERROR)
         sighting = self._sighting()
-        path = self._folder / f"stacks_rank_{dist.get_rank() if dist.is_initialized() else 0}.txt"
+        path = self._folder / f"stacks_rank_{_rank()}.txt"
         stacks = _stacks()  # now: when other ranks leave, the main thread moves on with an error
         logger.error("%s; the stacks of all threads, also in %s:\n%s", why, path, stacks)
-        answer = self._messenger.settle(sighting) if self._messenger else report([sighting])
+        answer, behind = self._messenger.settle(sighting) if self._messenger else report([sighting])
         logger.error("%s", answer)
+        known = self._folder / RANKS_BEHIND
+        if behind and not known.exists():  # a later word may only be that rank 0 has left
+            self._write(known, "".join(f"{rank}\n" for rank in behind))
         self._write(path, f"{why}\n{answer}\n\n{stacks}")
         logger.error("exit code %d: the run resumes from its last checkpoint", HANG_EXIT_CODE)
         for stream in (sys.stdout, sys.stderr):
@@ -172,9 +185,12 @@ class _Messenger:
         if self._store.check([f"{_KEY}/alarm"]):
             self.alarm.set()
 
-    def settle(self, sighting: Sighting) -> str:
-        """Raise the alarm, wait for all ranks to answer, and return who is behind."""
-        found: list[str] = []
+    def settle(self, sighting: Sighting) -> tuple[str, Sequence[int]]:
+        """Raise the alarm, wait for all ranks to answer, and return who is behind, as ``report``.
+
+        The ranks are returned where the text was made; others get the text alone.
+        """
+        found: list[tuple[str, Sequence[int]]] = []
         thread = threading.Thread(
             target=lambda: found.append(self._settle(sighting)), name="heartbeat", daemon=True
         )
@@ -182,14 +198,15 @@ class _Messenger:
         thread.join(2 * _PATIENCE_S)
         if found:
             return found[0]
+        # Slurm has no launcher that could have kept it.
         return (
             "no progress, and the store at which the ranks met does not answer: the launcher, or "
             "rank 0 where no launcher keeps it, is stopped, dead or cut off. This is rank "
             f"{self._rank}, in: {sighting.doing}, at {sighting.place}"
-        )
+        ), [] if _LAUNCHER_KEEPS_STORE in os.environ else [0]
 
-    def _settle(self, sighting: Sighting) -> str:
-        store = self._store
+    def _settle(self, sighting: Sighting) -> tuple[str, Sequence[int]]:
+        store, behind = self._store, []
         store.set(f"{_KEY}/{self._rank}", json.dumps(asdict(sighting)))
         first = store.add(f"{_KEY}/answers", 1) == 1
         store.set(f"{_KEY}/answered/{self._rank}", "yes")
@@ -202,8 +219,9 @@ class _Messenger:
                 break
             time.sleep(0.2)
         if first or not store.check([f"{_KEY}/report"]):
-            store.set(f"{_KEY}/report", report([self._ask(rank) for rank in range(self._world)]))
-        return store.get(f"{_KEY}/report").decode()
+            text, behind = report([self._ask(rank) for rank in range(self._world)])
+            store.set(f"{_KEY}/report", text)
+        return store.get(f"{_KEY}/report").decode(), behind
 
     def _ask(self, rank: int) -> Sighting | None:
         if not self._store.check([f"{_KEY}/{rank}"]):
@@ -215,6 +233,10 @@ class _Messenger:
         """Let the others read before rank 0 leaves, which may take the store with it."""
         if self._rank == 0:
             time.sleep(2.0)
+
+
+def _rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def _stacks() -> str:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pltmoe.checkpoint import folders
-from pltmoe.runtime.heartbeat import HANG_EXIT_CODE
+from pltmoe.runtime.heartbeat import HANG_EXIT_CODE, RANKS_BEHIND
 from tests.distributed.run_files import finish, make_files, start_ranks
 from tests.launch import REPOSITORY, STORE_IS_OPEN, open_store
 from tests.ports import free_port
@@ -80,6 +80,7 @@ def test_all_ranks_write_stacks_and_name_the_one_behind(jobs):
                 r"rank 0: sum of step 3, at hang_cases\.py:\d+ main, waiting for", text
             )
             assert "Thread 0x" in text and "hang_cases.py" in text
+    assert (folder / RANKS_BEHIND).read_text() == "1\n"
     assert "in hang" in (folder / "stacks_rank_1.txt").read_text()
     assert "in all_reduce" in (folder / "stacks_rank_0.txt").read_text()
     assert "no progress for " in outputs[0].splitlines()[0]
@@ -87,7 +88,8 @@ def test_all_ranks_write_stacks_and_name_the_one_behind(jobs):
 
 
 def test_a_rank_stuck_with_pythons_lock_is_ended_by_the_c_thread(jobs):
-    codes, outputs, _ = jobs["lock"]
+    codes, outputs, folder = jobs["lock"]
+    assert (folder / RANKS_BEHIND).read_text() == "1\n"
     assert codes == [HANG_EXIT_CODE, 1], outputs
     assert "no progress: rank 1 did not answer: stopped, dead, cut off, or inside C" in outputs[0]
     assert "rank 1: last heard of in: " in outputs[0]
@@ -95,7 +97,8 @@ def test_a_rank_stuck_with_pythons_lock_is_ended_by_the_c_thread(jobs):
 
 
 def test_rank_zero_may_stop_with_the_store(jobs):
-    codes, outputs, _ = jobs["stop_0"]
+    codes, outputs, folder = jobs["stop_0"]
+    assert (folder / RANKS_BEHIND).read_text() == "0\n"
     assert codes == [-9, HANG_EXIT_CODE], outputs
     assert "the store at which the ranks met does not answer" in outputs[1]
     assert "in all_reduce" in outputs[1]

@@ -10,8 +10,8 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ class Cluster:
         self.run("slurmctld")
         for number in range(1, self.nodes + 1):
             self.start_node(number)
-        wait_until(lambda: self._idle() == self.nodes, 240, "all nodes idle", self.logs)
+        wait_until(lambda: self.idle() == self.nodes, 240, "all nodes idle", self.logs)
 
     def start_node(self, number: int) -> None:
         """Start the slurmd of a node, with its own host name and its own view of /etc/hosts."""
@@ -118,6 +118,17 @@ class Cluster:
                     os.kill(int(other), signal.SIGKILL)
             except OSError:  # gone meanwhile, or not ours to look at
                 continue
+
+    @contextmanager
+    def hidden(self, number: int, path: Path) -> Iterator[None]:
+        """Let a node not see a folder, as if its file system were not mounted there."""
+        pid = (self.folder / f"slurmd_node{number}.pid").read_text().strip()
+        inside = ("nsenter", f"--target={pid}", "--mount")
+        self.run(*inside, "mount", "-t", "tmpfs", "none", str(path))
+        try:
+            yield
+        finally:
+            self.run(*inside, "umount", "--lazy", str(path))
 
     def stop(self) -> None:
         """Cancel all jobs and end the daemons that were started here."""
@@ -173,7 +184,8 @@ class Cluster:
         )  # fmt: skip
         wait_until((self.folder / "munge.sock").exists, 60, "munged", self.logs)
 
-    def _idle(self) -> int:
+    def idle(self) -> int:
+        """How many nodes have nothing to do."""
         return len(self.run("sinfo", "-h", "-N", "-t", "idle", "-o", "%N", check=False).split())
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pltmoe.runtime.heartbeat import HANG_EXIT_CODE, RANKS_BEHIND
+from tests.launch import REPOSITORY
 from tests.slurm.cluster import wait_until
 from tests.slurm.conftest import PATIENCE_S, Site
 
@@ -101,29 +103,53 @@ def test_a_node_that_is_gone_costs_a_restart(site):
         if f"Node failure on node{number}" in log:  # on a busy core Slurm finds out first
             assert "the job was cancelled or preempted: what follows is Slurm's" in log
         else:
-            assert f"node{number} does not answer: lost, with its ranks" in log, log
+            assert f"node{number} does not answer or does not see {REPOSITORY}: lost" in log, log
             assert found["ExcNodeList"] == f"node{number}"
     finally:
         site.cluster.start_node(number)
 
 
-def test_crashes_in_a_row_have_an_end(site):
-    """A rank that ends with code 1 at once; the job fails within seconds and says who it was."""
+def test_crashes_in_a_row_have_an_end_and_exclude_who_is_to_blame(site):
+    """A hang, a node that does not see the files, crashes; then the job fails and says who it was.
+
+    Submitted from a shell in a task of another array, whose variables say nothing of this job.
+    """
     broken = site.folder / "python"
+    logs = site.folder / "crashing" / "logs"
     broken.write_text(
         "#!/bin/sh\n"
-        'case "$*" in *--print*) ;; *pretrain.py*) echo no such GPU; exit 1 ;; esac\n'
+        'case "$SLURM_RESTART_COUNT $SLURM_PROCID $*" in\n'
+        "*--print* | *tools/plan.py* | *import*) ;;\n"
+        f"' 0 '*) echo 1 >{logs}/{RANKS_BEHIND}; exit {HANG_EXIT_CODE} ;;\n"
+        f"' 1 '*) sleep 2; exit {HANG_EXIT_CODE} ;;\n"  # who is behind ends last
+        "'1 '*) sleep 3; exit 1 ;;\n"  # because of the other node
+        "*) echo no such GPU; exit 1 ;;\n"
+        "esac\n"
         f'exec {site.environment["PYTHON"]} "$@"\n'
     )
     broken.chmod(0o755)
     config = site.config("crashing", steps=LONG)
-    job = site.submit("pretrain_plt_moe.sh", CONFIG=config, PYTHON=broken, MAX_CRASH_RESTARTS=1,
-                      EXCLUDE_CRASHED_NODES="no")  # fmt: skip
-    found = site.ended(job, "FAILED")
-    assert (found["Restarts"], found["ExitCode"]) == ("1", "1:0"), site.log(job)
-    assert "rank 0 on node" in site.log(job) and "with exit code 1" in site.log(job)
-    assert "no such GPU" in site.log(job)
-    assert "MAX_CRASH_RESTARTS is 1: giving up" in site.log(job)
+    wait_until(lambda: site.cluster.idle() == 5, 60, "all nodes idle", site.cluster.logs)
+    site.cluster.run("scontrol", "update", "NodeName=node[4-5]", "State=DRAIN", "Reason=test")
+    another = {"ENVIRONMENT": "BATCH", "SLURM_JOB_ID": 999, "SLURM_ARRAY_JOB_ID": 999}
+    try:
+        with site.cluster.hidden(3, REPOSITORY):
+            job = site.submit("pretrain_plt_moe.sh", CONFIG=config, PYTHON=broken, NODES=2,
+                              MAX_CRASH_RESTARTS=2, SLURM_ARRAY_TASK_ID=7, **another)  # fmt: skip
+            wait_until(lambda: "stays allowed" in site.log(job), PATIENCE_S, "2 legs", site.logs)
+        found = site.ended(job, "FAILED")
+    finally:
+        site.cluster.run("scontrol", "update", "NodeName=node[4-5]", "State=RESUME")
+    log = site.log(job)
+    assert (found["Restarts"], found["ExitCode"]) == ("2", "1:0"), log
+    assert f"rank 0 on node1 ended first, with exit code {HANG_EXIT_CODE}" in log
+    assert "a hang; behind were: rank 1 on node2" in log and "excluded node2\n" in log, log
+    assert f"node3 does not answer or does not see {REPOSITORY}: lost" in log, log
+    assert "too few other nodes in debug: node3 stays allowed" in log, log  # others are drained
+    assert found["ExcNodeList"] == "node2"
+    assert re.search(r"rank [01] on node[13] ended first, with exit code 1;", log), log
+    assert "no such GPU" in log
+    assert "MAX_CRASH_RESTARTS is 2: giving up" in log
 
 
 def test_the_array_trains_one_row_per_task(site):
@@ -145,9 +171,36 @@ def test_what_cannot_fit_is_refused_before_it_is_queued(site):
     assert site.cluster.run("squeue", "--noheader", "--name=vanilla-2.5b-60b") == ""
 
 
+def test_data_that_are_missing_are_refused_before_they_are_queued(site):
+    config = site.config("nodata", steps=6)
+    missing = f"data.train=[{{path: {site.folder}/nowhere}}]"
+    done = site.shell("bash", "slurm/pretrain_plt_moe.sh", missing, CONFIG=config)
+    assert done.returncode == 2 and done.stdout == ""
+    assert f"no such file: {site.folder}/nowhere.bin (data.train), " in done.stderr
+    assert "CHECK_DATA=no submits from a machine that does not see" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("5", "a time limit of 5 leaves no time to train: Slurm sends --signal=B:USR1@300 up to"),
+        ("00:06:00", "a time limit of 00:06:00 leaves no time"),
+        ("0-0:06", "a time limit of 0-0:06 leaves no time"),
+        ("08:09", "does not fit on 8 x H200"),
+        ("1-0", "does not fit on 8 x H200"),
+        ("UNLIMITED", "does not fit on 8 x H200"),
+    ],
+)
+def test_a_time_limit_must_be_longer_than_the_signal_before_it(site, limit, message):
+    done = site.shell("bash", "slurm/pretrain_vanilla_moe.sh", NODES=1, GPUS_PER_NODE=8,
+                      SBATCH_TIMELIMIT=limit)  # fmt: skip
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize(
     ("options", "overrides", "message"),
     [
+        (("--time=5",), (), "a time limit of 5:00 leaves no time to train"),
         ((), (), "does not fit on 8 x H200"),
         (("--nodes=2",), ("train.stepz=3",), "train.stepz: unknown key"),
     ],

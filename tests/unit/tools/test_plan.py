@@ -78,3 +78,19 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path):
                 "parallel.pipeline_parallel_size=2")  # fmt: skip
     assert done.returncode == 2 and "the picture cannot be written" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_missing_files_of_a_run_are_one_error(tmp_path: Path):
+    data = (f"data.tokenizer={tmp_path}/t.model", f"data.train=[{{path: {tmp_path}/a.v1}}]")
+    done = plan("--config", PLT, "--data", *data)
+    assert done.returncode == 2 and not done.stdout
+    for name in ("t.model (data.tokenizer)", "a.v1.bin (data.train)", "a.v1.idx (data.train)"):
+        assert f"{tmp_path}/{name}" in done.stderr
+    assert "no such file: " in done.stderr and "Make them with tools/train_" in done.stderr
+    for name in ("t.model", "a.v1.bin", "a.v1.idx"):
+        (tmp_path / name).write_text("")
+    done = plan("--config", PLT, "--data", *data)
+    assert done.returncode == 0, done.stderr
+    done = plan("--config", PLT, "--data", *data, f"data.valid=[{{path: {tmp_path}/b}}]",
+                "data.split=null")  # fmt: skip
+    assert f"no such file: {tmp_path}/b.bin (data.valid)" in done.stderr

@@ -47,6 +47,14 @@ def test_every_named_file_exists() -> None:
         assert (REPOSITORY / path).exists(), path
 
 
+def test_commands_for_a_cluster_name_the_data() -> None:
+    """What the configurations of the paper's models say there are placeholders."""
+    runs = [c for c in COMMANDS if re.search(r" slurm/(pretrain|compare|ablation)", c)]
+    assert len(runs) >= 3
+    for command in runs:
+        assert "data.tokenizer=" in command and "data.train=[{path: " in command, command
+
+
 @pytest.fixture
 def workplace(tmp_path: Path) -> Iterator[Path]:
     """A folder that looks like the repository, so that commands write nowhere else."""
