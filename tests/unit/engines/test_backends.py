@@ -22,7 +22,7 @@ TE = Backend("TE", "Transformer Engine is installed")
 
 
 def config(row: str = "5 plt2", **train: Any) -> RunConfig:
-    sizes = {"head_dim": 128, "moe_ffn_hidden_size": 16}
+    sizes = {"hidden_size": 32, "head_dim": 128, "moe_ffn_hidden_size": 32}
     tree = run_tree() | {"model": MOE | LOOP_ROWS[row] | sizes}
     tree["train"] |= {"precision": "fp8"} | train
     return config_from_dict(tree)
