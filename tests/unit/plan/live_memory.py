@@ -17,12 +17,12 @@ class LiveMemory(TorchDispatchMode):
     Python is counted as well.
     """
 
-    def __init__(self, known: list[torch.Tensor]):
-        """``known`` (weights) does not count; ``most`` is what was alive at the worst moment."""
+    def __init__(self, known: list[torch.Tensor], watch: bool = False):
+        """``known`` (weights) does not count; with ``watch``, ``most`` is that of all moments."""
         super().__init__()
         self._known = {tensor.untyped_storage()._cdata for tensor in known}
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
-        self._calls, self.most = 0, 0
+        self._watch, self._calls, self.most = watch, 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -30,7 +30,7 @@ class LiveMemory(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self._follow(tensor.untyped_storage())
         self._calls += 1
-        if self._calls % _EVERY == 0:
+        if self._watch and self._calls % _EVERY == 0:
             self.most = max(self.most, self.alive())
         return out
 

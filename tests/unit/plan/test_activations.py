@@ -82,7 +82,7 @@ def measured(
     for weight in model.parameters():
         weight.grad = torch.zeros_like(weight)
     own = [*model.parameters(), *(w.grad for w in model.parameters()), *model.buffers(), tokens]
-    with LiveMemory(own) as memory:
+    with LiveMemory(own, watch=backward) as memory:
         losses = model(tokens, None, tokens, torch.tensor(float(b * s)))
         kept = memory.alive() if losses.requires_grad else 0
         if not backward:
@@ -156,7 +156,6 @@ WIDE = {"num_layers": 4, "hidden_size": 128, "head_dim": 32, "num_kv_heads": 4}
 PASSES = {
     "dense-plt2": DENSE | PLT | WIDE | {"ffn_hidden_size": 512},
     "moe": MOE | WIDE | {"moe_ffn_hidden_size": 64},
-    "moe-plt2": MOE | PLT | WIDE | {"moe_ffn_hidden_size": 64},
     "moe-plt3": MOE | PLT | WIDE | {"moe_ffn_hidden_size": 64, "num_loops": 3},
 }
 
