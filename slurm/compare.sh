@@ -17,9 +17,6 @@
 [[ -f slurm/job.sh ]] || { echo "submit from the repository's root" >&2 && exit 2; }
 # shellcheck source=slurm/job.sh
 source slurm/job.sh
-# field NAME CONFIG OVERRIDES...: what a run has there
-field() { run_python tools/pretrain.py --config "$2" --print "$1" "${OVERRIDES[@]}" "${@:3}"; }
-
 if in_job; then # the report: PLT VANILLA FOLDER OVERRIDES..., also in MLflow if the runs are there
     plt=$(field train.output_dir "$1" "${@:4}")
     vanilla=$(field train.output_dir "$2" "${@:4}")

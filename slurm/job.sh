@@ -17,7 +17,7 @@ in_job() { [[ $0 == */slurm_script ]]; }
 
 # Whether this machine can check a configuration; its Python may lack what a container has.
 can_check() {
-    run_python -c 'import pltmoe.plan' >/dev/null 2>&1 && return
+    run_python -c 'import pltmoe.plan, pltmoe.data.inputs' >/dev/null 2>&1 && return
     say "${CONTAINER[*]:+${CONTAINER[*]} }$PYTHON cannot import pltmoe.plan here: the job checks itself"
     return 1
 }
@@ -30,6 +30,9 @@ run_python() {
     fi
     "${step[@]}" "${CONTAINER[@]}" "$PYTHON" "$@"
 }
+
+# field NAME CONFIG OVERRIDES...: what a run has there
+field() { run_python tools/pretrain.py --config "$2" --print "$1" "${OVERRIDES[@]}" "${@:3}"; }
 
 # submit SCRIPT OPTIONS... -- ARGUMENTS...: prints the number of the job.
 submit() {

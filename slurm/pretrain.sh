@@ -205,7 +205,7 @@ trap ask_ranks USR1
 trap : TERM # scancel sends it to this shell too, which has to wait for the ranks
 check_time "$(patiently squeue --noheader --jobs="$JOB" --format=%l)" "$0"
 check_fits "$CONFIG" "$SLURM_NTASKS" "${OVERRIDES[@]}" "$@"
-OUTPUT=$(run_python tools/pretrain.py --config "$CONFIG" --print train.output_dir "${OVERRIDES[@]}" "$@")
+OUTPUT=$(field train.output_dir "$CONFIG" "$@")
 LOGS=$OUTPUT/logs/job_$JOB/leg_${SLURM_RESTART_COUNT:-0}
 mkdir -p "$LOGS"
 say "$CONFIG on $SLURM_NTASKS GPUs of $SLURM_JOB_NODELIST; every rank's log: $LOGS"

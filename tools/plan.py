@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 
 from pltmoe.config import RunConfig, load_config
+from pltmoe.data.inputs import check_inputs
 from pltmoe.errors import ConfigError, PLTMoEError
-from pltmoe.plan import check_fits, check_inputs, make_plan
+from pltmoe.plan import check_fits, make_plan
 from pltmoe.plan.machines import GPUS
 from pltmoe.plan.report import as_json, as_text, page, search_table
 from pltmoe.plan.search import candidates, search

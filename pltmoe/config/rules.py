@@ -182,8 +182,8 @@ def transformer_engine_fits(c: RunConfig) -> Iterator[str]:
             f"({p.pipeline_parallel_size}) and model.num_loops ({m.num_loops}): loops of a micro "
             "batch would be scaled by one another's history; use another recipe"
         )
-    tp, is_mx = p.tensor_parallel_size, t.fp8_recipe == "mxfp8"  # which scales blocks of 32
-    wide, long = (32, 32) if is_mx else (16, 8)
+    tp = p.tensor_parallel_size
+    wide, long = (32, 32) if t.fp8_recipe == "mxfp8" else (16, 8)  # it scales blocks of 32
     widths = {
         "model.hidden_size": (m.hidden_size, 1),
         "model.num_attention_heads x head_dim": (m.num_attention_heads * m.head_dim, tp),

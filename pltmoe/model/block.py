@@ -59,10 +59,10 @@ class PLTLayer(TransformerLayer):
         """
         self.mlp_norm_manager = None
         if self.is_moe_layer:
-            dispatcher, router = self.mlp.token_dispatcher, self.mlp.router
+            self.mlp.router.leave()
+            dispatcher = self.mlp.token_dispatcher
             dispatcher.probs = dispatcher.routing_map = None
             dispatcher.reversed_local_input_permutation_mapping = None
-            router.chosen = router._first_map = None
 
     def _pass(self, hidden_sbd: Tensor, at: Pass, lent: Lent | None) -> tuple[Tensor, Lent]:
         y, own_kv = self.self_attention(

@@ -49,7 +49,7 @@ class LoopRouter(TopKRouter):
         # Megatron makes it on the CPU, and moves it when it is first used.
         self.weight.data = self.weight.data.to(torch.cuda.current_device())
         self.chosen: Tensor | None = None
-        """Routing map [t, e] of the last forward pass."""
+        """Routing map [t, e] of the forward pass, until ``leave``."""
         self._at: Pass | None = None
         self._chooses = True
         self._first_map: Tensor | None = None
@@ -67,6 +67,10 @@ class LoopRouter(TopKRouter):
         assert chooses or first_map is not None, "loop 1 comes first"
         self._at, self._first_map, self._stats = at, first_map, [stats]
         self._chooses = chooses
+
+    def leave(self) -> None:
+        """Keep nothing of the pass that ``enter`` began."""
+        self.chosen = self._first_map = None
 
     def gating(self, input: Tensor) -> Tensor:  # noqa: A002  the base class's name
         """Return logits [s, b, e] of a layer's input [s, b, d], in at least float32."""

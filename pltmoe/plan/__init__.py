@@ -8,10 +8,8 @@ messages.py      bytes sent per step, by kind
 planner.py       all of it together; ``check_fits``
 search.py        layouts that fit, fastest first
 report.py        text, JSON and docs/plan.md
-inputs.py        files that it reads
 """
 
-from pltmoe.plan.inputs import check_inputs
 from pltmoe.plan.planner import Plan, check_fits, make_plan
 
-__all__ = ["Plan", "check_fits", "check_inputs", "make_plan"]
+__all__ = ["Plan", "check_fits", "make_plan"]

@@ -218,12 +218,14 @@ class Delivery:
         self.sent_metrics += len(metrics)
 
     def _send_artifacts(self, events: list[dict[str, Any]]) -> bool:
+        if is_archived(self.journal.run_dir):
+            return False  # its files have been written anew by the next run
         state = self.journal.state(self.uri)
         done: dict[str, list[list[Any]]] = state.setdefault("artifacts", {})
         moved = False
         for event in events:
-            if event["event"] != "artifact" or is_archived(self.journal.run_dir):
-                continue  # the files of an archived run have been written anew by the next
+            if event["event"] != "artifact":
+                continue
             path = Path(event["path"])
             if not path.exists():
                 log.warning("%s: artefact was gone before it could be sent", path)

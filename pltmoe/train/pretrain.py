@@ -138,7 +138,6 @@ def _find_start(config: RunConfig) -> Start:
         return Start(fingerprints)
     folder, manifest = newest
     distributed.on_main(lambda: check_resume(folder, manifest, config, fingerprints))
-    distributed.on_main(lambda: leave_later(folder))
     return Start(fingerprints, folder, manifest)
 
 
@@ -195,6 +194,8 @@ def _has_expert_bias(manifest: Manifest) -> bool:
 def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: StopRequest) -> int:
     """Train with a tracker on rank 0 that is told how it ends."""
     layout, consumed = engine.capabilities.layout, start.consumed(config)
+    if (folder := start.folder) is not None:
+        distributed.on_main(lambda: leave_later(folder))
     tracker = distributed.main_only(lambda: _start_tracker(config, engine, start, consumed))
     saves = Checkpointing(
         lambda step: _manifest(config, layout, data, start, consumed, step),

@@ -1,8 +1,7 @@
 """Files that a run reads: are they there before it waits for a machine?"""
 
-from pathlib import Path
-
 from pltmoe.config.run import RunConfig
+from pltmoe.data.indexed import bin_path, idx_path
 from pltmoe.errors import DataError
 
 
@@ -16,7 +15,7 @@ def check_inputs(config: RunConfig) -> None:
     named = [(data.tokenizer, "data.tokenizer")]
     for field, sources in (("data.train", data.train), ("data.valid", data.valid)):
         for source in sources:
-            named += [(Path(f"{source.path}{end}"), field) for end in (".bin", ".idx")]
+            named += [(bin_path(source.path), field), (idx_path(source.path), field)]
     missing = [f"{path} ({field})" for path, field in named if not path.is_file()]
     if missing:
         raise DataError(
