@@ -7,7 +7,7 @@ source slurm/job.sh
 # The job's name for scontrol; an array's own number would stand for all of its tasks.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 JOB=${JOB:-${SLURM_JOB_ID:-}}
-ASKED_TO_STOP='^(130|138|143)$' # 128 + SIGINT, SIGUSR1, SIGTERM: tools/pretrain.py has saved
+ASKED_TO_STOP='^(130|138|143)$' # 128 + SIGINT, SIGUSR1, SIGTERM
 HANG=75                         # HANG_EXIT_CODE of pltmoe/runtime/heartbeat.py
 
 # check_fits CONFIG GPUS OVERRIDES...: refuses what cannot fit, and names the number.
@@ -140,16 +140,22 @@ conclude() {
         say "only $ended of $SLURM_NTASKS ranks ended by themselves (logs: $LOGS)"
         after_crash ""
     elif cat "$LOGS"/rank_*.exit | awk -v asked="$ASKED_TO_STOP" '$2 ~ asked {n++} END {exit !n}'; then
-        requeue "stopped with work left"
+        if [[ $(newest) == "$BEGAN_AT" ]]; then
+            say "asked to stop before the first step: a time limit has to be longer than the start"
+            after_crash ""
+        else
+            requeue "stopped with work left"
+        fi
     fi
 }
+
+# The checkpoint that the run would go on from.
+newest() { cat "$OUTPUT/checkpoints/latest" 2>/dev/null || echo none; }
 
 # after_crash NODE: another try, if that has not been tried too often from the same checkpoint.
 after_crash() {
     local newest tries
-    mkdir -p "$OUTPUT/checkpoints"
-    newest=none
-    [[ ! -f $OUTPUT/checkpoints/latest ]] || newest=$(<"$OUTPUT/checkpoints/latest")
+    newest=$(newest)
     echo "$newest $1" >>"$LOGS/../crashes"
     tries=$(grep -c "^$newest " "$LOGS/../crashes")
     if ((tries > MAX_CRASH_RESTARTS)); then
@@ -209,5 +215,6 @@ OUTPUT=$(field train.output_dir "$CONFIG" "$@")
 LOGS=$OUTPUT/logs/job_$JOB/leg_${SLURM_RESTART_COUNT:-0}
 mkdir -p "$LOGS"
 say "$CONFIG on $SLURM_NTASKS GPUs of $SLURM_JOB_NODELIST; every rank's log: $LOGS"
+BEGAN_AT=$(newest)
 run_ranks "${OVERRIDES[@]}" "$@"
 conclude

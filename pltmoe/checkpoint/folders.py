@@ -5,7 +5,7 @@
         .writing_step_...     being written, or left by a crash: never read, cleaned at start
         damaged_step_...      was found to be damaged (newest.py): kept, never read
         left_step_...         of a run that went back to an earlier step (newest.py): the same
-        latest                name of the newest folder, replaced atomically after the rename
+        latest                name of the newest folder, replaced atomically before the rename
 
 Needs neither torch nor Megatron.
 """
@@ -33,8 +33,9 @@ def step_folder(step: int) -> str:
 def latest_checkpoint(run_dir: Path) -> Path | None:
     """Return the newest complete checkpoint of a run, or None.
 
-    ``run_dir`` is ``train.output_dir``. When ``latest`` names a folder that is gone (someone
-    deleted a bad checkpoint), the newest complete folder is taken instead.
+    ``run_dir`` is ``train.output_dir``. When ``latest`` names a folder that is not there (someone
+    deleted a bad checkpoint, or a save ended before the rename), the newest complete folder is
+    taken instead.
     """
     directory = run_dir / "checkpoints"
     pointer = directory / LATEST

@@ -2,7 +2,7 @@
 
     begin   all ranks: who writes what; a copy in host memory         training waits
     write   each rank for itself, in a thread: tensors, checksums     training goes on
-    finish  all ranks: index, manifest, rename, ``latest``            training waits
+    finish  all ranks: index, manifest, ``latest``, rename            training waits
 
 The thread calls no collective. What could fail on one rank alone is told to rank 0 before anything
 is completed, and every rank raises the same error.
@@ -133,9 +133,10 @@ class Save:
         rest = [path for name, path in sorted(written.items()) if name not in known]
         more["checksums"] = known | checksums(writing, rest)
         write_manifest(writing, self._manifest.model_copy(update=more))
+        _put_on_disk(writing)
+        if self._point:  # first: a crash before the rename leaves a name that is not there yet,
+            point_to(self.final)  # one after it would leave a newer folder than ``latest`` names
         _appear(writing, self.final)
-        if self._point:
-            point_to(self.final)
 
     def _see_all(self, files_of_ranks: list[dict[str, str]]) -> None:
         """Look for every rank's files, on rank 0; a network file system may show them late."""
@@ -172,12 +173,16 @@ def _fresh_folder(writing: Path) -> None:
     writing.mkdir(parents=True)
 
 
-def _appear(writing: Path, final: Path) -> None:
-    """Put everything in ``writing`` on disk for good, then give it its name."""
+def _put_on_disk(writing: Path) -> None:
+    """Put everything in ``writing`` on disk for good."""
     for path in writing.rglob("*"):
         if path.is_file():
             sync(path)
     sync(writing)
+
+
+def _appear(writing: Path, final: Path) -> None:
+    """Give ``writing`` its name."""
     if final.exists():  # the same step again, after a resume from an older one
         os.rename(final, final.with_name(OLD + final.name))
     os.rename(writing, final)

@@ -87,6 +87,7 @@ class Trainer:
         train = self.config.train
         batches = self._batches_from(self.consumed.sequences_after(self.step))
         batches = self._marked(batches, self.step)
+        self.stop_signal = int(highest(self._stop.signal))  # asked during the start
         while self.step < train.steps and not self.stop_signal:
             self._take_step(batches)
             self.heartbeat.mark(f"agreement after step {self.step}", slack=True)

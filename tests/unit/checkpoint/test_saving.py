@@ -11,7 +11,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pltmoe.checkpoint import folders, in_process, store
+from pltmoe.checkpoint import folders, in_process, saving, store
 from pltmoe.checkpoint.integrity import check_files
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.errors import CheckpointError
@@ -106,6 +106,29 @@ def test_an_abandoned_save_ends_soon_and_leaves_nothing_complete(groups, tmp_pat
     with pytest.raises(CheckpointError, match="rank 0: the run ended"):
         save.finish()
     assert folders.complete_checkpoints(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("last", ["point_to", "_appear"])
+def test_a_crash_around_the_rename_leaves_no_newer_folder_than_latest_names(
+    groups, tmp_path, monkeypatch, last
+):
+    """A newer one would be taken for a branch that somebody left (checkpoint/newest.py)."""
+
+    class Killed(BaseException):
+        pass
+
+    def kill(*arguments):
+        before(*arguments)
+        raise Killed
+
+    begin(tmp_path / "checkpoints", torch.ones(4), 5).finish()
+    before = getattr(saving, last)
+    monkeypatch.setattr(saving, last, kill)
+    with pytest.raises(Killed):
+        begin(tmp_path / "checkpoints", torch.ones(4), 6).finish()
+    every = folders.complete_checkpoints(tmp_path / "checkpoints")
+    assert folders.latest_checkpoint(tmp_path) == every[-1]
+    assert [path.name[-1] for path in every] == (["5"] if last == "point_to" else ["5", "6"])
 
 
 @pytest.fixture

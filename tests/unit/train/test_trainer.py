@@ -100,6 +100,14 @@ def test_stops_after_the_step_in_which_it_was_asked_to():
     assert log[-1] == ("second", "end"), "callbacks still save"
 
 
+def test_asked_to_stop_before_its_first_step_it_takes_none():
+    loop, engine, log = trainer(step=4, sequences=32)
+    loop._stop.signal = signal.SIGINT
+    assert loop.fit() is Outcome.STOPPED
+    assert (loop.step, loop.stop_signal, engine.calls) == (4, signal.SIGINT, [])
+    assert log == [("first", "end"), ("second", "end")]
+
+
 def test_asked_to_stop_in_the_last_step_it_has_finished():
     loop, _, _ = trainer(stop_at=6)
     assert loop.fit() is Outcome.FINISHED
