@@ -110,7 +110,7 @@ def test_a_node_that_is_gone_costs_a_restart(site):
 
 
 def test_crashes_in_a_row_have_an_end_and_exclude_who_is_to_blame(site):
-    """A hang, a node that does not see the files, crashes; then the job fails and says who it was.
+    """A hang, a node that does not see the files, a stop before the first step, a crash; the end.
 
     Submitted from a shell in a task of another array, whose variables say nothing of this job.
     """
@@ -123,6 +123,7 @@ def test_crashes_in_a_row_have_an_end_and_exclude_who_is_to_blame(site):
         f"' 0 '*) echo 1 >{logs}/{RANKS_BEHIND}; exit {HANG_EXIT_CODE} ;;\n"
         f"' 1 '*) sleep 2; exit {HANG_EXIT_CODE} ;;\n"  # who is behind ends last
         "'1 '*) sleep 3; exit 1 ;;\n"  # because of the other node
+        "'2 '*) exit 143 ;;\n"  # asked to stop, and no checkpoint
         "*) echo no such GPU; exit 1 ;;\n"
         "esac\n"
         f'exec {site.environment["PYTHON"]} "$@"\n'
@@ -135,13 +136,13 @@ def test_crashes_in_a_row_have_an_end_and_exclude_who_is_to_blame(site):
     try:
         with site.cluster.hidden(3, REPOSITORY):
             job = site.submit("pretrain_plt_moe.sh", CONFIG=config, PYTHON=broken, NODES=2,
-                              MAX_CRASH_RESTARTS=2, SLURM_ARRAY_TASK_ID=7, **another)  # fmt: skip
+                              MAX_CRASH_RESTARTS=3, SLURM_ARRAY_TASK_ID=7, **another)  # fmt: skip
             wait_until(lambda: "stays allowed" in site.log(job), PATIENCE_S, "2 legs", site.logs)
         found = site.ended(job, "FAILED")
     finally:
         site.cluster.run("scontrol", "update", "NodeName=node[4-5]", "State=RESUME")
     log = site.log(job)
-    assert (found["Restarts"], found["ExitCode"]) == ("2", "1:0"), log
+    assert (found["Restarts"], found["ExitCode"]) == ("3", "1:0"), log
     assert f"rank 0 on node1 ended first, with exit code {HANG_EXIT_CODE}" in log
     assert "a hang; behind were: rank 1 on node2" in log and "excluded node2\n" in log, log
     assert f"node3 does not answer or does not see {REPOSITORY}: lost" in log, log
@@ -149,7 +150,9 @@ def test_crashes_in_a_row_have_an_end_and_exclude_who_is_to_blame(site):
     assert found["ExcNodeList"] == "node2"
     assert re.search(r"rank [01] on node[13] ended first, with exit code 1;", log), log
     assert "no such GPU" in log
-    assert "MAX_CRASH_RESTARTS is 2: giving up" in log
+    assert "asked to stop before the first step: a time limit has to be longer" in log, log
+    assert "crash 3 since checkpoint none: requeueing" in log, log
+    assert "MAX_CRASH_RESTARTS is 3: giving up" in log
 
 
 def test_the_array_trains_one_row_per_task(site):
