@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 from torch import Tensor
@@ -52,10 +53,11 @@ class ShardWriter:
         )
         self._writer, self._metadata = strategy.planned
         self._transforms = request.async_fn.args[0] if request.async_fn else []
-        buckets, self._writer.write_buckets = self._writer.write_buckets, None
-        self._buckets = [_in_host_memory(bucket) for bucket in buckets] if copy else buckets
-        self.files = [Path(bucket[0]) for bucket in buckets]
+        self._buckets, self._writer.write_buckets = self._writer.write_buckets, None
+        self.files = [Path(bucket[0]) for bucket in self._buckets]
         """What ``write`` writes."""
+        if copy:
+            _copy_to_host_memory(self._buckets, state)
 
     def write(self) -> list[Any]:
         """Write this rank's files and return what ``complete`` has to know of them.
@@ -103,11 +105,17 @@ class _Strategy(TorchDistSaveShardedStrategy):
         return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret, async_strategy)
 
 
-def _in_host_memory(bucket: Any) -> Any:
-    path, key, (objects, tensors) = bucket
-    copies = [(item, _copy(tensor)) for item, tensor in tensors]
-    return path, key, (objects, copies)
+def _copy_to_host_memory(buckets: list[Any], state: dict[str, Any]) -> None:
+    """Put copies in the place of tensors that are still those of ``state``, one after the other.
+
+    Of views in host memory, such as all optimizer state, Megatron's planning has made copies.
+    """
+    storages = {_storage(v.data) for v in nested_values(state) if isinstance(v.data, Tensor)}
+    for _, _, (_, tensors) in buckets:
+        for place, (item, tensor) in enumerate(tensors):
+            if not tensor.is_cpu or _storage(tensor) in storages:
+                tensors[place] = item, torch.empty_like(tensor, device="cpu").copy_(tensor)
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, device="cpu").copy_(tensor)
+def _storage(tensor: Tensor) -> tuple[torch.device, int]:
+    return tensor.device, tensor.untyped_storage().data_ptr()

@@ -98,6 +98,9 @@ class MegatronEngine(SteppingEngine):
 
     def _restore_optimizer(self, loaded: dict[int, Any], updates: int) -> None:
         megatron_state.restore_optimizer(self._optimizer, loaded, updates)
+        # In fp32 a rank's masters are its shard of the weights: others' are in the checkpoint too,
+        # but rounded where that is of a bf16 run.
+        self._ddp.start_param_sync()
 
     def _start_optimizer(self) -> None:
         self._optimizer.reload_model_params()

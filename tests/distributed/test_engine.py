@@ -58,6 +58,16 @@ def test_gradients_equal_the_written_out_loss(warm_ranks):
     assert max(differences.values()) < 1e-4, differences
 
 
+def test_a_bf16_checkpoint_gives_fp32_ranks_the_same_weights(warm_ranks, tmp_path):
+    """Those of the fp32 masters: what bf16 weights of the checkpoint have lost is not missing."""
+    run = {"target": f"{CASES}:train", "model": DENSE}
+    warm_ranks(2, **run, steps=3, save_to=tmp_path, train__precision="bf16")
+    first, second = warm_ranks(2, **run, steps=0, load_from=tmp_path, train__precision="fp32")
+    for name, weight in first["loaded"]["weights"].items():
+        assert torch.equal(weight, second["loaded"]["weights"][name]), name
+        assert not torch.equal(weight, weight.bfloat16().float()), name
+
+
 def test_checkpoint_moves_between_layouts(serial, warm_ranks, tmp_path):
     """EP=2 -> one process, and one process -> EP=2: same optimizer state, same next losses.
 
