@@ -6,6 +6,7 @@ the same group.
 """
 
 import os
+import resource
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ _MAIN_FAILED = "pltmoe/rank_0_has_failed"
 _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Slurm's numbers for what is no step of srun: the batch script, the shell of salloc, ...
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
+_MANY_FILES = 65536
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
     """
     if dist.is_initialized():
         return
+    _allow_many_connections()
     backend = "gloo"
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -102,6 +105,18 @@ def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
     )
     if not alone:
         require_like_devices(torch.cuda.is_available())
+
+
+def _allow_many_connections() -> None:
+    """Raise this process's limit of open files as far as it may: each peer of a rank takes some.
+
+    Every group connects its ranks through gloo besides NCCL, six sockets a peer in all; the usual
+    limit of 1024 would end runs of some 160 ranks.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    enough = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
+    if soft != resource.RLIM_INFINITY and soft < enough:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
 
 
 def require_like_devices(has_gpu: bool) -> None:

@@ -20,9 +20,10 @@ from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import layout_for
 from pltmoe.parallel.pipeline import Pipeline, build_stage
-from pltmoe.parallel.schedule import build_schedule, most_lent
+from pltmoe.parallel.schedule import build_schedule
 from pltmoe.runtime import devices, distributed, seeds
 from tests.distributed.tiny import batches, build_engine, small_buckets, tiny_config
+from tests.unit.parallel.tables import most_lent
 
 
 def float64_step(config: RunConfig) -> tuple[PLTModel, Pipeline, float]:

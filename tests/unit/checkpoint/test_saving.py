@@ -1,6 +1,7 @@
 """Saving while the state changes: what is saved is what it was; errors come back; never half."""
 
 import errno
+import gc
 import os
 import resource
 import subprocess
@@ -65,6 +66,23 @@ def test_what_is_saved_is_the_state_when_the_save_began(groups, tmp_path, gate):
     assert loaded(folder, 6)["weight"].tolist() == [0, 1, 2, 3, 4, 5]
     assert loaded(folder, 6)["part"].tolist() == [1, 2, 3, 4, 5]
     assert folders.latest_checkpoint(tmp_path) == folder
+
+
+def test_a_save_in_the_background_copies_each_tensor_once(groups, tmp_path, gate, monkeypatch):
+    """Of the view, Megatron's planning has made a copy that nobody else changes."""
+    copied, empty_like = [], torch.empty_like
+    monkeypatch.setattr(
+        torch, "empty_like", lambda t, **more: copied.append(t.numel()) or empty_like(t, **more)
+    )
+    values = torch.ones(1001)
+    save = begin(tmp_path / "checkpoints", values, 5)
+    assert copied == [1001]
+    gc.collect()
+    alive = [t for t in gc.get_objects() if torch.is_tensor(t) and t.numel() in (1000, 1001)]
+    storages = {t.untyped_storage().data_ptr() for t in alive}
+    assert len(storages - {values.untyped_storage().data_ptr()}) == 2
+    gate.set()
+    save.finish()
 
 
 def test_background_and_waiting_write_the_same(groups, tmp_path):

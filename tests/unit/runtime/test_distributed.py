@@ -1,5 +1,7 @@
 """Start-up from the launcher's environment, in one process."""
 
+import resource
+
 import pytest
 import torch
 
@@ -31,6 +33,21 @@ def slurm(environment):
     for name, value in _SLURM.items():
         environment(name, str(value))
     return environment
+
+
+def test_many_peers_may_be_connected(monkeypatch):
+    """The start of a run whose shell allows few open files, and of one that allows many."""
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (100, hard))  # of the loop below
+    given = []
+    monkeypatch.setattr(resource, "setrlimit", lambda what, values: given.append(values))
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
+    for hard, soft in ((5000, 5000), (10**6, 65536), (resource.RLIM_INFINITY, 65536)):
+        distributed.start(Processes(0, 1, 0))
+        assert given.pop() == (soft, hard)
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (10**5, 10**6))
+    distributed.start(Processes(0, 1, 0))
+    assert not given
 
 
 def test_without_a_launcher_one_process_runs_alone(environment):
