@@ -249,8 +249,10 @@ Layouts are those of the files under `configs/`, on {gpu} GPUs, with the file's 
 where the global batch does not divide, the next smaller one; `python tools/plan.py --search` looks
 for better ones. Memory is in GiB per GPU of the fullest stage at the worst moment of a step; where
 that is the update (PyTorch's AdamW; Transformer Engine's needs less), activations are 0. To save,
-Megatron gathers the optimizer state of each bucket on the GPU and all of a rank's parameters three
-times (fp32) in host memory: 12 bytes per parameter of the rank, e.g. 60 GiB a rank for
-plt-1.7b-40b with EP8. Bytes sent are per GPU and step. Expert-parallel groups of 8 stay inside a
-node; reducing gradients and gathering weights cross nodes from 16 GPUs on.
+Megatron gathers the optimizer state of each bucket on the GPU; in host memory a rank that writes
+holds the state of all its parameters twice for a moment (26 bytes per parameter in bf16), then 14
+bytes while it writes in the background, and every rank 19 while it loads (measured on a CPU). For
+plt-1.7b-40b with EP8 that is 130, 70 and 95 GiB a rank, and the eight ranks that write are those
+of one node. Bytes sent are per GPU and step. Expert-parallel groups of 8 stay inside a node;
+reducing gradients and gathering weights cross nodes from 16 GPUs on.
 """
