@@ -16,7 +16,7 @@ from matplotlib.image import imread
 from pltmoe.config import write_config
 from pltmoe.config.counts import count_parameters, flops_per_token, kv_cache_bytes
 from pltmoe.errors import DataError
-from pltmoe.reports import numbers
+from pltmoe.reports import numbers, runs
 from pltmoe.reports.done import what_was_done
 from pltmoe.reports.glance import Extras, final_loss
 from pltmoe.reports.runs import Run, read_run, table
@@ -61,6 +61,20 @@ def report(run_dirs, tmp_path_factory) -> Path:
     runs = [read_run(path) for path in run_dirs]
     samples = [{"prompt": "def f(x):", "text": "\n    return x\n"}]
     return write_report(runs, folder, "Three runs", Extras(DECODE, samples))
+
+
+def test_tokens_of_rows_that_did_not_log_them():
+    """The batch was twice as large since step 50; 100 tokens a step are of the newest setting."""
+    logged = {10: 500.0, 40: 2000.0, 60: 3500.0}
+    rows = {step: {"step": step} for step in (0, 5, 25, 40, 60, 65)}
+    for step, tokens in logged.items():
+        rows[step] = {"step": step, "train/tokens": tokens}
+    runs._add_tokens(rows, 100)
+    tokens = {step: row["tokens"] for step, row in sorted(rows.items())}
+    assert tokens == {0: 0, 5: 250, 10: 500, 25: 1250, 40: 2000, 60: 3500, 65: 4000}
+    rows = {7: {"step": 7}}
+    runs._add_tokens(rows, 100)
+    assert rows[7]["tokens"] == 700
 
 
 def test_a_skipped_step_does_not_spoil_the_final_loss():
