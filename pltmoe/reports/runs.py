@@ -5,6 +5,7 @@ import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,23 @@ class Run:
         return max(line["tokens"] for line in self.lines)
 
     def series(self, metric: str) -> list[Point]:
-        """Return the values of a metric in the order of steps; empty when it was never logged."""
+        """Return the values of a metric in the order of steps; empty when it was never logged.
+
+        ``train/loss`` is without the steps that were skipped: they did not train.
+        """
+        skipped = self._skipped_steps() if metric == "train/loss" else set()
         points = [
             Point(m["step"], m["tokens"], m["tokens"] * self.flops_per_token, m[metric])
             for m in self.lines
-            if metric in m
+            if metric in m and m["step"] not in skipped
         ]
         return sorted(points, key=lambda point: point.step)
+
+    def _skipped_steps(self) -> set[int]:
+        """Return the steps at which their count rose; each is logged, whatever the interval."""
+        name = "train/skipped_steps"
+        counts = sorted((m["step"], m[name]) for m in self.lines if name in m)
+        return {step for (_, before), (step, count) in pairwise(counts) if count > before}
 
     def by_loop_and_layer(self, metric: str) -> dict[tuple[int, int], list[Point]]:
         """Return the series of ``metric/loop_l/layer_nn`` by (loop, layer), both from 1."""

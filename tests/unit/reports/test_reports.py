@@ -63,6 +63,20 @@ def report(run_dirs, tmp_path_factory) -> Path:
     return write_report(runs, folder, "Three runs", Extras(DECODE, samples))
 
 
+def test_a_step_skipped_as_a_spike_is_no_training_loss(tmp_path):
+    """It has a finite loss and a line of its own, between those of the interval."""
+    losses = {10: 3.0, 20: 3.0, 23: 9.0, 24: 12.0, 30: 3.0, 40: 3.0, 50: 15.0, 60: 3.0}
+    skipped = {10: 1, 20: 1, 23: 2, 24: 3, 30: 3, 40: 3, 50: 4, 60: 4}
+    lines = [{"step": 55, "tokens": 55, "perf/save_seconds": 1.0}]  # a line without a loss
+    for step, loss in losses.items():
+        counts = {"train/loss": loss, "train/skipped_steps": float(skipped[step])}
+        lines.append({"step": step, "tokens": step, "optim/grad_norm": 1.0, **counts})
+    run = Run(run_config(tmp_path), lines, "here")
+    assert [p.step for p in run.series("train/loss")] == [10, 20, 30, 40, 60]
+    assert final_loss(run) == 3.0
+    assert len(run.series("optim/grad_norm")) == len(losses)
+
+
 def test_tokens_of_rows_that_did_not_log_them():
     """The batch was twice as large since step 50; 100 tokens a step are of the newest setting."""
     logged = {10: 500.0, 40: 2000.0, 60: 3500.0}
