@@ -19,6 +19,7 @@ from pltmoe.errors import DataError
 from pltmoe.reports import numbers, runs
 from pltmoe.reports.done import what_was_done
 from pltmoe.reports.glance import Extras, final_loss
+from pltmoe.reports.plots import Bars, plot_costs
 from pltmoe.reports.runs import Run, read_run, table
 from pltmoe.reports.summary import read_decode, read_generated, write_report
 from pltmoe.tracking.jsonl import JsonlTracker
@@ -89,6 +90,19 @@ def test_tokens_of_rows_that_did_not_log_them():
     rows = {7: {"step": 7}}
     runs._add_tokens(rows, 100)
     assert rows[7]["tokens"] == 700
+
+
+def test_what_is_no_number_stands_in_its_row_as_text(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    said, text = [], Axes.text
+    monkeypatch.setattr(Axes, "text", lambda s, *a, **k: said.append(a[1:]) or text(s, *a, **k))
+    values = [3.0, math.inf, None, math.nan]
+    charts = [Bars("from zero", values), Bars("dots", values, from_zero=False)]
+    plot_costs(["a", "b", "c", "d"], charts, tmp_path / "cost.png")
+    assert said == 2 * [(0, "3.000"), (1, "inf"), (2, "not run"), (3, "nan")]
+    plot_costs(["a"], [Bars("x", [math.nan]), Bars("y", [-math.inf])], tmp_path / "cost.png")
+    assert imread(tmp_path / "cost.png").shape[1] > 500
 
 
 def test_a_skipped_step_does_not_spoil_the_final_loss():
