@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
         "--timeline",
         nargs="?",
         const=Path("timeline.png"),
-        type=Path,
+        type=_png,
         metavar="PNG",
         help="also draw the pipeline's schedule, in the terminal and as PNG (timeline.png)",
     )
@@ -83,6 +83,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the page of docs/")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     return parser.parse_args()
+
+
+def _png(text: str) -> Path:
+    if not text.endswith(".png"):  # most likely section.key=value
+        raise argparse.ArgumentTypeError(f"{text!r} is no picture: write --timeline NAME.png")
+    return Path(text)
 
 
 def _search(config: RunConfig, arguments: argparse.Namespace) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pltmoe.config import RunConfig
 from pltmoe.config.rules import broken_rules
-from pltmoe.errors import PLTMoEError
+from pltmoe.errors import ConfigError, PLTMoEError
 from pltmoe.plan.machines import DEFAULT, Assumptions, find_gpu
 from pltmoe.plan.planner import Plan, make_plan
 
@@ -85,19 +85,29 @@ def search(
         world_size: GPUs.
         gpu_name: of the planner's table.
         among: layouts to look at, e.g. behind a progress bar; all ``candidates`` by default.
+
+    Raises:
+        ConfigError: no layout can be planned at all, whatever the memory.
     """
     find_gpu(gpu_name)
-    found = []
+    found, planned, refusal = [], False, None
     for candidate in among if among is not None else candidates(config, world_size):
         changed = candidate.apply(config)
         if broken_rules(changed):
             continue
         try:
             plan = make_plan(changed, world_size, gpu_name)
-        except PLTMoEError:  # the batch does not divide, or has too few micro batches
+        except PLTMoEError as error:  # the batch does not divide, or has too few micro batches
+            refusal = error
             continue
+        planned = True
         if plan.fits:
             found.append((candidate, plan))
+    if refusal and not planned:
+        raise ConfigError(
+            f"no layout of {config.name} can be planned on {world_size} x {gpu_name}, whatever "
+            f"its memory. The last one tried: {refusal}"
+        )
     return sorted(found, key=lambda pair: pair[1].step_seconds)
 
 

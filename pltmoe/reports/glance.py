@@ -69,7 +69,7 @@ def in_a_line(runs: Sequence[Run], extras: Extras) -> str:
 def final_loss(run: Run) -> float:
     """Return the training loss, mean of the last logged steps (one step alone is noisy).
 
-    A skipped step's may be no number, and is left out.
+    What is no number is left out.
     """
     losses = [point.value for point in run.series("train/loss") if isfinite(point.value)]
     return fmean(losses[-FINAL_LINES:]) if losses else nan

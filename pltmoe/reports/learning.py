@@ -4,6 +4,7 @@ import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite, nan
 from pathlib import Path
 from statistics import fmean
 
@@ -35,6 +36,10 @@ class Row:
     name: str
     runs: Mapping[int, Run]
 
+    def only(self, seeds: Sequence[int]) -> "Row":
+        """Return the row with some of its seeds."""
+        return Row(self.name, {seed: self.runs[seed] for seed in seeds})
+
     @property
     def losses(self) -> list[float]:
         """Last validation loss of each seed, nats per token."""
@@ -42,8 +47,8 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """Mean over the seeds."""
-        return fmean(self.losses)
+        """Mean over the seeds; NaN without any."""
+        return fmean(self.losses) if self.runs else nan
 
     @property
     def spread(self) -> float | None:
@@ -68,17 +73,36 @@ def read_rows(folder: Path, names: Sequence[str]) -> list[Row]:
     return [Row(name, runs) for name, runs in found.items() if runs]
 
 
+def common_seeds(rows: Sequence[Row]) -> list[int]:
+    """Return the seeds that all rows have: only over those do means compare models."""
+    return sorted(set.intersection(*(set(row.runs) for row in rows)))
+
+
 def losses_table(rows: Sequence[Row]) -> str:
-    """Return rows side by side, in Markdown."""
+    """Return rows side by side, in Markdown.
+
+    Means are over the seeds that all rows have; where others are left out, the head says so.
+    The spread is over all seeds of a row.
+    """
     seeds = sorted({seed for row in rows for seed in row.runs})
-    head = ["model", *(f"seed {seed}" for seed in seeds), "mean", "spread", "to the best"]
-    lines, best = [head], min(row.mean for row in rows)
-    for row in rows:
+    common = common_seeds(rows)
+    over = "" if common == seeds else f" ({_named(common)})"
+    head = ["model", *(f"seed {seed}" for seed in seeds)]
+    lines = [[*head, f"mean{over}", "spread", f"to the best{over}"]]
+    means = [row.only(common).mean for row in rows]
+    best = min(filter(isfinite, means), default=nan)
+    for row, mean in zip(rows, means, strict=True):
         by_seed = dict(zip(sorted(row.runs), row.losses, strict=True))
         each = [f"{by_seed[seed]:.4f}" if seed in by_seed else "-" for seed in seeds]
         spread = "-" if row.spread is None else f"{row.spread:.4f}"
-        lines.append([row.name, *each, f"{row.mean:.4f}", spread, f"+{row.mean - best:.4f}"])
+        compared = [f"{mean:.4f}", spread, f"+{mean - best:.4f}"]
+        lines.append([row.name, *each, *(compared if common else ["-", spread, "-"])])
     return table(lines)
+
+
+def _named(seeds: Sequence[int]) -> str:
+    plural = "s" * (len(seeds) > 1)
+    return f"seed{plural} {', '.join(map(str, seeds))}" if seeds else "no seed in common"
 
 
 def order(rows: Sequence[Row]) -> str:
@@ -101,7 +125,7 @@ def order(rows: Sequence[Row]) -> str:
             f"**The paper's order {'shows' if whole else 'does not show as a whole'} at this "
             "scale** (rows 2, 3 and 5 about alike, better than 4, better than 1; 6 best). Of its "
             f"{len(pairs)} statements: {said}. Two rows differ where their means are further "
-            "apart than the larger of their spreads over seeds.",
+            "apart than the larger of their spreads, both over the seeds that the two have.",
             "",
             *lines,
         ]
@@ -111,6 +135,10 @@ def order(rows: Sequence[Row]) -> str:
 def _verdict(a: Row | None, b: Row | None, alike: bool) -> tuple[str, str]:
     if a is None or b is None:
         return "not run", "a row is missing"
+    common = common_seeds([a, b])
+    if not common:
+        return "not told apart", "no seed in common"
+    a, b = a.only(common), b.only(common)
     difference, spreads = a.mean - b.mean, (a.spread, b.spread)
     if any(spread is None for spread in spreads):
         return "not told apart", f"{difference:+.4f}, one seed has no spread"
@@ -144,7 +172,9 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
         axes = figure.subplots(1, len(panels), squeeze=False)[0]
         for axis, (name, drawn, share) in zip(axes, panels, strict=True):
             _panel(axis, drawn, share)
-            axis.set_title(name)
+            seeds = common_seeds([row for _, row in drawn])
+            whole = all(len(row.runs) == len(seeds) for _, row in drawn)
+            axis.set_title(name if whole else f"{name} ({_named(seeds)})")
         axes[0].set_ylabel("validation loss (nats per token)")
         handles = [Line2D([], [], **line_style(i), label=row.name) for i, row in enumerate(rows)]
         figure.legend(
@@ -160,6 +190,9 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def _panel(axis: Axes, rows: Sequence[tuple[int, Row]], end_share: float) -> None:
+    """Draw rows over the seeds that all have; without such a seed, each over its own."""
+    if common := common_seeds([row for _, row in rows]):
+        rows = [(index, row.only(common)) for index, row in rows]
     most = max(run.tokens for _, row in rows for run in row.runs.values())
     divisor, prefix = scale_of(most)
     shown: list[float] = []
@@ -179,5 +212,6 @@ def _panel(axis: Axes, rows: Sequence[tuple[int, Row]], end_share: float) -> Non
         axis.set_xlim(left=0)
         return
     axis.set_xlim((1 - end_share) * most / divisor, (1 + 0.04 * end_share) * most / divisor)
+    shown = [loss for loss in shown if isfinite(loss)] or [0.0]
     room = 0.08 * (max(shown) - min(shown)) or 0.01
     axis.set_ylim(min(shown) - room, max(shown) + room)

@@ -192,12 +192,14 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
 
 
 def _bar_panel(axis: Axes, chart: Bars) -> None:
-    known = [value for value in chart.values if value is not None] or [1.0]
+    measured = [value for value in chart.values if value is not None]
+    known = [value for value in measured if np.isfinite(value)] or [1.0]
     room = max(known) if chart.from_zero else max(max(known) - min(known), 1e-3 * max(known))
     for row, value in enumerate(chart.values):
         colour = COLOURS[row % len(COLOURS)]
-        if value is None:
-            axis.text(0.02, row, "not run", transform=axis.get_yaxis_transform(), va="center")
+        if value is None or not np.isfinite(value):
+            text = "not run" if value is None else str(value)
+            axis.text(0.02, row, text, transform=axis.get_yaxis_transform(), va="center")
             continue
         if chart.from_zero:
             axis.barh(row, value, color=colour, height=0.62)

@@ -1,16 +1,21 @@
 """A run as tables: from its directory, or from MLflow."""
 
+import json
 import re
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pltmoe.config import RunConfig, load_config, without_password
 from pltmoe.config.counts import flops_per_token
 from pltmoe.errors import DataError
 from pltmoe.tracking.jsonl import METRICS_FILE, NOT_METRICS, read_jobs, read_lines
+from pltmoe.tracking.legs import BRANCHES_TAG
 
 MLFLOW_PREFIX = "mlflow:"
 """What an MLflow run begins with where a folder could stand."""
@@ -60,13 +65,23 @@ class Run:
         return max(line["tokens"] for line in self.lines)
 
     def series(self, metric: str) -> list[Point]:
-        """Return the values of a metric in the order of steps; empty when it was never logged."""
+        """Return the values of a metric in the order of steps; empty when it was never logged.
+
+        ``train/loss`` is without the steps that were skipped: they did not train.
+        """
+        skipped = self._skipped_steps() if metric == "train/loss" else set()
         points = [
             Point(m["step"], m["tokens"], m["tokens"] * self.flops_per_token, m[metric])
             for m in self.lines
-            if metric in m
+            if metric in m and m["step"] not in skipped
         ]
         return sorted(points, key=lambda point: point.step)
+
+    def _skipped_steps(self) -> set[int]:
+        """Return the steps at which their count rose; each is logged, whatever the interval."""
+        name = "train/skipped_steps"
+        counts = sorted((m["step"], m[name]) for m in self.lines if name in m)
+        return {step for (_, before), (step, count) in pairwise(counts) if count > before}
 
     def by_loop_and_layer(self, metric: str) -> dict[tuple[int, int], list[Point]]:
         """Return the series of ``metric/loop_l/layer_nn`` by (loop, layer), both from 1."""
@@ -128,23 +143,34 @@ def read_mlflow_run(uri: str, run_id: str) -> Run:
         raise DataError(f"{where} cannot be read: {one_line(error)}") from None
     per_step = config.train.global_batch_size * config.data.sequence_length
     rows: dict[int, dict[str, Any]] = {}
-    # A branch that was given up may have been longer than the one that replaced it.
-    newest = max(((m.timestamp, m.step) for m in histories.get("train/loss", [])), default=(0, 0))
+    branches = json.loads(run.data.tags.get(BRANCHES_TAG, "[]"))
     for key, history in histories.items():
         if key.startswith("system/"):
             continue  # counted in samples, not in steps
         for m in sorted(history, key=lambda m: m.timestamp):  # of one step the later counts
-            if m.step > newest[1] and m.timestamp <= newest[0]:
-                continue
-            row = rows.setdefault(m.step, {"step": m.step, "tokens": m.step * per_step})
+            if any(m.timestamp < 1000 * time and m.step > step for time, step in branches):
+                continue  # of a branch that was given up
+            row = rows.setdefault(m.step, {"step": m.step})
             row[key] = m.value
-            if key == "train/tokens":  # else reckoned: the batch size may have changed on a resume
-                row["tokens"] = int(m.value)
             row["time"] = max(row.get("time", 0.0), m.timestamp / 1000)
     if not rows:
         raise DataError(f"{where}: no metrics")
+    _add_tokens(rows, per_step)
     job = {"status": run.info.status, "tags": run.data.tags, "started": run.info.start_time / 1e3}
     return Run(config, [rows[step] for step in sorted(rows)], where, [job])
+
+
+def _add_tokens(rows: dict[int, dict[str, Any]], per_step: int) -> None:
+    """Add ``tokens`` to rows by step: as logged, else between those logged (or ``per_step`` on).
+
+    The batch size may have changed on a resume.
+    """
+    known = {0: 0.0} | {s: row["train/tokens"] for s, row in rows.items() if "train/tokens" in row}
+    steps = sorted(known)
+    tokens = [known[step] for step in steps]
+    for step, row in rows.items():
+        beyond = max(0, step - steps[-1]) * per_step
+        row["tokens"] = round(float(np.interp(step, steps, tokens))) + beyond
 
 
 def table(run: Run, metrics: Iterable[str] | None = None) -> list[list[Any]]:

@@ -5,8 +5,8 @@ Safe to repeat and to interrupt anywhere:
 - the run is found again by its id or, when the answer to "create" was lost, by a key in its tags;
 - a point is sent when its step is later than the newest one that the server has of that metric, so
   steps done again after a resume do not double (MLflow keeps what it got first);
-- steps done again with other settings are sent again (legs.py): MLflow keeps both points, and the
-  later one counts;
+- steps done again with other settings are sent again (legs.py): MLflow keeps both points, and a
+  tag says which were given up;
 - what was sent before is sent again unchanged (the answer to a batch was lost; a branch is not yet
   as long as the one it replaces), and the server drops equal points.
 
@@ -46,7 +46,7 @@ from pltmoe.tracking.jsonl import (
     decode_line,
     is_archived,
 )
-from pltmoe.tracking.legs import branches, changes, first_values
+from pltmoe.tracking.legs import BRANCHES_TAG, branches, branches_tag, changes, first_values
 from pltmoe.tracking.store import artifact_location, run_link
 
 UNAVAILABLE = (MlflowException, requests.RequestException, SQLAlchemyError, OSError)
@@ -170,7 +170,8 @@ class Delivery:
         tags = {_name(key): tag for start in new for key, tag in start["tags"].items()}
         # Parameters cannot be changed in MLflow; tags say what was.
         changed = {_name(f"changed.{key}"): text for key, text in changes(starts).items()}
-        run_tags = [RunTag(key, tag[:MAX_TAG_VAL_LENGTH]) for key, tag in (tags | changed).items()]
+        tags |= changed | {BRANCHES_TAG: branches_tag(starts)}
+        run_tags = [RunTag(key, tag[:MAX_TAG_VAL_LENGTH]) for key, tag in tags.items()]
         for chunk in _chunks(run_tags, MAX_PARAMS_TAGS_PER_BATCH):
             self._client.log_batch(self._run_id, tags=chunk)
         for key in {_name(f"changed.{key}") for key in first} & set(has.tags) - set(changed):

@@ -5,11 +5,14 @@ that did them before, the numbers are the same. With others the earlier ones are
 given up: theirs are replaced.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
 Start = dict[str, Any]
 """A start event of the journal."""
+BRANCHES_TAG = "pltmoe.branches"
+"""Tag of an MLflow run: ``branches`` as JSON, without those that a later one covers."""
 
 
 def branches(starts: Sequence[Start]) -> list[tuple[float, int]]:
@@ -18,6 +21,14 @@ def branches(starts: Sequence[Start]) -> list[tuple[float, int]]:
     Points after that step that were taken before that time are of the branch that was given up.
     """
     return _walk(starts)[1]
+
+
+def branches_tag(starts: Sequence[Start]) -> str:
+    """Return the text of ``BRANCHES_TAG``: a reader leaves out what was given up."""
+    left: list[tuple[float, int]] = []
+    for time_s, step in branches(starts):
+        left = [*(branch for branch in left if branch[1] < step), (time_s, step)]
+    return json.dumps(left)
 
 
 def changes(starts: Sequence[Start]) -> dict[str, str]:

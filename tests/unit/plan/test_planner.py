@@ -207,6 +207,16 @@ def test_activations_that_do_not_fit_are_answered_with_recompute():
         check_fits(run, 8, "H100")
 
 
+def test_search_says_why_nothing_can_be_planned():
+    """The batch does not divide, on whatever GPU; "give more" is for what does not fit."""
+    run = config("vanilla_dense_1.2b")
+    among = candidates(run, 48)[:40]
+    with pytest.raises(ConfigError, match=r"can be planned on 48 x H200.*global_batch_size \(1024"):
+        search(run, 48, "H200", among)
+    big = config("vanilla_2.5b_60b")
+    assert search(big, 1, "H100", candidates(big, 1)) == []
+
+
 def test_search_returns_only_what_fits_fastest_first():
     run = config("vanilla_2.5b_60b")
     among = [c for c in candidates(run, 64) if c.recompute == "full" and c.micro_batch_size == 1]

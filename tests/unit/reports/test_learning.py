@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 
 from pltmoe.config import write_config
@@ -65,12 +66,48 @@ def test_only_runs_that_reached_their_end_count(tmp_path: Path) -> None:
     assert [(row.name, sorted(row.runs)) for row in rows] == [("row1", [1, 2]), ("row2", [1])]
     lines = [line.split("|")[1:-1] for line in losses_table(rows).splitlines()]
     assert [cell.strip() for cell in lines[0]] == [
-        "model", "seed 1", "seed 2", "mean", "spread", "to the best",
+        "model", "seed 1", "seed 2", "mean (seed 1)", "spread", "to the best (seed 1)",
     ]  # fmt: skip
     assert [cell.strip() for cell in lines[2]] == [
-        "row1", "2.9950", "3.0050", "3.0000", "0.0100", "+0.0000",
+        "row1", "2.9950", "3.0050", "2.9950", "0.0100", "+0.0000",
     ]  # fmt: skip
-    assert [cell.strip() for cell in lines[3]] == ["row2", "3.0950", "-", "3.0950", "-", "+0.0950"]
+    assert [cell.strip() for cell in lines[3]] == ["row2", "3.0950", "-", "3.0950", "-", "+0.1000"]
+
+
+def test_models_are_compared_over_the_seeds_that_they_share(tmp_path: Path, monkeypatch) -> None:
+    """Seed 2 is the worse one by 0.01: a model without it would look better than it is."""
+    logged(tmp_path, {"row5": 3.0, "row6": 3.0, "plt3": 3.004}, seeds=(1,))
+    logged(tmp_path, {"row5": 3.0, "row6": 2.95}, seeds=(2,))
+    rows = read_rows(tmp_path, ["row5", "row6", "plt3"])
+    lines = [line.split("|")[1:-1] for line in losses_table(rows).splitlines()]
+    assert [[cell.strip() for cell in line[3:]] for line in lines if "---" not in line[0]] == [
+        ["mean (seed 1)", "spread", "to the best (seed 1)"],
+        ["2.9950", "0.0100", "+0.0000"],
+        ["2.9950", "0.0400", "+0.0000"],
+        ["2.9990", "-", "+0.0040"],
+    ]
+    said = "- row 6 better than row 5: **not told apart** (-0.0250, spread 0.0400)"
+    assert said in order(rows), "the pair has both seeds"
+    half = [rows[0], rows[1].only([1])]
+    said = "- row 6 better than row 5: **not told apart** (+0.0000, one seed has no spread)"
+    assert said in order(half)
+    apart = [rows[0].only([1]), rows[1].only([2])]
+    assert "(no seed in common)" in order(apart)
+    assert "| mean (no seed in common) |" in losses_table(apart)
+
+    drawn, plot = [], Axes.plot
+    monkeypatch.setattr(Axes, "plot", lambda s, *a, **k: drawn.append(a) or plot(s, *a, **k))
+    figures = []
+    monkeypatch.setattr(learning, "save", lambda figure, path: figures.append(figure))
+    rows[2].runs[1].lines[-1]["valid/loss"] = math.inf
+    learning.draw(rows, tmp_path / "learning.png", "t")
+    last = [losses[-1] for _, losses in drawn]  # two panels of two rows, one of three
+    assert last == pytest.approx([3.0, 2.975, 3.0, 2.975, 2.995, 2.995, math.inf])
+    titles = [axis.get_title("left") for axis in figures[0].axes]
+    assert titles[1:] == [
+        "the end of it, enlarged",
+        "variants beside row5 and row6 (seed 1)",
+    ]
 
 
 @pytest.mark.parametrize(

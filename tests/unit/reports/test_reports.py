@@ -16,9 +16,10 @@ from matplotlib.image import imread
 from pltmoe.config import write_config
 from pltmoe.config.counts import count_parameters, flops_per_token, kv_cache_bytes
 from pltmoe.errors import DataError
-from pltmoe.reports import numbers
+from pltmoe.reports import numbers, runs
 from pltmoe.reports.done import what_was_done
 from pltmoe.reports.glance import Extras, final_loss
+from pltmoe.reports.plots import Bars, plot_costs
 from pltmoe.reports.runs import Run, read_run, table
 from pltmoe.reports.summary import read_decode, read_generated, write_report
 from pltmoe.tracking.jsonl import JsonlTracker
@@ -61,6 +62,47 @@ def report(run_dirs, tmp_path_factory) -> Path:
     runs = [read_run(path) for path in run_dirs]
     samples = [{"prompt": "def f(x):", "text": "\n    return x\n"}]
     return write_report(runs, folder, "Three runs", Extras(DECODE, samples))
+
+
+def test_a_step_skipped_as_a_spike_is_no_training_loss(tmp_path):
+    """It has a finite loss and a line of its own, between those of the interval."""
+    losses = {10: 3.0, 20: 3.0, 23: 9.0, 24: 12.0, 30: 3.0, 40: 3.0, 50: 15.0, 60: 3.0}
+    skipped = {10: 1, 20: 1, 23: 2, 24: 3, 30: 3, 40: 3, 50: 4, 60: 4}
+    lines = [{"step": 55, "tokens": 55, "perf/save_seconds": 1.0}]  # a line without a loss
+    for step, loss in losses.items():
+        counts = {"train/loss": loss, "train/skipped_steps": float(skipped[step])}
+        lines.append({"step": step, "tokens": step, "optim/grad_norm": 1.0, **counts})
+    run = Run(run_config(tmp_path), lines, "here")
+    assert [p.step for p in run.series("train/loss")] == [10, 20, 30, 40, 60]
+    assert final_loss(run) == 3.0
+    assert len(run.series("optim/grad_norm")) == len(losses)
+
+
+def test_tokens_of_rows_that_did_not_log_them():
+    """The batch was twice as large since step 50; 100 tokens a step are of the newest setting."""
+    logged = {10: 500.0, 40: 2000.0, 60: 3500.0}
+    rows = {step: {"step": step} for step in (0, 5, 25, 40, 60, 65)}
+    for step, tokens in logged.items():
+        rows[step] = {"step": step, "train/tokens": tokens}
+    runs._add_tokens(rows, 100)
+    tokens = {step: row["tokens"] for step, row in sorted(rows.items())}
+    assert tokens == {0: 0, 5: 250, 10: 500, 25: 1250, 40: 2000, 60: 3500, 65: 4000}
+    rows = {7: {"step": 7}}
+    runs._add_tokens(rows, 100)
+    assert rows[7]["tokens"] == 700
+
+
+def test_what_is_no_number_stands_in_its_row_as_text(tmp_path, monkeypatch):
+    from matplotlib.axes import Axes
+
+    said, text = [], Axes.text
+    monkeypatch.setattr(Axes, "text", lambda s, *a, **k: said.append(a[1:]) or text(s, *a, **k))
+    values = [3.0, math.inf, None, math.nan]
+    charts = [Bars("from zero", values), Bars("dots", values, from_zero=False)]
+    plot_costs(["a", "b", "c", "d"], charts, tmp_path / "cost.png")
+    assert said == 2 * [(0, "3.000"), (1, "inf"), (2, "not run"), (3, "nan")]
+    plot_costs(["a"], [Bars("x", [math.nan]), Bars("y", [-math.inf])], tmp_path / "cost.png")
+    assert imread(tmp_path / "cost.png").shape[1] > 500
 
 
 def test_a_skipped_step_does_not_spoil_the_final_loss():

@@ -80,6 +80,12 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+def test_a_setting_behind_timeline_is_not_taken_for_its_picture():
+    done = plan("--config", PLT, "--gpus", 16, "--timeline", "parallel.pipeline_parallel_size=2")
+    assert done.returncode == 2 and not done.stdout
+    assert "'parallel.pipeline_parallel_size=2' is no picture: write --timeline" in done.stderr
+
+
 def test_missing_files_of_a_run_are_one_error(tmp_path: Path):
     data = (f"data.tokenizer={tmp_path}/t.model", f"data.train=[{{path: {tmp_path}/a.v1}}]")
     done = plan("--config", PLT, "--data", *data)

@@ -259,9 +259,19 @@ def test_a_run_never_tracked_is_sent_from_its_config(server, tmp_path):
 
 
 def leg(
-    run_dir: Path, uri: str, first: int, last: int, loss: float, sent: bool = True, **changes: Any
+    run_dir: Path,
+    uri: str,
+    first: int,
+    last: int,
+    loss: float,
+    sent: bool = True,
+    every: int = 1,
+    **changes: Any,
 ) -> None:
-    """Steps ``first`` to ``last`` after a resume before them; ``sent``: then delivered."""
+    """Steps ``first`` to ``last`` after a resume before them; ``sent``: then delivered.
+
+    Logged are the multiples of ``every``.
+    """
     resume = first - 1 or None
     lines = JsonlTracker(run_dir, lambda step: step)
     lines.start({}, {}, resume_step=resume)
@@ -269,7 +279,7 @@ def leg(
     write_config(config, run_dir / "config.yaml")
     MLflowTracker(config, run_dir).record_start({"note": "x" * 7000}, {}, resume_step=resume)
     time.sleep(0.005)  # a point of the same millisecond as the start would be of the leg before
-    for step in range(first, last + 1):
+    for step in range(-(-first // every) * every, last + 1, every):
         lines.log(step, {"train/loss": loss + step, "odd [name]": float("nan")})
     lines.finish("FINISHED")
     if sent:
@@ -281,7 +291,6 @@ def test_steps_done_again_with_other_settings_replace_those_given_up(server, tmp
 
     def losses() -> list[tuple[int, float]]:
         run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
-        assert [line["step"] for line in run.lines] == list(range(1, len(run.lines) + 1))
         return [(point.step, point.value) for point in run.series("train/loss")]
 
     def expected() -> list[tuple[int, float]]:
@@ -308,7 +317,13 @@ def test_steps_done_again_with_other_settings_replace_those_given_up(server, tmp
     leg(tmp_path, server.uri, 3, 4, 0.0)  # back to before the change
     assert losses() == expected()
     assert changed() is None
+    leg(tmp_path, server.uri, 3, 12, 0.7, every=4, optimizer__lr=5e-4)  # not all steps given up
+    assert losses() == expected() == [(1, 1.0), (2, 2.0), (4, 4.7), (8, 8.7), (12, 12.7)]
+    leg(tmp_path, server.uri, 7, 8, 0.9, every=8, optimizer__lr=1e-4)
+    assert losses() == expected() == [(1, 1.0), (2, 2.0), (4, 4.7), (8, 8.9)]
     run = run_of(tmp_path, server)
+    branches = json.loads(run.data.tags["pltmoe.branches"])
+    assert [step for _, step in branches] == [2, 6]  # not those before that go back as far
     assert run.data.params["optimizer.lr"] == "0.001"
     assert len(run.data.params["note"]) == 6000
     assert str(run.data.metrics["odd _name_"]) == "nan"
