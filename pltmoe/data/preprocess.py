@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from pltmoe.data.atomic import complete_file, flush_to_disk, sha256_of
+from pltmoe.data.atomic import complete_file, flush_to_disk, naming, sha256_of
 from pltmoe.data.fingerprint import fingerprint_of_files
 from pltmoe.data.indexed import (
     bin_path,
@@ -49,6 +49,7 @@ from pltmoe.data.parts import (
     part_file,
     plan_parts,
     read_counts,
+    read_lengths,
     write_part,
 )
 from pltmoe.data.sources import InputFile, find_inputs, reading_of
@@ -93,6 +94,7 @@ def preprocess(
     Raises:
         DataError: no or broken input, no text at all, unusable tokenizer, a dataset of that name
             made from something else, or another run at work on it.
+        OSError: it cannot be written, e.g. a full disk; names the file. What is finished stays.
     """
     options = options or PreprocessOptions()
     tokenizer = Tokenizer(tokenizer_path)
@@ -209,7 +211,7 @@ def _join(job: _Job, parts: list[Part], folder: Path, tokens: int) -> tuple[Path
                     target.write(block)
                     digest.update(block)
                     bar.update(len(block))
-    lengths = np.concatenate([np.load(part_file(part, ".lengths.npy")) for part in parts])
+    lengths = np.concatenate([read_lengths(part) for part in parts])
     write_index(index, lengths, job.dtype)
     return joined, index, digest.hexdigest()
 
@@ -293,7 +295,7 @@ def _parts_of(prefix: Path) -> Iterator[Path]:
     """Hold the folder of parts for this process alone; leave only finished parts on an error."""
     folder = parts_folder(prefix)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with naming(bin_path(prefix)), open(folder / ".lock", "w") as lock:
         _lock(lock, prefix)
         try:
             yield folder
