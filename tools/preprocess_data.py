@@ -23,7 +23,9 @@ def main() -> None:
         "folders of them; also .gz .bz2 .xz .zst",
     )
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model file")
-    parser.add_argument("--output", type=Path, required=True, metavar="PREFIX")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="PREFIX", help=".bin and .idx are added"
+    )
     parser.add_argument(
         "--json-key", default=default.json_key, help="field of the text in JSONL, in every line"
     )

@@ -92,11 +92,14 @@ def preprocess(
     An up-to-date dataset is kept as it is.
 
     Raises:
-        DataError: no or broken input, no text at all, unusable tokenizer, a dataset of that name
-            made from something else, or another run at work on it.
+        DataError: no or broken input, no text at all, unusable tokenizer, a prefix that is a file's
+            name, a dataset of that name made from something else, or another run at work on it.
         OSError: it cannot be written, e.g. a full disk; names the file. What is finished stays.
     """
     options = options or PreprocessOptions()
+    if prefix.suffix in (".bin", ".idx"):
+        short = prefix.with_suffix("")
+        raise DataError(f"{prefix}: .bin and .idx are added to a prefix: give {short}")
     tokenizer = Tokenizer(tokenizer_path)
     files = _without_own(find_inputs(inputs, options.include), prefix)
     with Workers(min(options.workers, _most_workers(files))) as workers:

@@ -289,6 +289,8 @@ def test_nothing_is_created_when_the_arguments_are_wrong(tmp_path: Path, tokeniz
     ):
         with pytest.raises(DataError):
             preprocess(inputs, tmp_path / "o" / "out", model, _options())
+    with pytest.raises(DataError, match=r"v1\.bin: .* are added to a prefix: give \S+/v1$"):
+        preprocess([tmp_path], tmp_path / "o" / "v1.bin", tokenizer.model_path, _options())
     assert not (tmp_path / "o").exists()
 
 
