@@ -9,11 +9,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.launch import Nursery, Ranks, stand_in_for_cuda
+from tests.small_disk import mounted
 
 MANY_THREADS = 200
 """A call's process groups have 60: those of one call may be held on to, those of every call not."""
@@ -70,3 +72,10 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Any:
     from tests.single_process import create_single_process_groups  # needs torch; xdist's head not
 
     return create_single_process_groups(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 8 MiB; needs the right to mount."""
+    with mounted(tmp_path / "disk") as folder:
+        yield folder

@@ -102,7 +102,12 @@ def _parser() -> argparse.ArgumentParser:
         "--tasks", default="local", help=f"{', '.join(LISTS)}, or tasks of the harness: A,B,..."
     )
     parser.add_argument("--output", type=Path, help="JSON to write; a table goes to .md beside it")
-    parser.add_argument("--text", type=Path, help="text or JSONL that the local tasks are made of")
+    parser.add_argument(
+        "--text",
+        type=Path,
+        help="what the local tasks are made of: a text file (one document), JSONL (one a line) or "
+        "a folder of them",
+    )
     parser.add_argument("--json-key", default="text", help="where the text is in a JSONL line")
     parser.add_argument("--local-dir", type=Path, help="keep the local tasks in this folder")
     parser.add_argument(

@@ -11,10 +11,18 @@ def main() -> None:
     """Parse the command line and train."""
     default = TrainingOptions(vocab_size=0)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("inputs", nargs="+", type=Path, help="text, JSONL, .gz .bz2 .xz, folders")
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        help="text files (each one document, at most 64 MiB), JSONL files (a document a line), "
+        "folders of them; also .gz .bz2 .xz .zst",
+    )
     parser.add_argument("--output", type=Path, required=True, help="model file to write")
     parser.add_argument("--vocab-size", type=positive, required=True, help="number of pieces")
-    parser.add_argument("--json-key", default=default.json_key, help="field of the text in JSONL")
+    parser.add_argument(
+        "--json-key", default=default.json_key, help="field of the text in JSONL, in every line"
+    )
     parser.add_argument(
         "--max-bytes",
         type=positive,

@@ -236,6 +236,15 @@ def schedule_fits(c: RunConfig) -> Iterator[str]:
         )
 
 
+def sources_are_prefixes(c: RunConfig) -> Iterator[str]:
+    """A data set is named without the endings of its two files."""
+    for field in ("train", "valid"):
+        for i, source in enumerate(getattr(c.data, field)):
+            if source.path.suffix in (".bin", ".idx"):
+                prefix = source.path.with_suffix("")
+                yield f"data.{field}.{i}.path ({source.path}) is a file: give its prefix, {prefix}"
+
+
 def validation_has_data(c: RunConfig) -> Iterator[str]:
     """Validation data comes from exactly one place."""
     d = c.data
@@ -279,6 +288,7 @@ RUN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     transformer_engine_fits,
     batch_divides,
     schedule_fits,
+    sources_are_prefixes,
     validation_has_data,
     engine_can,
 )

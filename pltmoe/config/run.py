@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
 from pltmoe.config.model import ModelConfig, Schedule, Section
 
@@ -49,7 +49,7 @@ class DataConfig(Section):
     tokenizer: Path
     """sentencepiece model file (tools/train_tokenizer.py)."""
     train: list[DataSource] = Field(min_length=1)
-    """Sources of the training blend."""
+    """Sources of the training blend; a PREFIX is short for {path: PREFIX}, and for a list of it."""
     valid: list[DataSource] = []
     """Sources of the validation blend; leave empty to cut it from ``train`` by ``split``."""
     split: tuple[float, float, float] | None = None
@@ -64,6 +64,16 @@ class DataConfig(Section):
     """Restart positions after each document, so that the cross-loop shift does not cross it."""
     mask_document_ends: bool = False
     """No loss at an end-of-document token, whose successor begins another document."""
+
+    @field_validator("train", "valid", mode="before")
+    @classmethod
+    def _spell_out(cls, sources: Any) -> Any:
+        """Return ``PREFIX`` or ``[PREFIX, ...]`` as what they are short for."""
+        if isinstance(sources, str | Path | dict):
+            sources = [sources]
+        if not isinstance(sources, list):
+            return sources
+        return [{"path": s} if isinstance(s, str | Path) else s for s in sources]
 
 
 class OptimizerConfig(Section):

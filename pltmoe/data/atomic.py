@@ -15,15 +15,30 @@ def complete_file(path: Path) -> Iterator[Path]:
 
     After an error nothing is left. After ``kill -9`` a file ``.NAME.PID.tmp`` may be left, never a
     half-written ``path``.
+
+    Raises:
+        OSError: ``path`` cannot be written; names a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        flush_to_disk(temporary)
-        os.replace(temporary, path)
+        with naming(path):
+            yield temporary
+            flush_to_disk(temporary)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Add ``path`` to an OSError that names no file: that of a write to a full disk does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def flush_to_disk(path: Path) -> None:

@@ -70,11 +70,11 @@ def write_index(path: Path, lengths: np.ndarray, dtype: np.dtype) -> None:
     count = len(lengths)
     with open(path, "wb") as stream:
         stream.write(_HEADER.pack(_MAGIC, 1, code, count, count + 1))
-        lengths.astype(np.int32).tofile(stream)
+        stream.write(lengths.astype(np.int32))  # not tofile: it misses a full disk
         offsets = np.zeros(count, np.int64)
         np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
-        (offsets * dtype.itemsize).tofile(stream)
-        np.arange(count + 1, dtype=np.int64).tofile(stream)
+        stream.write(offsets * dtype.itemsize)
+        stream.write(np.arange(count + 1, dtype=np.int64))
 
 
 def read_pair(prefix: Path) -> IndexedPair:

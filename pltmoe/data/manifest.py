@@ -73,7 +73,7 @@ def read_manifest(prefix: Path) -> DatasetManifest | None:
     try:
         tree = json.loads(path.read_text())
         manifest = DatasetManifest.model_validate(tree)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, ValidationError):
         raise DataError(

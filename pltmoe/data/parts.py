@@ -2,7 +2,9 @@
 
 A part is a group of text files or a slice of a JSONL file. Its name is the hash of everything that
 decides its bytes (contents, tokenizer, options), so a part that is there is right, whichever run
-wrote it. Three files: NAME.bin (token ids), NAME.lengths.npy, and NAME.json, written last.
+wrote it. Three files: NAME.bin (token ids), NAME.lengths (int32), and NAME.json, written last.
+
+numpy's ``tofile`` and ``save`` are not used for writing: they do not notice a full disk.
 """
 
 import hashlib
@@ -20,7 +22,8 @@ from pltmoe.data.sources import FileSlice, InputFile, Report, read_documents
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.errors import DataError
 
-_FORMAT = 1  # raise it when the same text and options would give other bytes
+_FORMAT = 2  # raise it when the same text and options would give other bytes
+_LENGTH = np.dtype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,18 @@ def read_counts(part: Part) -> PartCounts | None:
     """Return the counts of a finished part, None if it has to be written (again)."""
     try:
         counts = PartCounts(**json.loads(part_file(part, ".json").read_text()))
-        lengths = np.load(part_file(part, ".lengths.npy"), mmap_mode="r")
+        lengths = part_file(part, ".lengths").stat().st_size
         size = part_file(part, ".bin").stat().st_size
     except (OSError, ValueError, TypeError):
         return None
     itemsize = token_dtype(_tokenizer(part.tokenizer).vocab_size).itemsize
-    whole = size == counts.tokens * itemsize and lengths.shape == (counts.documents,)
+    whole = (size, lengths) == (counts.tokens * itemsize, counts.documents * _LENGTH.itemsize)
     return counts if whole else None
+
+
+def read_lengths(part: Part) -> np.ndarray:
+    """Return the tokens of each document of a finished part, int32."""
+    return np.frombuffer(part_file(part, ".lengths").read_bytes(), _LENGTH)
 
 
 def write_part(part: Part, report: Report) -> PartCounts:
@@ -129,14 +137,15 @@ def write_part(part: Part, report: Report) -> PartCounts:
 
     Raises:
         DataError: broken input, or a file that changed while it was read.
+        OSError: a part cannot be written, e.g. a full disk; names the file.
     """
     lengths: list[int] = []
     counts = dict.fromkeys(asdict(PartCounts()), 0)
     with complete_file(part_file(part, ".bin")) as temporary:
         _write_tokens(part, temporary, lengths, counts, report)
         _check_unchanged(part)
-    with complete_file(part_file(part, ".lengths.npy")) as temporary, open(temporary, "wb") as out:
-        np.save(out, np.array(lengths, np.int32))
+    with complete_file(part_file(part, ".lengths")) as temporary:
+        temporary.write_bytes(np.array(lengths, _LENGTH).tobytes())
     with complete_file(part_file(part, ".json")) as temporary:
         temporary.write_text(json.dumps(counts))
     return PartCounts(**counts)
@@ -174,7 +183,7 @@ def _write_tokens(
                     counts["empty_documents"] += 1
                     continue
                 ids = np.array([*tokenizer.encode(text), tokenizer.eod], dtype)
-                ids.tofile(stream)
+                stream.write(ids)
                 lengths.append(len(ids))
                 counts["documents"] += 1
                 counts["tokens"] += len(ids)

@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from pltmoe.data.atomic import complete_file, flush_to_disk, sha256_of
+from pltmoe.data.atomic import complete_file, flush_to_disk, naming, sha256_of
 from pltmoe.data.fingerprint import fingerprint_of_files
 from pltmoe.data.indexed import (
     bin_path,
@@ -49,6 +49,7 @@ from pltmoe.data.parts import (
     part_file,
     plan_parts,
     read_counts,
+    read_lengths,
     write_part,
 )
 from pltmoe.data.sources import InputFile, find_inputs, reading_of
@@ -91,10 +92,14 @@ def preprocess(
     An up-to-date dataset is kept as it is.
 
     Raises:
-        DataError: no or broken input, no text at all, unusable tokenizer, a dataset of that name
-            made from something else, or another run at work on it.
+        DataError: no or broken input, no text at all, unusable tokenizer, a prefix that is a file's
+            name, a dataset of that name made from something else, or another run at work on it.
+        OSError: it cannot be written, e.g. a full disk; names the file. What is finished stays.
     """
     options = options or PreprocessOptions()
+    if prefix.suffix in (".bin", ".idx"):
+        short = prefix.with_suffix("")
+        raise DataError(f"{prefix}: .bin and .idx are added to a prefix: give {short}")
     tokenizer = Tokenizer(tokenizer_path)
     files = _without_own(find_inputs(inputs, options.include), prefix)
     with Workers(min(options.workers, _most_workers(files))) as workers:
@@ -209,7 +214,7 @@ def _join(job: _Job, parts: list[Part], folder: Path, tokens: int) -> tuple[Path
                     target.write(block)
                     digest.update(block)
                     bar.update(len(block))
-    lengths = np.concatenate([np.load(part_file(part, ".lengths.npy")) for part in parts])
+    lengths = np.concatenate([read_lengths(part) for part in parts])
     write_index(index, lengths, job.dtype)
     return joined, index, digest.hexdigest()
 
@@ -293,7 +298,7 @@ def _parts_of(prefix: Path) -> Iterator[Path]:
     """Hold the folder of parts for this process alone; leave only finished parts on an error."""
     folder = parts_folder(prefix)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as lock:
+    with naming(bin_path(prefix)), open(folder / ".lock", "w") as lock:
         _lock(lock, prefix)
         try:
             yield folder

@@ -1,8 +1,8 @@
 """Reading raw text: which files, in which order, and one document after the other.
 
-A text file is one document. A JSONL file has one document a line, under ``json_key``. Both may be
-compressed. Everything that can be wrong with them is a DataError with the file and, for JSONL, the
-line.
+A text file is one document, of at most 64 MiB. A JSONL file has one document a line, a string under
+``json_key``. Both may be compressed. Everything that can be wrong with them is a DataError with the
+file and, for JSONL, the line.
 """
 
 import bz2
@@ -26,6 +26,15 @@ Report = Callable[[int], None]
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _COMPRESSED_SUFFIXES = (".gz", ".bz2", ".xz", ".zst")
 _MANIFEST_SUFFIX = ".manifest.json"
+_TABLES = {
+    ".parquet": '"parquet"',
+    ".arrow": '"arrow"',
+    ".csv": '"csv"',
+    ".tsv": '"csv", sep="\\t"',
+}
+"""Formats that are not text, and what reads them in the package datasets."""
+_MOST_TEXT = 64 << 20
+"""Bytes of a text file: sentencepiece takes about 47 times a document's size in memory."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +68,8 @@ def find_inputs(paths: Sequence[Path], include: str = "*") -> list[InputFile]:
     ``include`` (a pattern for the file name, e.g. ``*.jsonl.gz``).
 
     Raises:
-        DataError: a path does not exist, a compression cannot be read here, or there is no file.
+        DataError: a path does not exist, a format or compression cannot be read here, a text file
+            is too long for one document, or there is no file.
     """
     found: dict[Path, InputFile] = {}
     for path in paths:
@@ -81,7 +91,8 @@ def read_documents(piece: FileSlice, json_key: str, report: Report) -> Iterator[
     """Yield the documents of a text file or of a slice of a JSONL file, empty ones included.
 
     Raises:
-        DataError: unreadable or truncated file, broken UTF-8, broken JSON, missing or wrong key.
+        DataError: unreadable or truncated file, a text file that is too long, broken UTF-8, broken
+            JSON, missing or wrong key.
     """
     path = piece.file.path
     try:
@@ -119,12 +130,28 @@ def reading_of(path: Path) -> InputFile:
 
 def _describe(path: Path) -> InputFile:
     file = reading_of(path)
+    suffix = Path(path.name.lower().removesuffix(file.compression)).suffix
+    if suffix in _TABLES:
+        raise DataError(
+            f"{path}: {suffix} is neither text nor JSONL; make JSONL of it, with the package "
+            f'datasets: load_dataset({_TABLES[suffix]}, data_files="{path.name}", split="train")'
+            '.to_json("x.jsonl"); or leave it out with --include'
+        )
+    if file.format == "text" and path.stat().st_size > _MOST_TEXT:
+        raise _too_long(path)
     if file.compression == ".zst" and _zstd() is None:
         raise DataError(
             f"{path}: reading .zst needs Python 3.14 or the package backports.zstd "
             "(pip install backports.zstd); or decompress it first, e.g. with zstd -d"
         )
     return file
+
+
+def _too_long(path: Path) -> DataError:
+    return DataError(
+        f"{path}: a text file is one document, and this one has more than {_MOST_TEXT >> 20} MiB; "
+        'make JSONL of it, one document a line: {"text": "..."}'
+    )
 
 
 def _zstd() -> ModuleType | None:
@@ -159,9 +186,11 @@ def _decompress(raw: IO[bytes], compression: str) -> IO[bytes]:
 
 def _read_text(file: InputFile) -> str:
     with open(file.path, "rb") as raw, _decompress(raw, file.compression) as stream:
-        content = stream.read()
+        content = stream.read(_MOST_TEXT + 1)
+    if len(content) > _MOST_TEXT:
+        raise _too_long(file.path)
     try:
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")  # a byte order mark
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise DataError(
@@ -207,17 +236,22 @@ def _parse_line(line: bytes, json_key: str) -> str | DataError:
     except UnicodeDecodeError as error:
         return DataError(f"not UTF-8 (byte 0x{line[error.start]:02x} in column {error.start + 1})")
     except json.JSONDecodeError as error:
-        return DataError(f"not valid JSON ({error.msg}, column {error.colno})")
+        where = f"{error.msg}, column {error.colno}"
+        return DataError(f"not valid JSON ({where}); JSONL has one object a line")
     except (ValueError, RecursionError) as error:  # a number or a nesting without end
         return DataError(f"not usable JSON ({error})")
     if not isinstance(record, dict):
-        return DataError(f"expected a JSON object with the key '{json_key}'")
+        return DataError(
+            f"expected one JSON object a line, with the key '{json_key}'; of an array, "
+            "jq -c '.[]' makes that"
+        )
     if json_key not in record:
         keys = ", ".join(sorted(record)[:8]) or "none"
         return DataError(f"no key '{json_key}' (there are: {keys}); choose one with --json-key")
     if not isinstance(record[json_key], str):
-        kind = type(record[json_key]).__name__
-        return DataError(f"'{json_key}' must be a string, it is {kind}")
+        value = record[json_key]
+        kind = "null" if value is None else type(value).__name__
+        return DataError(f"'{json_key}' must be a string, it is {kind}; leave such lines out")
     try:
         record[json_key].encode("utf-8")  # JSON can spell what Unicode cannot store
     except UnicodeEncodeError as error:

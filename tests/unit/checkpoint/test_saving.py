@@ -2,8 +2,6 @@
 
 import errno
 import gc
-import os
-import resource
 import subprocess
 import threading
 from pathlib import Path
@@ -17,6 +15,7 @@ from pltmoe.checkpoint.integrity import check_files
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.errors import CheckpointError
 from tests.distributed.tiny import tiny_config
+from tests.small_disk import files_end_at, fill_disk
 
 BOTH = pytest.mark.parametrize("background", [False, True], ids=["waiting", "background"])
 LARGE = 3 << 18
@@ -149,18 +148,6 @@ def test_a_crash_around_the_rename_leaves_no_newer_folder_than_latest_names(
     assert [path.name[-1] for path in every] == (["5"] if last == "point_to" else ["5", "6"])
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 8 MiB; needs the right to mount."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)]
-    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("file systems cannot be mounted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 @BOTH
 def test_a_full_disk(groups, small_disk, background):
     """Room for one checkpoint of 6 MiB, not for two; freed again when the second fails."""
@@ -179,12 +166,7 @@ def test_a_disk_that_is_full_when_only_the_index_is_missing(groups, small_disk, 
     save = begin(directory, torch.zeros(8), 6, background)
     while background and not save.is_written():
         pass
-    try:
-        with open(small_disk / "filler", "wb", buffering=0) as stream:
-            while stream.write(bytes(4096)):
-                pass
-    except OSError as full:
-        assert full.errno == errno.ENOSPC
+    fill_disk(small_disk / "filler")
     with pytest.raises(CheckpointError, match="cannot be written .*No space left on device.*older"):
         save.finish()
     still_there(older, small_disk, size=8)
@@ -202,16 +184,11 @@ def test_a_disk_that_became_read_only(groups, small_disk, background):
 
 @BOTH
 def test_a_file_that_may_not_grow(groups, tmp_path, background):
-    """As with a quota; needs no rights."""
     directory = tmp_path / "checkpoints"
     older = begin(directory, torch.ones(LARGE), 5, background).finish()
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))
-    try:
-        with pytest.raises(CheckpointError, match="cannot be written .*File too large.*older"):
-            begin(directory, torch.zeros(LARGE), 6, background).finish()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = "cannot be written .*File too large.*older"
+    with files_end_at(1 << 20), pytest.raises(CheckpointError, match=message):
+        begin(directory, torch.zeros(LARGE), 6, background).finish()
     still_there(older, tmp_path)
 
 

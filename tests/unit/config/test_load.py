@@ -1,6 +1,7 @@
 """Reading a run: files, overrides, and what the user is told when something is wrong."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -87,6 +88,7 @@ def test_configuration_is_frozen(file: Path):
         ({"optimiser__lr": 1}, "optimiser: unknown key (value {'lr': 1}); did you mean optimizer?"),
         ({"model__num_layers": "four"}, "model.num_layers: Input should be a valid integer"),
         ({"model__num_layers": 0}, "model.num_layers: Input should be greater than 0 (got 0)"),
+        ({"data__train": None}, "data.train: Input should be a valid list (got None)"),
         ({"data__train": []}, "data.train: List should have at least 1 item"),
         ({"data__train": [{"pth": "x"}]}, "data.train.0.path: required, but missing"),
         ({"optimizer__schedule": "cosin"}, "optimizer.schedule: Input should be 'cosine', 'wsd'"),
@@ -104,6 +106,14 @@ def test_wrong_keys_and_values_name_the_full_path(changes: dict, expected: str):
     message = message_of(tree, "run.yaml", call=config_from_dict)
     assert message.startswith("run.yaml: ") and expected in message
     assert "zzz" not in message or "did you mean" not in message
+
+
+@pytest.mark.parametrize("short", ["a/b", ["a/b"], {"path": "a/b"}, Path("a/b")])
+def test_a_prefix_is_short_for_a_source(short: Any):
+    long = config_from_dict(run_tree(data__train=[{"path": "a/b"}], data__valid=[{"path": "a/b"}]))
+    assert config_from_dict(run_tree(data__train=short, data__valid=short)) == long
+    blend = config_from_dict(run_tree(data__train=["a", {"path": "b", "weight": 2}])).data.train
+    assert [(str(source.path), source.weight) for source in blend] == [("a", 1.0), ("b", 2.0)]
 
 
 def test_unknown_key_inside_a_list_is_found_too():

@@ -392,6 +392,13 @@ BROKEN = {
             "end of the decay (10)",
         ),
     ],
+    "sources_are_prefixes": [
+        (
+            run_tree(data__train=[{"path": "a"}, {"path": "d/b.v1.bin"}]),
+            "data.train.1.path (d/b.v1.bin) is a file: give its prefix, d/b.v1",
+        ),
+        (run_tree(data__valid="v.idx"), "data.valid.0.path (v.idx) is a file: give its prefix, v"),
+    ],
     "validation_has_data": [
         (
             run_tree(data__valid=[{"path": "v"}], data__split=[98, 2, 0]),

@@ -6,8 +6,16 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from pltmoe.data.indexed import bin_path, idx_path, parts_folder, read_pair, token_dtype
+from pltmoe.data.indexed import (
+    bin_path,
+    idx_path,
+    parts_folder,
+    read_pair,
+    token_dtype,
+    write_index,
+)
 from pltmoe.errors import DataError
+from tests.small_disk import files_end_at
 from tests.unit.data.datasets import write_dataset
 
 _DOCUMENTS = [np.array([5, 6, 7, 2]), np.array([2]), np.arange(100)]
@@ -54,6 +62,13 @@ def test_half_written_idx(tmp_path: Path, by: int):
     _truncate(idx_path(prefix), by)
     with pytest.raises(DataError, match=r"x\.idx: \d+ bytes, but its header announces \d+"):
         read_pair(prefix)
+
+
+def test_index_that_does_not_fit_on_the_disk(tmp_path: Path):
+    """numpy's tofile says nothing of it."""
+    lengths, dtype = np.array([4, 1, 100]), np.dtype(np.uint16)
+    with files_end_at(100), pytest.raises(OSError, match="File too large"):
+        write_index(tmp_path / "x.idx", lengths, dtype)
 
 
 @pytest.mark.parametrize("content", [b"", b"MMIDIDX\x00\x00", b"x" * 100])

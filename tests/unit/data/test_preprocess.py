@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from pltmoe.data import parts
 from pltmoe.data import preprocess as module
 from pltmoe.data.atomic import sha256_of
 from pltmoe.data.indexed import bin_path, idx_path, index_cache, parts_folder
@@ -19,6 +20,7 @@ from pltmoe.data.preprocess import PreprocessOptions, preprocess
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
 from pltmoe.errors import DataError
+from tests.small_disk import fill_disk
 from tests.unit.data.odd_text import ODD_TEXTS
 
 
@@ -149,7 +151,7 @@ def test_parts_of_another_tokenizer_or_key_are_not_used(
         assert _bytes(folder / "out") == _bytes(folder / "ref" / "out")
 
 
-@pytest.mark.parametrize("damage", [".bin", ".lengths.npy", ".json"])
+@pytest.mark.parametrize("damage", [".bin", ".lengths", ".json"])
 def test_damaged_part_is_done_again(
     tmp_path: Path, tokenizer: Tokenizer, jsonl: Path, monkeypatch, damage: str
 ):
@@ -184,6 +186,60 @@ def test_killed_between_the_renames_continues(
     monkeypatch.undo()
     preprocess([jsonl], prefix, tokenizer.model_path, _options())
     assert _bytes(prefix) == _bytes(tmp_path / "ref" / "out")
+
+
+def test_disk_that_is_full_for_a_moment(
+    tmp_path: Path, tokenizer: Tokenizer, small_disk: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It ends the run, with the file's name; nothing is lost between two documents."""
+    source = _write_lines(tmp_path / "in.jsonl", [f"number {i} " * 20 for i in range(3000)])
+    options = _options(part_bytes=300_000)
+    monkeypatch.setattr(module, "_SMALLEST_PART", 300_000)
+    preprocess([source], tmp_path / "ref" / "out", tokenizer.model_path, options)
+    filler, prefix = small_disk / "filler", small_disk / "out"
+    read, count = parts.read_documents, iter(range(3000))
+
+    def neighbour(*arguments):
+        for text in read(*arguments):
+            number = next(count)
+            if number == 1600:
+                fill_disk(filler)
+            if number == 1900:
+                filler.unlink()
+            yield text
+
+    with monkeypatch.context() as patch:
+        patch.setattr(parts, "read_documents", neighbour)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            preprocess([source], prefix, tokenizer.model_path, options)
+    assert Path(caught.value.filename).parent == parts_folder(prefix)
+    assert len(list(parts_folder(prefix).glob("*.json"))) == 1
+    filler.unlink(missing_ok=True)
+    preprocess([source], prefix, tokenizer.model_path, options)
+    assert _bytes(prefix) == _bytes(tmp_path / "ref" / "out")
+
+
+def test_disk_with_room_for_the_parts_alone(
+    tmp_path: Path, tokenizer: Tokenizer, jsonl: Path, small_disk: Path, monkeypatch
+):
+    tokenize, prefix = module._tokenize, small_disk / "out"
+
+    def then_fill(*arguments):
+        counts = tokenize(*arguments)
+        fill_disk(small_disk / "filler")
+        return counts
+
+    monkeypatch.setattr(module, "_tokenize", then_fill)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        preprocess([jsonl], prefix, tokenizer.model_path, _options())
+    assert caught.value.filename == str(bin_path(prefix))
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError) as caught:
+        preprocess([jsonl], tmp_path / "file" / "out", tokenizer.model_path, _options())
+    assert str(caught.value.filename).startswith(str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -233,6 +289,8 @@ def test_nothing_is_created_when_the_arguments_are_wrong(tmp_path: Path, tokeniz
     ):
         with pytest.raises(DataError):
             preprocess(inputs, tmp_path / "o" / "out", model, _options())
+    with pytest.raises(DataError, match=r"v1\.bin: .* are added to a prefix: give \S+/v1$"):
+        preprocess([tmp_path], tmp_path / "o" / "v1.bin", tokenizer.model_path, _options())
     assert not (tmp_path / "o").exists()
 
 

@@ -67,6 +67,33 @@ def test_formats_and_compressions(tmp_path: Path, suffix: str):
     assert _read(_write(tmp_path / f"t.txt{suffix}", compress(text))) == [text.decode()]
 
 
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [
+        ("a.parquet", r'load_dataset\("parquet", data_files="a.parquet", split="train"\)\.to_json'),
+        ("a.arrow", r'load_dataset\("arrow", '),
+        ("A.CSV.gz", r'load_dataset\("csv", data_files="A.CSV.gz", '),
+        ("a.tsv", r'load_dataset\("csv", sep="\\t", '),
+    ],
+)
+def test_tables_are_not_text(tmp_path: Path, name: str, recipe: str):
+    _write(tmp_path / "d" / name, b"text\na\n")
+    with pytest.raises(DataError, match=f"{name}: .* is neither text nor JSONL; .*{recipe}"):
+        find_inputs([tmp_path / "d"])
+
+
+def test_text_file_too_long_for_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("pltmoe.data.sources._MOST_TEXT", 1000)
+    assert _read(_write(tmp_path / "t.txt", b"x" * 1000)) == ["x" * 1000]
+    message = "a text file is one document, and this one has more than .*make JSONL of it"
+    with pytest.raises(DataError, match=message):
+        find_inputs([_write(tmp_path / "t.txt", b"x" * 1001)])
+    (packed,) = find_inputs([_write(tmp_path / "t.txt.gz", gzip.compress(b"x" * 1001))])
+    with pytest.raises(DataError, match=message):
+        list(read_documents(FileSlice(packed), "text", lambda size: None))
+    assert _read(_write(tmp_path / "t.jsonl", b'{"text": "a"}\n' * 100)) == ["a"] * 100
+
+
 def test_zst_says_what_is_needed(tmp_path: Path):
     path = _write(tmp_path / "t.jsonl.zst", b"x")
     try:
@@ -101,17 +128,18 @@ def test_no_archive_at_all(tmp_path: Path, suffix: str):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        (b'{"text": "a"', r"not valid JSON \("),
+        (b'{"text": "a"', r"not valid JSON \(.*\); JSONL has one object a line"),
         (b'{"text": "\xff"}', r"not UTF-8 \(byte 0xff in column 11\)"),
-        (b'["a"]', "expected a JSON object with the key 'text'"),
+        (b'[{"text": "a"}]', "expected one JSON object a line, with the key 'text'; of an array"),
         (b'{"content": "a", "id": 1}', r"no key 'text' \(there are: content, id\); .*--json-key"),
         (b"{}", r"no key 'text' \(there are: none\)"),
         (b'{"text": 3}', "'text' must be a string, it is int"),
+        (b'{"text": null}', "'text' must be a string, it is null; leave such lines out"),
         (b'{"text": "a\\ud83d"}', r"'text' holds half a surrogate pair \(\\ud83d\)"),
         (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "not usable JSON"),
         (b"[" * 200_000, "not usable JSON"),
     ],
-    ids=["json", "utf8", "list", "key", "no-key", "type", "surrogate", "number", "nesting"],
+    ids=["json", "utf8", "list", "key", "no-key", "type", "null", "surrogate", "number", "nesting"],
 )
 def test_broken_line_has_file_and_line(tmp_path: Path, line: bytes, message: str):
     path = _write(tmp_path / "t.jsonl", b'{"text": "fine"}\n\n' + line + b"\n")
@@ -137,8 +165,9 @@ def test_text_that_is_not_utf8(tmp_path: Path):
         _read(path)
 
 
-def test_byte_order_mark_before_json(tmp_path: Path):
+def test_byte_order_mark_is_not_text(tmp_path: Path):
     assert _read(_write(tmp_path / "t.jsonl", b'\xef\xbb\xbf{"text": "a"}\n')) == ["a"]
+    assert _read(_write(tmp_path / "t.txt", b"\xef\xbb\xbfa\xef\xbb\xbf")) == ["a\ufeff"]
 
 
 def test_unreadable(tmp_path: Path):
