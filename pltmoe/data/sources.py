@@ -135,7 +135,7 @@ def _describe(path: Path) -> InputFile:
         raise DataError(
             f"{path}: {suffix} is neither text nor JSONL; make JSONL of it, with the package "
             f'datasets: load_dataset({_TABLES[suffix]}, data_files="{path.name}", split="train")'
-            '.to_json("x.jsonl"); or leave it out with --include'
+            '.to_json("x.jsonl"); or leave it out'
         )
     if file.format == "text" and path.stat().st_size > _MOST_TEXT:
         raise _too_long(path)
