@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from pltmoe.errors import ConfigError
+from pltmoe.errors import ConfigError, DataError
 from pltmoe.evaluation.benchmarks import LISTS, describe_lists
 from pltmoe.evaluation.harness import (
     EvaluationOptions,
@@ -27,7 +27,14 @@ from pltmoe.evaluation.harness import (
     max_positions,
 )
 from pltmoe.evaluation.local_tasks import write_local_tasks
-from pltmoe.evaluation.scores import Score, as_markdown, as_metrics, scores_of, write_results
+from pltmoe.evaluation.scores import (
+    Score,
+    as_markdown,
+    as_metrics,
+    check_writable,
+    scores_of,
+    write_results,
+)
 from pltmoe.runtime.command_line import positive, run_tool
 from pltmoe.tracking.scores import find_run, log_scores
 
@@ -42,6 +49,8 @@ def main() -> None:
     needed += [] if args.download or args.log_only else ["--model DIR"]
     if missing := [n for n in needed if getattr(args, n.split()[0].removeprefix("--")) is None]:
         raise ConfigError(f"{' and '.join(missing)} must be given; see --help")
+    if not args.download and not args.log_only:
+        check_writable(args.output)
     target = find_run(args.run, args.mlflow_uri) if args.run else None
     if not args.log_only:
         with _local_folder(args) as folder:
@@ -49,7 +58,7 @@ def main() -> None:
         if scores is None:
             return
     else:
-        scores = [Score(**row) for row in json.loads(args.output.read_text())["scores"]]
+        scores = _read_scores(args.output)
     if target is not None:
         files = [args.output, args.output.with_suffix(".md")]
         log_scores(*target, as_metrics(scores), files, args.step)
@@ -66,7 +75,9 @@ def _evaluate(args: argparse.Namespace, local: Path) -> list[Score] | None:
         allow_code=args.allow_code,
     )
     benchmarks = choose(options)
-    if not args.download:
+    if args.download:
+        benchmarks = [b for b in benchmarks if b not in LISTS["local"]]
+    else:
         check_export(args.model)
     if any(b in LISTS["local"] for b in benchmarks):
         if args.text is None:
@@ -83,6 +94,16 @@ def _evaluate(args: argparse.Namespace, local: Path) -> list[Score] | None:
     write_results(results, scores, table, args.output)
     print(table, end="")
     return scores
+
+
+def _read_scores(results: Path) -> list[Score]:
+    try:
+        return [Score(**row) for row in json.loads(results.read_text())["scores"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{results}: no results of this tool to read ({type(error).__name__}: {error}); "
+            "run it without --log-only"
+        ) from None
 
 
 def _local_folder(args: argparse.Namespace) -> AbstractContextManager[Path | str]:

@@ -84,6 +84,7 @@ class PreparedTasks:
         """Read the data of all tasks; fetches what is not in the cache.
 
         Raises:
+            ConfigError: a task is in two of the benchmarks.
             DataError: a data set cannot be read, or a package that a task needs is missing.
         """
         if any(b.runs_code for b in benchmarks):
@@ -91,9 +92,15 @@ class PreparedTasks:
         self.manager = _task_manager([b.task for b in benchmarks], options.include)
         self.benchmarks = list(benchmarks)
         self.loaded: dict[str, dict[str, Any]] = {"tasks": {}, "groups": {}, "group_map": {}}
+        source: dict[str, str] = {}
         for benchmark in benchmarks:
             part = self._load(benchmark)
-            for task in part["tasks"].values():
+            for name, task in part["tasks"].items():
+                if (other := source.setdefault(name, benchmark.task)) != benchmark.task:
+                    raise ConfigError(
+                        f"--tasks: {name} is part of {other} and of {benchmark.task}, and can run "
+                        "only in one way; leave one out or evaluate it on its own"
+                    )
                 if benchmark.shots is not None:
                     task.set_config(key="num_fewshot", value=benchmark.shots)
             for kind, found in part.items():
@@ -128,6 +135,7 @@ def evaluate(model: Path, tasks: PreparedTasks, options: EvaluationOptions) -> d
         device=options.device,
         batch_size=options.batch_size,
         trust_remote_code=True,
+        softmax_dtype="float32",  # else the likelihoods of a bf16 model are bf16 numbers
     )
     results = simple_evaluate(
         model=language_model,
@@ -141,6 +149,10 @@ def evaluate(model: Path, tasks: PreparedTasks, options: EvaluationOptions) -> d
         confirm_run_unsafe_code=options.allow_code,
     )
     assert results is not None, "one process only"
+    # The harness says it of a group of tasks, but not of a group of groups.
+    for name, group in tasks.loaded["groups"].items():
+        shots = {task.get_config("num_fewshot") for task in group.get_all_tasks()}
+        results["n-shot"][name] = shots.pop() if len(shots) == 1 else None
     return results
 
 

@@ -4,6 +4,10 @@
     local_last_word      the last word of a passage, greedily, as LAMBADA asks for it
     local_continuation   which of four pieces of the text comes next; guessing gives 0.25
 
+What is asked for begins with a space. Tokenizers join a newline to the word before it, but begin a
+new piece at a space: so the tokens of context and answer begin with the context's, and what the
+harness scores is the answer, all of it and nothing else.
+
 They are written in the harness' own format (YAML and JSONL), so that its command line can run the
 folder too: ``lm_eval --include_path DIR --tasks local_perplexity``.
 """
@@ -105,18 +109,19 @@ def write_local_tasks(text: Path, folder: Path, max_positions: int, json_key: st
     documents = [d for d in _documents(text, json_key) if d.strip()]
     passages = [p for document in documents for p in _passages(document)]
     limit = min(_CHOICE_BYTES, max_positions // 2)
-    rows = {
-        "local_perplexity": [{"text": document} for document in documents],
+    questions = {
         "local_last_word": _last_words(passages, min(_LAST_WORD_BYTES, limit)),
         "local_continuation": _continuations(passages, limit),
     }
-    if min(map(len, rows.values())) < CHOICES:
+    if (fewest := min(map(len, questions.values()))) < CHOICES:
         raise DataError(
             f"{text}: too little text for questions: {len(passages)} passages of {_PASSAGE_WORDS} "
-            f"words, at least {CHOICES} are needed; give a longer text"
+            f"words, of which {fewest} can be cut at a space and are not too long; at least "
+            f"{CHOICES} are needed; give a longer text"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    for task, lines in rows.items():
+    _write_task(folder, "local_perplexity", [{"text": document} for document in documents])
+    for task, lines in questions.items():
         _write_task(folder, task, lines)
 
 
@@ -144,14 +149,16 @@ def _spread(items: list[_Passage]) -> list[_Passage]:
 
 
 def _last_words(passages: list[_Passage], max_bytes: int) -> list[dict[str, Any]]:
-    short = [p for p in passages if len(p.last_word.encode()) <= max_bytes]
-    return [{"context": p.before_last, "target": p.last_word} for p in _spread(short)]
+    usable = [
+        p for p in passages if p.last_word[0] == " " and len(p.last_word.encode()) <= max_bytes
+    ]
+    return [{"context": p.before_last, "target": p.last_word} for p in _spread(usable)]
 
 
 def _continuations(passages: list[_Passage], max_bytes: int) -> list[dict[str, Any]]:
     draw = random.Random(0)
     rows = []
-    passages = [p for p in passages if _cut(p.end, max_bytes).strip()]  # not only indentation
+    passages = [p for p in passages if p.end[0] == " " and _cut(p.end, max_bytes).strip()]
     ends = sorted({_cut(p.end, max_bytes) for p in passages})
     if len(ends) < CHOICES:
         return []

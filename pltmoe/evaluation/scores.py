@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pltmoe.errors import ConfigError
 from pltmoe.evaluation.benchmarks import Benchmark
 
 
@@ -31,7 +32,7 @@ def scores_of(results: dict[str, Any], benchmarks: Sequence[Benchmark]) -> list[
         inside = results.get("group_subtasks", {}).get(benchmark.task, [])
         names = [benchmark.task] if benchmark.task in rows else [n for n in inside if n in rows]
         for name in names:
-            found += _scores(name, rows[name], results, benchmark.shots)
+            found += _scores(name, rows[name], results)
     return found
 
 
@@ -54,6 +55,31 @@ def as_metrics(scores: Sequence[Score]) -> dict[str, float]:
     return {f"eval/{score.task}/{score.metric}": score.value for score in scores}
 
 
+def check_writable(out: Path) -> None:
+    """Check that :func:`write_results` can write; makes the folder and leaves files as they are.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    if out.suffix == ".md":
+        raise ConfigError(
+            f"--output {out}: names the JSON file, and the table goes to .md beside it; say .json"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        for name in (out.name, f"{out.stem}.md"):
+            file = out.parent / name
+            new = not file.exists()
+            file.open("a").close()
+            if new:
+                file.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"--output {out}: cannot be written ({error.filename}: {error.strerror}); "
+            "give a file in a folder that you may write to"
+        ) from None
+
+
 def write_results(results: dict[str, Any], scores: Sequence[Score], table: str, out: Path) -> Path:
     """Write the harness' JSON (with ``scores`` added) to ``out`` and the table beside it."""
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -64,9 +90,9 @@ def write_results(results: dict[str, Any], scores: Sequence[Score], table: str, 
     return table_file
 
 
-def _scores(name: str, row: dict[str, Any], results: dict[str, Any], shots: int | None) -> Any:
+def _scores(name: str, row: dict[str, Any], results: dict[str, Any]) -> Any:
     questions = results.get("n-samples", {}).get(name, {}).get("effective")
-    shots = results.get("n-shot", {}).get(name, shots)
+    shots = results.get("n-shot", {}).get(name)
     for key, value in row.items():
         metric, comma, way = key.partition(",")
         if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):

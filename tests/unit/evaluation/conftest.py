@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from pltmoe.hf.convert import ExportOptions, export_checkpoint
 from tests.unit.hf.checkpoints import TEXT_VOCABULARY, write_checkpoint
@@ -15,13 +16,15 @@ SLOTS = 2048
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory, tokenizer_model) -> dict[str, Path]:  # noqa: F811
-    """PLT-2 (custom code) and vanilla (stock Qwen3-MoE), as folders."""
+    """PLT-2 (custom code, fp32) and vanilla (stock Qwen3-MoE, bf16), as folders."""
     found = {}
-    for name in ("plt2", "vanilla"):
+    for name, dtype in (("plt2", torch.float32), ("vanilla", torch.bfloat16)):
         run = tmp_path_factory.mktemp(name) / "run"
-        write_checkpoint(run, small_model(name, vocab_size=TEXT_VOCABULARY), tokenizer_model)
+        # Experts of 12 are no whole 16 bytes in bf16, which grouped products need.
+        model = small_model(name, vocab_size=TEXT_VOCABULARY, moe_ffn_hidden_size=16)
+        write_checkpoint(run, model, tokenizer_model)
         folder = run.parent / "hf"
-        export_checkpoint(run, folder, ExportOptions(progress=False, verify=False))
+        export_checkpoint(run, folder, ExportOptions(dtype=dtype, progress=False, verify=False))
         config = json.loads((folder / "config.json").read_text())
         config["max_position_embeddings"] = SLOTS  # so that a document is one window
         (folder / "config.json").write_text(json.dumps(config))

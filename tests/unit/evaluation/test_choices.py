@@ -7,14 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from pltmoe.errors import ConfigError, DataError
+from pltmoe.errors import ConfigError, DataError, PLTMoEError
 from pltmoe.evaluation import harness
-from pltmoe.evaluation.benchmarks import LISTS, PAPER_DENSE, PAPER_MOE, describe_lists
+from pltmoe.evaluation.benchmarks import LISTS, PAPER_DENSE, PAPER_MOE, Benchmark, describe_lists
 from pltmoe.evaluation.downloads import check_downloaded, is_cached
 from pltmoe.evaluation.harness import EvaluationOptions, PreparedTasks, check_export, choose
 from pltmoe.evaluation.local_tasks import write_local_tasks
+from pltmoe.evaluation.scores import check_writable, scores_of
 from pltmoe.tracking.journal import Journal
 from pltmoe.tracking.scores import find_run, log_scores
+from tools import evaluate
 
 ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.xdist_group("evaluation")
@@ -49,9 +51,12 @@ def harness_tasks():
 def test_the_harness_has_every_benchmark_with_these_data_sets(harness_tasks):
     """Against the installed harness: names, data sets, what runs code, how many examples."""
     index = harness_tasks.task_index
-    for b in (*PAPER_MOE, *PAPER_DENSE):
+    seen = set()
+    for b in {*PAPER_MOE, *PAPER_DENSE}:
         leaves = list(harness._leaves(b.task, index))
-        assert leaves, b.task
+        names = {leaf["task"] for leaf in leaves}
+        assert leaves and not names & seen, (b.task, names & seen)
+        seen |= names
         assert {leaf["dataset_path"] for leaf in leaves} == set(b.datasets), b.task
         assert any(leaf.get("unsafe_code") for leaf in leaves) == b.runs_code, b.task
         for leaf in leaves:
@@ -105,17 +110,26 @@ def test_the_tool_ends_with_one_line_before_anything_is_loaded(empty_cache):
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--model", "m"], "error: --output results.json must be given; see --help"),
-        (["--output", "x.json"], "error: --model DIR must be given; see --help"),
-        ([], "error: --output results.json and --model DIR must be given; see --help"),
-        (["--tasks", "nothing", "--download"], "nothing"),
+        (["--model", "m"], "--output results.json must be given; see --help"),
+        (["--output", "x.json"], "--model DIR must be given; see --help"),
+        ([], "--output results.json and --model DIR must be given; see --help"),
+        (["--tasks", "nothing", "--download"], "--tasks nothing: .* has no such task or group"),
+        (["--model", "m", "--output", "."], r"--output \.: cannot be written \(\.: Is a directory"),
+        (["--log-only", "--output", "gone.json"], "gone.json: no results of this tool"),
     ],
 )
-def test_what_is_missing_is_said(empty_cache, arguments, expected):
-    command = [sys.executable, "tools/evaluate.py", "--tasks", "local", *arguments]
-    environment = {"PYTHONPATH": str(ROOT), "HF_HOME": str(empty_cache)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and expected in done.stderr
+def test_what_is_wrong_is_said(harness_tasks, monkeypatch, arguments, expected):
+    """Before the folder of the model is looked at: there is none."""
+    monkeypatch.setattr(harness, "_task_manager", lambda names, include: harness_tasks)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--tasks", "local", *arguments])
+    with pytest.raises(PLTMoEError, match=expected):
+        evaluate.main()
+
+
+def test_local_tasks_need_no_download(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--tasks", "local", "--download"])
+    evaluate.main()
+    assert capsys.readouterr().out == "0 tasks are ready\n"
 
 
 def test_generated_code_needs_leave(empty_cache):
@@ -142,6 +156,34 @@ def test_a_text_that_is_too_short_is_refused(tmp_path):
     with pytest.raises(DataError, match="too little text for questions: 0 passages"):
         write_local_tasks(tmp_path / "a.txt", tmp_path / "tasks", 128)
     assert not (tmp_path / "tasks").exists()
+    words = [str(i) for i in range(56 * 4)]
+    (tmp_path / "a.txt").write_text("\n".join(words))
+    with pytest.raises(DataError, match="4 passages of 56 words, of which 0 can be cut at a space"):
+        write_local_tasks(tmp_path / "a.txt", tmp_path / "tasks", 128)
+    (tmp_path / "a.txt").write_text(" ".join(words))  # one document is enough
+    write_local_tasks(tmp_path / "a.txt", tmp_path / "tasks", 128)
+
+
+def test_scores_that_could_not_be_written_are_refused(tmp_path):
+    (tmp_path / "file").write_text("kept")
+    (tmp_path / "table.md").mkdir()
+    for name, expected in {
+        "file/x.json": "cannot be written .*file: File exists",
+        "table.json": "cannot be written .*table.md: Is a directory",
+        "x.md": "the table goes to .md beside it",
+    }.items():
+        with pytest.raises(ConfigError, match=f"--output {tmp_path}/{name}: .*{expected}"):
+            check_writable(tmp_path / name)
+    check_writable(tmp_path / "file")
+    check_writable(tmp_path / "new/x.json")
+    assert (tmp_path / "file").read_text() == "kept" and not list((tmp_path / "new").iterdir())
+
+
+def test_shots_are_what_the_harness_says():
+    one = Benchmark("A", "a", 5, "acc", ())
+    results = {"results": {"a": {"acc,none": 0.5}}}
+    assert [s.shots for s in scores_of(results, [one])] == [None]
+    assert [s.shots for s in scores_of(results | {"n-shot": {"a": 3}}, [one])] == [3]
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path):

@@ -12,6 +12,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from pltmoe.errors import ConfigError
 from pltmoe.evaluation.harness import EvaluationOptions, PreparedTasks, choose, evaluate
 from pltmoe.evaluation.local_tasks import write_local_tasks
 from pltmoe.evaluation.scores import as_markdown, as_metrics, scores_of
@@ -23,10 +24,10 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight documents of real text, one a line."""
-    words = (ROOT / "README.md").read_text().split(" ")
+    """Documents of source code, of which the tokenizer has pieces like a bracket with a newline."""
+    lines = (ROOT / "tests/unit/hf/test_generation.py").read_text().splitlines(keepends=True)
     file = tmp_path_factory.mktemp("text") / "valid.jsonl"
-    pieces = [" ".join(words[i : i + 120]) for i in range(0, 960, 120)]
+    pieces = ["".join(lines[i : i + 35]) for i in range(0, len(lines), 35)]
     file.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
     return file
 
@@ -40,20 +41,22 @@ def documents(text: Path) -> list[str]:
 
 
 def log_likelihood(folder: Path, context: list[int], target: list[int]) -> float:
-    """The model itself, one sequence at a time: no harness, no batch, no padding."""
+    """The model itself, one sequence at a time: no harness, no batch, no padding; sums in fp32."""
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     ids = torch.tensor([context + target])
     with torch.no_grad():
-        log_p = model(ids).logits[0, :-1].float().log_softmax(-1)
+        log_p = model(ids[:, :-1]).logits[0].float().log_softmax(-1)
     chosen = log_p.gather(1, ids[0, 1:, None])[:, 0]
     return float(chosen[-len(target) :].sum())
 
 
 def encode_pair(tokenizer, context: str, target: str) -> tuple[list[int], list[int]]:
-    """Tokens of both in one piece, cut where the context ends: pieces may join over the border."""
+    """Tokens of both in one piece: none of them lies on both sides of the border."""
     whole = tokenizer.encode(context + target, add_special_tokens=False)
-    border = len(tokenizer.encode(context, add_special_tokens=False))
-    return whole[:border], whole[border:]
+    before = tokenizer.encode(context, add_special_tokens=False)
+    assert whole[: len(before)] == before, (context[-20:], target)
+    assert tokenizer.decode(whole[len(before) :]) == target
+    return before, whole[len(before) :]
 
 
 def run(folder: Path, text: Path, where: Path, batch_size: int = 3, **changes):
@@ -66,11 +69,14 @@ def run(folder: Path, text: Path, where: Path, batch_size: int = 3, **changes):
     return scores_of(results, tasks.benchmarks)
 
 
-@pytest.mark.parametrize("name", ["plt2", "vanilla"])
-def test_scores_are_those_of_the_model_itself(name, exports, text, tmp_path):
-    """Per byte and word on every document; the last word and the choice on every question."""
+@pytest.mark.parametrize(("name", "batch_size"), [("plt2", 3), ("vanilla", 1)])
+def test_scores_are_those_of_the_model_itself(name, batch_size, exports, text, tmp_path):
+    """Per byte and word on every document; the last word and the choice on every question.
+
+    In bf16 (vanilla) one at a time: in a batch even the logits are rounded in another way.
+    """
     folder = exports[name]
-    scores = run(folder, text, tmp_path)
+    scores = run(folder, text, tmp_path, batch_size)
     value = {(s.task, s.metric): s.value for s in scores}
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = documents(text)
@@ -122,8 +128,10 @@ def test_questions_are_fair(text, tmp_path):
     assert (tmp_path / "again/local_continuation.jsonl").read_text() == before
 
 
-def test_a_task_of_the_users_own_generates(exports, text, tmp_path):
-    """``generate_until`` pads on the left and decodes in batches; equal to one at a time."""
+def test_a_task_and_a_group_of_the_users_own(exports, text, tmp_path):
+    """``generate_until`` pads on the left and decodes in batches. A group says what its tasks had,
+    also one of groups, and no task is in two of what is evaluated.
+    """
     write_local_tasks(text, tmp_path, SLOTS)
     settings = yaml.safe_load((tmp_path / "local_last_word.yaml").read_text())
     settings |= {
@@ -133,8 +141,18 @@ def test_a_task_of_the_users_own_generates(exports, text, tmp_path):
         "generation_kwargs": {"until": ["\n"], "max_gen_toks": 4, "do_sample": False},
     }
     (tmp_path / "my_generation.yaml").write_text(yaml.safe_dump(settings))
-    scores = run(exports["plt2"], text, tmp_path, tasks=["my_generation"], limit=3)
-    assert [(s.task, s.questions) for s in scores] == [("my_generation", 3)]
+    mean = {"aggregate_metric_list": [{"metric": "acc"}]}
+    inner = {"group": "inner", "task": ["local_last_word", "local_continuation"]} | mean
+    outer = {"group": "outer", "task": ["inner"]} | mean
+    for group in (inner, outer):
+        (tmp_path / f"{group['group']}.yaml").write_text(yaml.safe_dump(group))
+    scores = run(exports["plt2"], text, tmp_path, tasks=["my_generation", "outer"], limit=3)
+    assert [(s.task, s.questions) for s in scores] == [("my_generation", 3), ("outer", None)]
+    assert [s.shots for s in scores] == [0, 0]
+    options = EvaluationOptions(["outer", "local_last_word"], include=[tmp_path])
+    expected = "--tasks: local_last_word is part of outer and of local_last_word, and can run only"
+    with pytest.raises(ConfigError, match=expected):
+        PreparedTasks(choose(options), options)
 
 
 def tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
