@@ -150,7 +150,9 @@ def _spread(items: list[_Passage]) -> list[_Passage]:
 
 def _last_words(passages: list[_Passage], max_bytes: int) -> list[dict[str, Any]]:
     usable = [
-        p for p in passages if p.last_word[0] == " " and len(p.last_word.encode()) <= max_bytes
+        p
+        for p in passages
+        if p.last_word.startswith(" ") and len(p.last_word.encode()) <= max_bytes
     ]
     return [{"context": p.before_last, "target": p.last_word} for p in _spread(usable)]
 
@@ -158,7 +160,7 @@ def _last_words(passages: list[_Passage], max_bytes: int) -> list[dict[str, Any]
 def _continuations(passages: list[_Passage], max_bytes: int) -> list[dict[str, Any]]:
     draw = random.Random(0)
     rows = []
-    passages = [p for p in passages if p.end[0] == " " and _cut(p.end, max_bytes).strip()]
+    passages = [p for p in passages if p.end.startswith(" ") and _cut(p.end, max_bytes).strip()]
     ends = sorted({_cut(p.end, max_bytes) for p in passages})
     if len(ends) < CHOICES:
         return []
