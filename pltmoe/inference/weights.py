@@ -132,6 +132,8 @@ def read_fields(folder: Path) -> dict[str, Any]:
     Raises:
         ConversionError: no such folder.
     """
+    if folder.is_file():
+        raise ConversionError(f"{folder} is a file: name the exported folder that holds it")
     path = folder / "config.json"
     if not path.is_file():
         raise ConversionError(

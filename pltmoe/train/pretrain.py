@@ -36,6 +36,7 @@ from pltmoe.runtime import devices, distributed, seeds
 from pltmoe.runtime.signals import StopRequest
 from pltmoe.runtime.versions import commit
 from pltmoe.tracking import Tracker, build_tracker
+from pltmoe.tracking.jsonl import writing
 from pltmoe.train.callbacks import Checkpointing, LogLine, Tracking, Validation
 from pltmoe.train.consumed import Consumed
 from pltmoe.train.ownership import run_folder
@@ -245,10 +246,10 @@ def _end_save(saves: Checkpointing, step: int, error: BaseException) -> None:
 def _start_tracker(config: RunConfig, engine: Engine, start: Start, consumed: Consumed) -> Tracker:
     """Write config.yaml, now that everything fits, and open the run."""
     capabilities, folder = engine.capabilities, config.train.output_dir
-    with complete_file(folder / "config.yaml") as temporary:
+    with writing(folder / "config.yaml") as path, complete_file(path) as temporary:
         write_config(config, temporary)
     for name, text in capabilities.files.items():
-        with complete_file(folder / name) as temporary:
+        with writing(folder / name) as path, complete_file(path) as temporary:
             temporary.write_text(text)
     tags = {
         "model": config.name,

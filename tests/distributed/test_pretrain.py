@@ -277,6 +277,8 @@ def mistakes(config, straight, warm_ranks, tmp_path_factory):
     old = f"train.output_dir={straight[0]}"
     file = tmp_path_factory.mktemp("file") / "file"
     file.write_text("")
+    full = tmp_path_factory.mktemp("full")
+    (full / "run.json.new").mkdir()
     weights = f"checkpoint.load_weights={folders.latest_checkpoint(straight[0])}"
     cases = {
         "no file": ["--config", "nowhere.yaml"],
@@ -288,6 +290,7 @@ def mistakes(config, straight, warm_ranks, tmp_path_factory):
         "no resume": [*base, old, f"train.steps={STEPS}", "checkpoint.resume=false"],
         "weights": [*base, new, weights, "model.num_layers=3"],
         "no weights": [*base, new, "checkpoint.load_weights=/nowhere"],
+        "records": [*base, f"train.output_dir={full}"],
         "output": [*base, f"train.output_dir={file}/run"],
     }
     return warm_ranks(1, f"{CASES}:run_many", cases=cases)[0]
@@ -296,6 +299,13 @@ def mistakes(config, straight, warm_ranks, tmp_path_factory):
 def test_a_configuration_that_does_not_fit_leaves_the_run_as_it_is(mistakes, straight):
     assert mistakes["changed"][0] == 2
     assert "lr: 0.5" not in (straight[0] / "config.yaml").read_text()
+
+
+def test_records_that_cannot_be_written_are_no_crash(mistakes):
+    """Not exit code 1, after which Slurm's script would start the job again elsewhere."""
+    code, output = mistakes["records"]
+    assert code == 2 and "Traceback" not in output, output
+    assert "run.json.new: cannot be written (Is a directory)" in output.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
