@@ -225,7 +225,7 @@ def test_stages_train_the_same_run_and_take_it_over(config, straight, tmp_path):
 
 def test_weights_alone_start_a_new_run(run, straight, tmp_path):
     folder = folders.latest_checkpoint(straight[0])
-    code, log = run(tmp_path, f"checkpoint.load_weights={folder}", "train.steps=4")
+    code, log = run(tmp_path, f"checkpoint.load_weights={straight[0]}", "train.steps=4")
     assert code == 0 and f"from {folder} (step 12 of tiny); new optimizer" in log
     first, untrained = lines_of(tmp_path)[0], lines_of(straight[0])[0]
     assert first["step"] == 1 and first["optim/lr"] == 0.0
@@ -282,6 +282,7 @@ def mistakes(config, straight, warm_ranks, tmp_path_factory):
     weights = f"checkpoint.load_weights={folders.latest_checkpoint(straight[0])}"
     cases = {
         "no file": ["--config", "nowhere.yaml"],
+        "dashes": [*base, "--train.steps", "20"],
         "unknown key": [*base, "train.stepz=3"],
         "layout": [*base, new, "parallel.expert_parallel_size=2"],
         "data": [*base, new, f"data.train=[{{path: {file.parent}/text}}]"],
@@ -290,6 +291,7 @@ def mistakes(config, straight, warm_ranks, tmp_path_factory):
         "no resume": [*base, old, f"train.steps={STEPS}", "checkpoint.resume=false"],
         "weights": [*base, new, weights, "model.num_layers=3"],
         "no weights": [*base, new, "checkpoint.load_weights=/nowhere"],
+        "no server": [*base, new, "tracking.mlflow_uri=localhost:5000"],
         "records": [*base, f"train.output_dir={full}"],
         "output": [*base, f"train.output_dir={file}/run"],
     }
@@ -312,6 +314,7 @@ def test_records_that_cannot_be_written_are_no_crash(mistakes):
     ("name", "message"),
     [
         ("no file", "nowhere.yaml: no such config file"),
+        ("dashes", "--train.steps: fields are given without dashes, as in train.steps=20"),
         ("unknown key", "train.stepz: unknown key (value 3); did you mean steps?"),
         (
             "layout",
@@ -322,7 +325,8 @@ def test_records_that_cannot_be_written_are_no_crash(mistakes):
         ("behind", "is at step 12, past train.steps (6)"),
         ("no resume", "is there already, and checkpoint.resume is false"),
         ("weights", "model.num_layers: checkpoint 2, config 3"),
-        ("no weights", "/nowhere: no such checkpoint folder"),
+        ("no weights", "/nowhere: neither a checkpoint folder (with manifest.json) nor a run"),
+        ("no server", "tracking.mlflow_uri ('localhost:5000'): expected http://HOST:PORT"),
         ("output", "train.output_dir ("),
     ],
 )

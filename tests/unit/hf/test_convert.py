@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pltmoe.checkpoint.compatible import check_weights
+from pltmoe.checkpoint.find import find_checkpoint
 from pltmoe.checkpoint.manifest import read_manifest, write_manifest
 from pltmoe.config import write_config
 from pltmoe.config.counts import count_parameters
@@ -21,7 +22,7 @@ from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.errors import CheckpointError, ConversionError
 from pltmoe.hf import convert, shards, verify
 from pltmoe.hf.checkpoint_tensors import CheckpointTensors
-from pltmoe.hf.convert import ExportOptions, export_checkpoint, find_checkpoint, verify_folder
+from pltmoe.hf.convert import ExportOptions, export_checkpoint, verify_folder
 from pltmoe.hf.convert_back import import_folder
 from pltmoe.hf.mapping import rows
 from pltmoe.hf.verify import Verification
