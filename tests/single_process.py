@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from pltmoe.config import ModelConfig
-from pltmoe.hf.mapping import megatron_to_hf
 from pltmoe.model.initialize import global_name
 from pltmoe.model.reference import ReferencePLT
+from tests.state_dicts import megatron_to_hf
 
 
 def device() -> torch.device:

@@ -4,13 +4,13 @@ import argparse
 from pathlib import Path
 
 from pltmoe.data.corpus import build_corpus
-from pltmoe.runtime.command_line import positive, run_tool
+from pltmoe.runtime.command_line import output_file, positive, run_tool
 
 
 def main() -> None:
     """Parse the command line and build the corpus."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="JSONL file to write")
+    parser.add_argument("--output", type=output_file, required=True, help="JSONL file to write")
     parser.add_argument("--max-bytes", type=positive, help="stop before so many bytes of source")
     parser.add_argument("--include-tests", action="store_true", help="take the test suites as well")
     parser.add_argument("--library", type=Path, help="folder of sources (default: this Python)")

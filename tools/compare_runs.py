@@ -9,6 +9,9 @@ RUN is the output folder of a run (metrics.jsonl, config.yaml), or mlflow:RUN_ID
 DIR gets report.md, its pictures, and a CSV behind each. With --mlflow-uri the runs are brought up
 to date there, the report becomes a run "comparison" of their experiment, and its table the
 experiment's description. What is missing is said to be; nothing is left blank.
+
+A run's NAME is that of its configuration; where several have the same (seeds of one preset), it is
+the end of their folders' paths that tells them apart.
 """
 
 import argparse
@@ -25,6 +28,7 @@ from pltmoe.reports.summary import (
     read_decode,
     read_generated,
     report_files,
+    tell_apart,
     write_report,
 )
 from pltmoe.runtime.command_line import run_tool
@@ -68,7 +72,7 @@ def main() -> None:
         if not (name and equals and file):
             parser.error(f"--evaluation {item}: expected NAME=FILE")
         evaluations[name] = read_evaluation(Path(file))
-    runs = [_read(run, args.mlflow_uri) for run in args.runs]
+    runs = tell_apart([_read(run, args.mlflow_uri) for run in args.runs])
     extras = Extras(
         read_decode(args.decode) if args.decode else {},
         read_generated(args.generated) if args.generated else [],

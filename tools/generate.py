@@ -27,7 +27,7 @@ from pltmoe.inference.engine import Engine, Timing
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.text import TextStream
 from pltmoe.inference.weights import describe_folder, read_fields
-from pltmoe.runtime.command_line import positive, run_tool
+from pltmoe.runtime.command_line import output_file, positive, run_tool
 
 ENGINES = ("pltmoe", "transformers")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -135,8 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--stop", action="append", default=[], help=r"end at this text (\n: new line); repeatable"
     )
-    parser.add_argument("--output", type=Path, help="also write prompts and texts as JSON")
-    parser.add_argument("--device", help="default: the GPU if there is one")
+    parser.add_argument("--output", type=output_file, help="also write prompts and texts as JSON")
+    parser.add_argument("--device", type=_usable_device, help="default: the GPU if there is one")
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument("--fp8", action="store_true", help="experts in FP8 (GPU: 8.9 or newer)")
     parser.add_argument("--max-slots", type=positive, help="default: as it was trained")
@@ -145,6 +145,20 @@ def _parser() -> argparse.ArgumentParser:
         "--engine", choices=ENGINES, default="pltmoe", help="transformers: its generate()"
     )
     return parser
+
+
+def _usable_device(name: str) -> str:
+    """Read ``--device``.
+
+    Raises:
+        ConfigError: PyTorch does not have it here.
+    """
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        why = str(error).splitlines()[0]
+        raise ConfigError(f"--device {name}: cannot be used here ({why})") from None
+    return name
 
 
 def _prompts(args: argparse.Namespace) -> list[str] | None:

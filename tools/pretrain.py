@@ -12,8 +12,8 @@ import faulthandler
 import logging
 import sys
 
-from pltmoe.config import load_config
-from pltmoe.errors import PLTMoEError
+from pltmoe.config import RunConfig, load_config
+from pltmoe.errors import ConfigError, PLTMoEError
 from pltmoe.runtime.logs import configure_logging
 
 
@@ -29,9 +29,9 @@ def main() -> int:
         help="print this field (nothing if it is not set) for a script, and end",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments = parser.parse_args()
+    arguments, unknown = parser.parse_known_args()
     if arguments.print:
-        return _print_field(arguments)
+        return _print_field(arguments, unknown)
 
     from pltmoe.runtime import distributed  # torch: what follows takes seconds
     from pltmoe.runtime.cpu import stand_in_for_cuda
@@ -40,7 +40,7 @@ def main() -> int:
         processes = distributed.processes_from_environment()
         configure_logging(processes.rank)
         faulthandler.enable(2)  # a crash in C code shows the stack of every thread
-        config = load_config(arguments.config, arguments.overrides)
+        config = _config(arguments, unknown)
         stand_in_for_cuda()
         # Megatron may be imported only after the CPU stands in for CUDA.
         from pltmoe.train.pretrain import pretrain
@@ -57,9 +57,18 @@ def main() -> int:
         distributed.stop()
 
 
-def _print_field(arguments: argparse.Namespace) -> int:
+def _config(arguments: argparse.Namespace, unknown: list[str]) -> RunConfig:
+    if unknown:
+        raise ConfigError(
+            f"unknown arguments {' '.join(unknown)}: fields are given without dashes, as in "
+            "train.steps=20"
+        )
+    return load_config(arguments.config, arguments.overrides)
+
+
+def _print_field(arguments: argparse.Namespace, unknown: list[str]) -> int:
     try:
-        config = load_config(arguments.config, arguments.overrides)
+        config = _config(arguments, unknown)
     except PLTMoEError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
-from pltmoe.runtime.command_line import positive, run_tool
+from pltmoe.runtime.command_line import output_file, positive, run_tool
 
 
 def main() -> None:
@@ -18,7 +18,7 @@ def main() -> None:
         help="text files (each one document, at most 64 MiB), JSONL files (a document a line), "
         "folders of them; also .gz .bz2 .xz .zst",
     )
-    parser.add_argument("--output", type=Path, required=True, help="model file to write")
+    parser.add_argument("--output", type=output_file, required=True, help="model file to write")
     parser.add_argument("--vocab-size", type=positive, required=True, help="number of pieces")
     parser.add_argument(
         "--json-key", default=default.json_key, help="field of the text in JSONL, in every line"

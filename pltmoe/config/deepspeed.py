@@ -16,6 +16,7 @@ It may say again what stands in the table, and not otherwise; optimizer, schedul
 parallel are not DeepSpeed's to decide.
 """
 
+import difflib
 import hashlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -278,10 +279,21 @@ def _section(c: RunConfig) -> Iterator[str]:
         elif path not in _FREE:
             yield (
                 f"deepspeed.{path} ({value}) is none of the keys of DeepSpeed's JSON that are "
-                f"handed on ({', '.join(sorted(_FREE))})"
+                f"handed on: {_instead(path)}"
             )
         else:
             yield from _has_its_type(path, value)
+
+
+def _instead(path: str) -> str:
+    """Return the key that was meant, or what there is in its section."""
+    # Paths share their sections: only a letter or two may differ.
+    if close := difflib.get_close_matches(path, [*_FREE, *_SAME, *_SECTIONS], 1, cutoff=0.9):
+        return f"did you mean deepspeed.{close[0]}?"
+    section = path.partition(".")[0]
+    inside = sorted(key for key in _FREE if key.startswith(f"{section}."))
+    keys = inside or sorted({key.partition(".")[0] for key in _FREE})
+    return f"there are {', '.join(keys)}"
 
 
 def _has_its_type(path: str, value: Any) -> Iterator[str]:

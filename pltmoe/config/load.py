@@ -147,5 +147,11 @@ def _suggest(item: Any, root: type[BaseModel]) -> str:
             continue
         field = getattr(section, "model_fields", {}).get(part)
         section = field.annotation if field else None
-    close = difflib.get_close_matches(str(item["loc"][-1]), getattr(section, "model_fields", {}))
-    return f"; did you mean {close[0]}?" if close else ""
+    key, known = str(item["loc"][-1]), getattr(section, "model_fields", {})
+    close = [
+        f"{name}.{key}"
+        for name, field in known.items()
+        if key in getattr(field.annotation, "model_fields", {})
+    ]
+    close = close or difflib.get_close_matches(key, known, 1)
+    return f"; did you mean {' or '.join(close)}?" if close else ""

@@ -1,5 +1,6 @@
 """Rules between fields. Each yields a message that names both paths and both values."""
 
+import difflib
 from collections.abc import Callable, Iterator
 
 from pltmoe.config import deepspeed
@@ -261,6 +262,19 @@ def validation_has_data(c: RunConfig) -> Iterator[str]:
         )
 
 
+def accepted_fields_exist(c: RunConfig) -> Iterator[str]:
+    """What is accepted on resume is the path of a field, or the text itself."""
+    known = ["data.contents"]
+    for name, section in RunConfig.model_fields.items():
+        fields = getattr(section.annotation, "model_fields", {})
+        known += [f"{name}.{field}" for field in fields] or [name]
+    for path in c.checkpoint.accept_changes:
+        if path not in known:
+            close = difflib.get_close_matches(path, known, 1)
+            hint = f"did you mean {close[0]}?" if close else "write section.key"
+            yield f"checkpoint.accept_changes ({path}): no such field; {hint}"
+
+
 def engine_can(c: RunConfig) -> Iterator[str]:
     """The engine can do what is asked of it."""
     yield from ENGINE_RULES[c.engine](c)
@@ -290,6 +304,7 @@ RUN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     schedule_fits,
     sources_are_prefixes,
     validation_has_data,
+    accepted_fields_exist,
     engine_can,
 )
 

@@ -23,10 +23,10 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from pltmoe.checkpoint.folders import latest_checkpoint
+from pltmoe.checkpoint.find import find_checkpoint
 from pltmoe.checkpoint.integrity import check_files
-from pltmoe.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, read_manifest
-from pltmoe.errors import CheckpointError, ConversionError
+from pltmoe.checkpoint.manifest import TOKENIZER, Manifest, read_manifest
+from pltmoe.errors import ConversionError
 from pltmoe.hf import configuration_plt_moe, modeling_plt_moe
 from pltmoe.hf.checkpoint_tensors import CheckpointTensors
 from pltmoe.hf.fast_tokenizer import write_tokenizer
@@ -108,23 +108,6 @@ def verify_folder(checkpoint: Path, folder: Path) -> Verification | str:
     except (OSError, ValueError, KeyError) as error:
         raise ConversionError(f"{folder}: not an exported model ({error})") from None
     return verify_export(folder, CheckpointTensors(checkpoint, model), model, getattr(torch, name))
-
-
-def find_checkpoint(path: Path) -> Path:
-    """Return ``path`` if it is a checkpoint folder, else the latest one in it.
-
-    Raises:
-        CheckpointError: neither a checkpoint nor a run with one.
-    """
-    if (path / MANIFEST).is_file():
-        return path
-    for run in (path, path.parent if path.name == "checkpoints" else path):
-        if (newest := latest_checkpoint(run)) is not None:
-            return newest
-    raise CheckpointError(
-        f"{path}: neither a checkpoint folder (with {MANIFEST}) nor a run with "
-        "checkpoints/latest; name a folder such as OUTPUT_DIR/checkpoints/step_00000100"
-    )
 
 
 @contextmanager

@@ -202,44 +202,6 @@ def rows(model: ModelConfig) -> Iterator[Row]:
                     yield from _fill(rule, layer, model, sizes)
 
 
-def megatron_to_hf(
-    name_to_tensor: Mapping[str, Tensor], model: ModelConfig, partial: bool = False
-) -> dict[str, Tensor]:
-    """Rename and unfuse a full (unsharded) Megatron state dict, or its gradients.
-
-    Args:
-        name_to_tensor: names as in ``PLTModel``, without prefix; experts as local_experts.{j}.
-        model: the model section that the tensors belong to.
-        partial: let tensors be missing (gradients: an expert that saw no token has none).
-
-    Raises:
-        ConversionError: unknown or (unless ``partial``) missing tensor, or a wrong shape.
-    """
-    table = {row.megatron: row for row in rows(model)}
-    check_names("Megatron", name_to_tensor, table, partial)
-    out: dict[str, Tensor] = {}
-    for name, row in table.items():
-        if name in name_to_tensor:
-            out |= row.split(name_to_tensor[name])
-    return out
-
-
-def hf_to_megatron(
-    name_to_tensor: Mapping[str, Tensor], model: ModelConfig, partial: bool = False
-) -> dict[str, Tensor]:
-    """Fuse and rename a full Hugging Face (or reference) state dict, or its gradients.
-
-    The arguments and errors are those of :func:`megatron_to_hf`; with ``partial`` a fused tensor
-    may be missing as a whole, not in part. ``lm_head.weight`` of a tied model is dropped: it is
-    the embedding.
-    """
-    table = list(rows(model))
-    given = {name: name_to_tensor[name] for name in without_tied_head(name_to_tensor, model)}
-    check_names("Hugging Face", given, [name for row in table for name in row.hf], partial)
-    present = [row for row in table if any(name in given for name in row.hf)]
-    return {row.megatron: row.join(given) for row in present}
-
-
 def without_tied_head(names: Collection[str], model: ModelConfig) -> list[str]:
     """Leave out the head of a tied model: it is the embedding, which some files repeat."""
     tied = model.tied_embeddings

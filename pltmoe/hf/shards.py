@@ -5,8 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from pltmoe.errors import ConversionError
 
 INDEX = "model.safetensors.index.json"
 
@@ -37,13 +40,20 @@ class ShardWriter:
         return len(self._shards)
 
     def add(self, name: str, tensor: Tensor) -> None:
-        """Take the next tensor; writes a shard when it is complete."""
+        """Take the next tensor; writes a shard when it is complete.
+
+        Raises:
+            ConversionError: the shard cannot be written, e.g. to a full disk.
+        """
         assert self._shard_of[name] == self._current, "tensors come in the planned order"
         self._open[name] = tensor.contiguous().clone()  # safetensors refuses views of one storage
         self._bytes += tensor.numel() * tensor.element_size()
         if len(self._open) == len(self._shards[self._current]):
             path = self._folder / self._file(self._current)
-            save_file(self._open, path, {"format": "pt"})
+            try:
+                save_file(self._open, path, {"format": "pt"})
+            except SafetensorError as error:  # also what the file system refuses
+                raise ConversionError(f"{path}: cannot be written ({error})") from error
             path.chmod(0o644)  # safetensors makes files that only their owner can read
             self._open, self._current = {}, self._current + 1
 

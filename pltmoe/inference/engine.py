@@ -100,7 +100,7 @@ class Session:
         if capacity > decoder.max_slots:
             raise EngineError(
                 f"a cache of {capacity} slots for a model that is set to {decoder.max_slots}: "
-                "raise max_slots"
+                "raise max_slots (--max-slots)"
             )
         weights = decoder.weights
         self.decoder, self.batch, self.capacity = decoder, batch, capacity
@@ -315,7 +315,7 @@ class Engine:
             raise DataError(
                 f"prompt {index + 1} ({len(prompt)} tokens) and {options.max_new_tokens} new "
                 f"tokens need {slots} slots, but the model is set to {self.max_slots}: shorten "
-                "them, or raise max_slots (more than it was trained with is at your own risk)"
+                "them, or raise --max-slots (more than it was trained with is at your own risk)"
             )
 
 

@@ -14,7 +14,7 @@ size, h query heads, f feed-forward width, e experts, x input of the gate.
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -132,6 +132,8 @@ def read_fields(folder: Path) -> dict[str, Any]:
     Raises:
         ConversionError: no such folder.
     """
+    if folder.is_file():
+        raise ConversionError(f"{folder} is a file: name the exported folder that holds it")
     path = folder / "config.json"
     if not path.is_file():
         raise ConversionError(
@@ -198,18 +200,6 @@ def load_weights(
             )
         except (SafetensorError, OSError) as error:
             raise ConversionError(f"{folder}: the weights cannot be read: {error}") from None
-
-
-def weights_of(
-    model: ModelConfig,
-    name_to_tensor: Mapping[str, Tensor],
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype | None = None,
-    fp8: bool = False,
-) -> Weights:
-    """Pack a state dict with Hugging Face (or reference) names."""
-    dtype = dtype or name_to_tensor["model.embed_tokens.weight"].dtype
-    return pack(model, name_to_tensor.__getitem__, torch.device(device), dtype, fp8)
 
 
 def random_weights(

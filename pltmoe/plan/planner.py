@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pltmoe.config import ModelConfig, RunConfig
 from pltmoe.config import deepspeed as deepspeed_settings
 from pltmoe.config.counts import count_parameters, flops_per_token
-from pltmoe.errors import ConfigError
+from pltmoe.config.rules import broken_rules
+from pltmoe.errors import ConfigError, PLTMoEError
 from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.parallel.schedule import bubble_fraction
 from pltmoe.plan import activations
@@ -20,6 +21,8 @@ from pltmoe.plan.weights import (
     weight_bytes,
     zero_bytes,
 )
+
+_SEARCH = "tools/plan.py --gpus {} --search lists the layouts that fit"
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,11 @@ def make_plan(
         ConfigError: an unknown GPU, or a batch that the layout cannot split.
         EngineError: the GPUs cannot be split into whole groups.
     """
-    gpu, layout = find_gpu(gpu_name), layout_for(config, world_size)
+    gpu = find_gpu(gpu_name)
+    try:
+        layout = layout_for(config, world_size)
+    except PLTMoEError as error:
+        raise type(error)(f"{error}; {_SEARCH.format(world_size)}") from None
     element = 4 if config.train.precision == "fp32" else 2
     z = activations.sizes_for(
         config, layout, element, expert_load=_expert_load(layout, assumptions)
@@ -193,14 +200,27 @@ def check_fits(config: RunConfig, world_size: int, gpu_name: str = "H200") -> No
 
 
 def _advice(plan: Plan) -> str:
-    """Name the settings that shrink the biggest part."""
+    """Name recomputation where it is enough, else the settings that shrink the biggest part."""
     parts, p = plan.fullest.parts, plan.config.parallel
+    search = _SEARCH.format(plan.layout.world_size)
+    if _fits_with_recompute(plan):
+        return f"parallel.recompute=full, which fits; {search}"
     if parts["activations"] + parts["working memory"] > parts["parameters"] + parts["gradients"]:
         tries = ["parallel.recompute=full"] if p.recompute != "full" else []
         tries += ["a smaller train.micro_batch_size"] if plan.layout.micro_batch_size > 1 else []
-        return ", ".join([*tries, "more parallel.context_parallel_size or tensor_parallel_size"])
-    experts = ["parallel.expert_parallel_size"] if plan.config.model.is_moe else []
-    return ", ".join([*experts, "parallel.pipeline_parallel_size", "or more GPUs"])
+        tries += ["more parallel.context_parallel_size or tensor_parallel_size"]
+    else:
+        tries = ["parallel.expert_parallel_size"] if plan.config.model.is_moe else []
+        tries += ["parallel.pipeline_parallel_size", "or more GPUs"]
+    return f"{', '.join(tries)}; {search}"
+
+
+def _fits_with_recompute(plan: Plan) -> bool:
+    parallel = plan.config.parallel.model_copy(update={"recompute": "full"})
+    config = plan.config.model_copy(update={"parallel": parallel})
+    if broken_rules(config):
+        return False
+    return make_plan(config, plan.layout.world_size, plan.gpu.name, plan.assumptions).fits
 
 
 def _stages_to_look_at(layout: Layout) -> list[int]:

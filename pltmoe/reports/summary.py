@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ _NOT_A_DIFFERENCE = ("name", "train.output_dir", "tracking.", "checkpoint.")
 
 def write_report(runs: Sequence[Run], folder: Path, title: str, extras: Extras) -> Path:
     """Write report.md, its pictures and their CSVs into ``folder``; return the report's path.
+
+    Runs have names of their own (``tell_apart``).
 
     Raises:
         DataError: two runs of one name, no training loss, or measurements of unknown runs.
@@ -53,6 +56,27 @@ def write_report(runs: Sequence[Run], folder: Path, title: str, extras: Extras) 
     new.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
     new.replace(path)
     return path
+
+
+def tell_apart(runs: Sequence[Run]) -> list[Run]:
+    """Give runs of one name, such as seeds of one preset, the shortest ends of their paths.
+
+    The others keep their names. A run that is given twice keeps its name as well: ``write_report``
+    refuses it.
+    """
+    names = [run.name for run in runs]
+    told = list(runs)
+    for name in {name for name in names if names.count(name) > 1}:
+        same = [i for i, other in enumerate(names) if other == name]
+        paths = [Path(runs[i].source).absolute().parts for i in same]
+        for length in range(1, max(map(len, paths)) + 1):
+            tails = ["/".join(path[-length:]) for path in paths]
+            if len({*tails, *names}) == len(tails) + len({*names}):
+                for i, tail in zip(same, tails, strict=True):
+                    config = runs[i].config.model_copy(update={"name": tail})
+                    told[i] = replace(runs[i], config=config)
+                break
+    return told
 
 
 def note(runs: Sequence[Run], extras: Extras) -> str:
@@ -113,7 +137,7 @@ def _check(runs: Sequence[Run], extras: Extras) -> None:
     for run in runs:
         if names.count(run.name) > 1:
             both = " and ".join(r.source for r in runs if r.name == run.name)
-            raise DataError(f"{both} have the same name '{run.name}': give each run its own name")
+            raise DataError(f"{both} have the same name '{run.name}': name each run once")
         if not run.series("train/loss"):
             raise DataError(f"{run.source}: no train/loss was logged")
     for what, known in (("decode times", extras.decode), ("scores", extras.evaluations)):

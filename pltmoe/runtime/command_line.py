@@ -1,13 +1,18 @@
 """How every tool under tools/ ends: log lines as they are, an error for the user as one line."""
 
 import argparse
+import errno
 import faulthandler
 import logging
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
 
-from pltmoe.errors import PLTMoEError
+from pltmoe.errors import ConfigError, PLTMoEError
+
+_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def positive(text: str) -> int:
@@ -17,11 +22,29 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def output_file(text: str) -> Path:
+    """Read the path of a file to write: ``type=output_file`` of an option. Makes its folder.
+
+    Raises:
+        ConfigError: it cannot be written; before the work for it, not after.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise ConfigError(f"{path}: is a folder; name the file to write")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        why = f"{path.parent}: {error.strerror}"
+        raise ConfigError(f"{path}: cannot be written ({why})") from error
+
+
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and leave the process with its exit code (None: 0).
 
-    What a user can act on is one line on stderr and exit code 1; anything else is a defect and
-    keeps its traceback.
+    What a user can act on, files included, is one line on stderr and exit code 1; Ctrl-C is one
+    line and 130. Anything else is a defect and keeps its traceback.
     """
     faulthandler.enable(2)  # a crash in C code shows the stack of every thread
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -29,4 +52,12 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         code = main()
     except PLTMoEError as error:
         sys.exit(f"error: {error}")
+    except OSError as error:
+        if error.filename is None and error.errno not in _DISK_IS_FULL:
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "  # write() does not know
+        sys.exit(f"error: {where}{error.strerror}")
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        sys.exit(130)
     sys.exit(code)

@@ -18,7 +18,7 @@ class Tracker(Protocol):
         ...
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record the metrics of one optimizer step, under the names of the metric table."""
+        """Record the metrics of one optimizer step, under the names in docs/metrics.md."""
         ...
 
     def artifact(self, path: Path) -> None:

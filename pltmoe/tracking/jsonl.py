@@ -17,9 +17,11 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from pltmoe.errors import DataError
 from pltmoe.tracking.base import EndStatus
 
 METRICS_FILE = "metrics.jsonl"
@@ -52,35 +54,59 @@ class JsonlTracker:
 
         Lines of steps after the checkpoint belong to work that is lost and done again; they are
         cut off. Without a resume, what an earlier run left here moves to ``previous/``.
+
+        Raises:
+            DataError: a file of the run's folder cannot be written.
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if resume_step is None:
-            archive_previous(self.path.parent)
-        else:
-            drop_after(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        folder = self.path.parent
         job = {"started": round(time.time(), 3), "resume_step": resume_step, "status": "RUNNING"}
-        write_jobs(self.path.parent, [*read_jobs(self.path.parent), job | {"tags": dict(tags)}])
+        with writing(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            if resume_step is None:
+                archive_previous(folder)
+            else:
+                drop_after(self.path, resume_step)
+            self._file = self.path.open("a", encoding="utf-8")
+            write_jobs(folder, [*read_jobs(folder), job | {"tags": dict(tags)}])
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one line and flush it to the operating system."""
+        """Append one line and flush it to the operating system.
+
+        Raises:
+            DataError: it cannot be written, e.g. to a full disk.
+        """
         assert self._file is not None, "start() comes before log()"
         line = {"step": step, "time": round(time.time(), 3), "tokens": self._tokens_after(step)}
-        self._file.write(encode_line(line | dict(metrics)))
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(encode_line(line | dict(metrics)))
+            self._file.flush()
 
     def artifact(self, path: Path) -> None:
         """Nothing to do: the run directory is where artefacts are."""
 
     def finish(self, status: EndStatus) -> None:
-        """Close the file and note how this job ended."""
+        """Close the file and note how this job ended; where that fails, a warning says so."""
         if self._file is None:
             return
-        self._file.close()
-        self._file = None
-        *before, job = read_jobs(self.path.parent)
-        job |= {"status": status, "ended": round(time.time(), 3)}
-        write_jobs(self.path.parent, [*before, job])
+        file, self._file = self._file, None
+        try:
+            with writing(self.path):
+                file.close()
+                *before, job = read_jobs(self.path.parent)
+                job |= {"status": status, "ended": round(time.time(), 3)}
+                write_jobs(self.path.parent, [*before, job])
+        except DataError as error:  # must not hide what ended the run
+            log.warning("the end of this job (%s) is not recorded: %s", status, error)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[Path]:
+    """Turn what the file system refuses into a DataError that names the file."""
+    try:
+        yield path
+    except OSError as error:
+        where, why = error.filename2 or error.filename or path, error.strerror or error
+        raise DataError(f"{where}: cannot be written ({why})") from error
 
 
 def read_jobs(run_dir: Path) -> list[dict[str, Any]]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from pltmoe.checkpoint import folders, store
 from pltmoe.checkpoint.compatible import check_resume, check_weights
+from pltmoe.checkpoint.find import find_checkpoint
 from pltmoe.checkpoint.integrity import check_files_together
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.checkpoint.newest import leave_later, newest_intact
@@ -36,6 +37,8 @@ from pltmoe.runtime import devices, distributed, seeds
 from pltmoe.runtime.signals import StopRequest
 from pltmoe.runtime.versions import commit
 from pltmoe.tracking import Tracker, build_tracker
+from pltmoe.tracking.jsonl import writing
+from pltmoe.tracking.store import usable_uri
 from pltmoe.train.callbacks import Checkpointing, LogLine, Tracking, Validation
 from pltmoe.train.consumed import Consumed
 from pltmoe.train.ownership import run_folder
@@ -142,7 +145,9 @@ def _find_start(config: RunConfig) -> Start:
 
 
 def _prepare_folder(config: RunConfig) -> None:
-    """Delete what a crash left half-written in the output folder."""
+    """Delete what a crash left half-written in the output folder; look where MLflow is to be."""
+    if config.tracking.mlflow_uri is not None:
+        usable_uri(config.tracking.mlflow_uri)
     folder = config.train.output_dir
     try:
         folders.clean_unfinished(folder / "checkpoints")
@@ -176,8 +181,9 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
         wanted = engine.placeholders(*parts, expert_bias=_has_expert_bias(start.manifest))
         engine.restore(store.load_state(start.folder, wanted), start.step)
         return f"resumed from {start.folder} (step {start.step:,})"
-    if (folder := config.checkpoint.load_weights) is None:
+    if (given := config.checkpoint.load_weights) is None:
         return f"new, seed {config.train.seed}"
+    folder = distributed.on_main(lambda: find_checkpoint(given))
     manifest = distributed.on_main(lambda: read_manifest(folder))
     check_weights(folder, manifest, config)
     if config.checkpoint.verify:
@@ -245,10 +251,10 @@ def _end_save(saves: Checkpointing, step: int, error: BaseException) -> None:
 def _start_tracker(config: RunConfig, engine: Engine, start: Start, consumed: Consumed) -> Tracker:
     """Write config.yaml, now that everything fits, and open the run."""
     capabilities, folder = engine.capabilities, config.train.output_dir
-    with complete_file(folder / "config.yaml") as temporary:
+    with writing(folder / "config.yaml") as path, complete_file(path) as temporary:
         write_config(config, temporary)
     for name, text in capabilities.files.items():
-        with complete_file(folder / name) as temporary:
+        with writing(folder / name) as path, complete_file(path) as temporary:
             temporary.write_text(text)
     tags = {
         "model": config.name,

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pltmoe.config import load_config
+from pltmoe.config.describe import variant
 from tests.contracts.source import REPOSITORY
 
 README = REPOSITORY / "README.md"
@@ -41,6 +43,15 @@ def script_of(command: str) -> str:
     found = re.search(r"(?:^|\s)((?:tools/|\.ci/)[\w./-]+)", command)
     assert found
     return found[1]
+
+
+def test_the_smallest_configuration_is_a_plt(tmp_path: Path):
+    (block,) = re.findall(r"```yaml\n(.*?)```", TEXT, re.S)
+    (tmp_path / "mine.yaml").write_text(block)
+    assert variant(load_config(tmp_path / "mine.yaml").model) == "PLT-2"
+    off = ["cross_loop_shift", "share_first_loop_kv", "gated_swa"]
+    vanilla = load_config(tmp_path / "mine.yaml", [f"model.{flag}=false" for flag in off])
+    assert variant(vanilla.model) == "loop-2"
 
 
 def test_readme_has_commands():

@@ -12,7 +12,6 @@ from pltmoe.checkpoint import store
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.engines.megatron import MegatronEngine
 from pltmoe.errors import EngineError
-from pltmoe.hf.mapping import megatron_to_hf
 from pltmoe.model.initialize import global_name
 from pltmoe.model.reference import router_loss
 from tests.distributed.tiny import (
@@ -24,6 +23,7 @@ from tests.distributed.tiny import (
     tiny_config,
 )
 from tests.single_process import reference_of
+from tests.state_dicts import megatron_to_hf
 
 
 def train(

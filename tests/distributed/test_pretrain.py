@@ -15,13 +15,14 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from pltmoe.checkpoint import folders
 from pltmoe.checkpoint.manifest import read_manifest
-from pltmoe.train.metrics import metric_named
 from tests.distributed.pretrain_cases import same
 from tests.distributed.run_files import finish, make_files, start_ranks
+from tests.launch import REPOSITORY
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.pretrain_cases"
 STEPS = 12
+METRICS_PAGE = REPOSITORY / "docs/metrics.md"
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +84,9 @@ def test_log_and_metrics_of_a_run(straight):
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert {line["step"] for line in metrics if "valid/loss" in line} == {4, 8, 12}
     names = {name for line in metrics for name in line} - {"step", "tokens"}
-    assert {n for n in names if metric_named(n) is None} == set(), "not in train/metrics.py"
+    listed = re.findall(r"^\| `([\w/]+)`", METRICS_PAGE.read_text(), re.M)
+    bases = {re.sub(r"(/loop_\d+)?(/layer_\d+)?$", "", name) for name in names}
+    assert bases <= set(listed) and len(listed) == len(set(listed)), METRICS_PAGE
     assert {"moe/aux_loss/loop_2", "moe/expert_overlap/loop_2/layer_02"} <= names
     assert {"plt/gate_mean/loop_2", "moe/load_imbalance/loop_1/layer_01"} <= names
     assert metrics[-1]["tokens"] == STEPS * 4 * 16
@@ -102,7 +105,7 @@ def test_the_cost_of_every_save_is_tracked(straight):
     for line in saves:
         assert 0 < line["checkpoint/stall_seconds"] <= line["checkpoint/save_seconds"] + 1
         for name in ("checkpoint/save_seconds", "checkpoint/stall_seconds"):
-            assert metric_named(name).unit == "s"
+            assert f"| `{name}` | s |" in METRICS_PAGE.read_text()
 
 
 def test_killed_run_resumes_bit_for_bit(config, run, straight, warm_ranks, tmp_path):
@@ -225,7 +228,7 @@ def test_stages_train_the_same_run_and_take_it_over(config, straight, tmp_path):
 
 def test_weights_alone_start_a_new_run(run, straight, tmp_path):
     folder = folders.latest_checkpoint(straight[0])
-    code, log = run(tmp_path, f"checkpoint.load_weights={folder}", "train.steps=4")
+    code, log = run(tmp_path, f"checkpoint.load_weights={straight[0]}", "train.steps=4")
     assert code == 0 and f"from {folder} (step 12 of tiny); new optimizer" in log
     first, untrained = lines_of(tmp_path)[0], lines_of(straight[0])[0]
     assert first["step"] == 1 and first["optim/lr"] == 0.0
@@ -277,9 +280,12 @@ def mistakes(config, straight, warm_ranks, tmp_path_factory):
     old = f"train.output_dir={straight[0]}"
     file = tmp_path_factory.mktemp("file") / "file"
     file.write_text("")
+    full = tmp_path_factory.mktemp("full")
+    (full / "run.json.new").mkdir()
     weights = f"checkpoint.load_weights={folders.latest_checkpoint(straight[0])}"
     cases = {
         "no file": ["--config", "nowhere.yaml"],
+        "dashes": [*base, "--train.steps", "20"],
         "unknown key": [*base, "train.stepz=3"],
         "layout": [*base, new, "parallel.expert_parallel_size=2"],
         "data": [*base, new, f"data.train=[{{path: {file.parent}/text}}]"],
@@ -288,6 +294,8 @@ def mistakes(config, straight, warm_ranks, tmp_path_factory):
         "no resume": [*base, old, f"train.steps={STEPS}", "checkpoint.resume=false"],
         "weights": [*base, new, weights, "model.num_layers=3"],
         "no weights": [*base, new, "checkpoint.load_weights=/nowhere"],
+        "no server": [*base, new, "tracking.mlflow_uri=localhost:5000"],
+        "records": [*base, f"train.output_dir={full}"],
         "output": [*base, f"train.output_dir={file}/run"],
     }
     return warm_ranks(1, f"{CASES}:run_many", cases=cases)[0]
@@ -298,10 +306,18 @@ def test_a_configuration_that_does_not_fit_leaves_the_run_as_it_is(mistakes, str
     assert "lr: 0.5" not in (straight[0] / "config.yaml").read_text()
 
 
+def test_records_that_cannot_be_written_are_no_crash(mistakes):
+    """Not exit code 1, after which Slurm's script would start the job again elsewhere."""
+    code, output = mistakes["records"]
+    assert code == 2 and "Traceback" not in output, output
+    assert "run.json.new: cannot be written (Is a directory)" in output.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("name", "message"),
     [
         ("no file", "nowhere.yaml: no such config file"),
+        ("dashes", "--train.steps: fields are given without dashes, as in train.steps=20"),
         ("unknown key", "train.stepz: unknown key (value 3); did you mean steps?"),
         (
             "layout",
@@ -312,7 +328,8 @@ def test_a_configuration_that_does_not_fit_leaves_the_run_as_it_is(mistakes, str
         ("behind", "is at step 12, past train.steps (6)"),
         ("no resume", "is there already, and checkpoint.resume is false"),
         ("weights", "model.num_layers: checkpoint 2, config 3"),
-        ("no weights", "/nowhere: no such checkpoint folder"),
+        ("no weights", "/nowhere: neither a checkpoint folder (with manifest.json) nor a run"),
+        ("no server", "tracking.mlflow_uri ('localhost:5000'): expected http://HOST:PORT"),
         ("output", "train.output_dir ("),
     ],
 )

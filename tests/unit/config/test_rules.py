@@ -30,6 +30,14 @@ def deepspeed(stage: int = 1, zero: dict[str, Any] | None = None, **changes: Any
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 NVME = {"offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}
 BROKEN = {
+    "accepted_fields_exist": [
+        (
+            run_tree(checkpoint__accept_changes=["data.contents", "optimizer.decay_step"]),
+            "checkpoint.accept_changes (optimizer.decay_step): no such field; did you mean "
+            "optimizer.decay_steps?",
+        ),
+        (run_tree(checkpoint__accept_changes=["zzz"]), "no such field; write section.key"),
+    ],
     "engine_can": [
         (
             run_tree(deepspeed={"zero_optimization": {"stage": 1}}),
@@ -142,9 +150,18 @@ BROKEN = {
             " train.micro_batch_size (1): remove it",
         ),
         (
-            deepspeed(more={"zero_optimisation": {}}),
-            "deepspeed.zero_optimisation ({}) is none of the keys of DeepSpeed's JSON that are "
-            "handed on (aio.block_size, ",
+            deepspeed(more={"zero_optimisation": {"stage": 2}}),
+            "deepspeed.zero_optimisation.stage (2) is none of the keys of DeepSpeed's JSON "
+            "that are handed on: did you mean deepspeed.zero_optimization.stage?",
+        ),
+        (
+            deepspeed(more={"aio": {"xyzzy": 1}}),
+            "deepspeed.aio.xyzzy (1) is none of the keys of DeepSpeed's JSON that are handed on: "
+            "there are aio.block_size, ",
+        ),
+        (
+            deepspeed(more={"xyzzy": 1}),
+            "there are aio, memory_breakdown, steps_per_print, wall_clock_breakdown, zero_optim",
         ),
         (
             deepspeed(more={"gradient_clipping": 0.5}),

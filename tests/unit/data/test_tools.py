@@ -61,9 +61,13 @@ def test_error_is_one_line(tmp_path: Path, tokenizer: Tokenizer):
             "--output",
             tmp_path / "x",
         ),
+        ("build_corpus.py", "--output", bad / "c.jsonl"),
+        ("train_tokenizer.py", "/no/text", "--output", bad / "t.model", "--vocab-size", 300),
     ):
         done = _run(*step, status=1)
         assert done.stderr.splitlines()[-1].startswith("error: ")
+        if any(str(argument).startswith(f"{bad}/") for argument in step):  # before any work
+            assert f": cannot be written ({bad}: File exists)" in done.stderr
         assert "Traceback" not in done.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bad.jsonl"]
 

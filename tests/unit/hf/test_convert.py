@@ -10,18 +10,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pltmoe.checkpoint.compatible import check_weights
+from pltmoe.checkpoint.find import find_checkpoint
 from pltmoe.checkpoint.manifest import read_manifest, write_manifest
 from pltmoe.config import write_config
 from pltmoe.config.counts import count_parameters
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.errors import CheckpointError, ConversionError
-from pltmoe.hf import convert, verify
+from pltmoe.hf import convert, shards, verify
 from pltmoe.hf.checkpoint_tensors import CheckpointTensors
-from pltmoe.hf.convert import ExportOptions, export_checkpoint, find_checkpoint, verify_folder
+from pltmoe.hf.convert import ExportOptions, export_checkpoint, verify_folder
 from pltmoe.hf.convert_back import import_folder
 from pltmoe.hf.mapping import rows
 from pltmoe.hf.verify import Verification
@@ -273,6 +274,18 @@ def test_wrong_logits_are_found_and_leave_nothing(plt_run, tmp_path, monkeypatch
     """The comparison bites: the model that is shipped computes something else."""
     monkeypatch.setattr(convert.ShardWriter, "add", _forget_a_gate(convert.ShardWriter.add))
     with pytest.raises(ConversionError, match="other logits than the checkpoint"):
+        export_checkpoint(plt_run, tmp_path / "hf", QUIET)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_one_error_and_leaves_nothing(plt_run, tmp_path, monkeypatch):
+    """safetensors raises what is no OSError."""
+
+    def full(tensors, path, metadata):
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(shards, "save_file", full)
+    with pytest.raises(ConversionError, match=r"safetensors: cannot be written \(.*No space left"):
         export_checkpoint(plt_run, tmp_path / "hf", QUIET)
     assert not list(tmp_path.iterdir())
 

@@ -5,8 +5,9 @@ import torch
 
 from pltmoe.config import model_from_dict
 from pltmoe.errors import ConversionError
-from pltmoe.hf.mapping import hf_to_megatron, join_qkv, megatron_to_hf, rows, split_qkv
+from pltmoe.hf.mapping import join_qkv, rows, split_qkv
 from pltmoe.model.reference import ReferencePLT
+from tests.state_dicts import hf_to_megatron, megatron_to_hf
 from tests.unit.hf.models import MODELS, small_model
 
 

@@ -1,12 +1,14 @@
 """Small decoders in float64 with the weights of a reference model, every option of the loops."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from pltmoe.config import ModelConfig
 from pltmoe.inference.cache import StaticCache
 from pltmoe.inference.model import PLTDecoder
-from pltmoe.inference.weights import weights_of
+from pltmoe.inference.weights import Weights, pack
 from pltmoe.model.reference import ReferencePLT
 from tests.unit.hf.models import MODELS, random_reference, small_model
 
@@ -25,6 +27,18 @@ def model(name: str) -> ModelConfig:
     if name in SHARED_ROUTING:
         return small_model(name.removesuffix("_routing"), **SHARED_ROUTING[name])
     return small_model(name)
+
+
+def weights_of(
+    model: ModelConfig,
+    name_to_tensor: Mapping[str, Tensor],
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    fp8: bool = False,
+) -> Weights:
+    """Pack a state dict with Hugging Face (or reference) names."""
+    dtype = dtype or name_to_tensor["model.embed_tokens.weight"].dtype
+    return pack(model, name_to_tensor.__getitem__, torch.device(device), dtype, fp8)
 
 
 def pair(name: str, max_slots: int = 64) -> tuple[ReferencePLT, PLTDecoder]:

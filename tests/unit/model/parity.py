@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from pltmoe.config import ModelConfig
-from pltmoe.hf.mapping import megatron_to_hf
 from pltmoe.model.initialize import global_name
 from pltmoe.model.reference import language_model_loss, router_loss
 from tests.single_process import packed_batch, reference_of
+from tests.state_dicts import megatron_to_hf
 
 
 def assert_equals_reference(

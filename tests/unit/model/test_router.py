@@ -9,11 +9,11 @@ import torch
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
-from pltmoe.hf.mapping import megatron_to_hf
 from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics
 from pltmoe.model.reference import ReferencePLT, load_balancing_loss
 from pltmoe.model.router import LoopRouter
 from tests.single_process import build_model
+from tests.state_dicts import megatron_to_hf
 from tests.unit.model.cases import ALL, small_model
 
 

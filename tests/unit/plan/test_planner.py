@@ -199,12 +199,19 @@ def test_what_does_not_fit_is_refused_with_parts_and_advice():
     plan = make_plan(config("vanilla_2.5b_60b"), 8)
     assert f"stage 0 needs {plan.fullest.peak / GIB:.1f} GiB per GPU and has" in message
     assert "biggest parts: optimizer" in message and "parallel.pipeline_parallel_size" in message
+    assert "tools/plan.py --gpus 8 --search lists" in message and "recompute" not in message
+    with pytest.raises(ConfigError, match=r"multiple of .*; tools/plan.py --gpus 24 --search list"):
+        make_plan(config("plt_1.7b_40b"), 24)
 
 
 def test_activations_that_do_not_fit_are_answered_with_recompute():
     run = config("plt_moe_1b_7b", "train.micro_batch_size=8")
     with pytest.raises(ConfigError, match="biggest parts: activations.*parallel.recompute=full"):
         check_fits(run, 8, "H100")
+    run = config("plt_1.7b_40b")  # also where weights are more than activations
+    with pytest.raises(ConfigError, match=r"Try parallel.recompute=full, which fits; tools/plan"):
+        check_fits(run, 16, "H100")
+    assert make_plan(config("plt_1.7b_40b", "parallel.recompute=full"), 16, "H100").fits
 
 
 def test_search_says_why_nothing_can_be_planned():

@@ -6,6 +6,7 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ from pltmoe.reports.done import what_was_done
 from pltmoe.reports.glance import Extras, final_loss
 from pltmoe.reports.plots import Bars, plot_costs
 from pltmoe.reports.runs import Run, read_run, table
-from pltmoe.reports.summary import read_decode, read_generated, write_report
+from pltmoe.reports.summary import read_decode, read_generated, tell_apart, write_report
 from pltmoe.tracking.jsonl import JsonlTracker
 from tests.unit.tracking.runs import LOOPED, PLT, metrics_of, run_config
 
@@ -277,13 +278,25 @@ def test_errors_say_what_is_wrong(run_dirs, tmp_path):
         read_run(tmp_path)
     run = read_run(run_dirs[0])
     with pytest.raises(DataError, match="have the same name 'vanilla'"):
-        write_report([run, run], tmp_path / "r", "t", Extras())
+        write_report(tell_apart([run, run]), tmp_path / "r", "t", Extras())
     with pytest.raises(DataError, match="decode times of \\['other'\\], but the runs are"):
         write_report([run], tmp_path / "r", "t", Extras({"other": {"ms_per_token": 1.0}}))
     empty = Run(run.config, [{"step": 1, "tokens": 1, "time": 1.0}], "here")
     with pytest.raises(DataError, match="no train/loss was logged"):
         write_report([empty], tmp_path / "r", "t", Extras())
     assert not (tmp_path / "r").exists()
+
+
+def test_runs_of_one_name_get_the_ends_of_their_paths(run_dirs, tmp_path):
+    """Seeds and learning rates are runs of one preset."""
+    vanilla, other = (read_run(path) for path in run_dirs[:2])
+    sources = ("a/x/run", "b/x/run", "c/y/run")
+    told = tell_apart([*(replace(vanilla, source=source) for source in sources), other])
+    assert [run.name for run in told] == ["a/x/run", "b/x/run", "c/y/run", "loop2"]
+    told = tell_apart([replace(vanilla, source="w/loop2"), replace(vanilla, source="w/b"), other])
+    assert [run.name for run in told] == ["w/loop2", "w/b", "loop2"], "no name of another run"
+    text = write_report(told[:2], tmp_path, "t", Extras()).read_text()
+    assert "| w/loop2 |" in text and "Nowhere but in their names." in text
 
 
 def test_bad_files_of_other_tools_are_named(tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from pltmoe.errors import DataError
 from pltmoe.tracking import build_tracker
 from pltmoe.tracking.jsonl import (
     JsonlTracker,
@@ -74,6 +75,20 @@ def test_resume_cuts_a_torn_line(tmp_path):
     assert steps_of(tmp_path) == [1, 2, 3]
     write(tmp_path, range(4, 6), resume=3)
     assert steps_of(tmp_path) == [1, 2, 3, 4, 5]
+
+
+def test_a_full_disk_is_an_error_of_ours_and_so_is_a_file_that_cannot_be_opened(tmp_path, caplog):
+    tracker = JsonlTracker(tmp_path / "run", lambda step: step)
+    tracker.start({}, {})
+    tracker._file.close()
+    tracker._file = open("/dev/full", "a")
+    with pytest.raises(DataError, match=r"metrics.jsonl: cannot be written \(No space left on dev"):
+        tracker.log(1, {"train/loss": 1.0})
+    tracker.finish("FAILED")  # does not hide that error
+    assert "the end of this job (FAILED) is not recorded" in caplog.text
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(DataError, match=r"metrics.jsonl: cannot be written \(Is a directory"):
+        JsonlTracker(tmp_path, lambda step: step).start({}, {}, resume_step=8)
 
 
 def test_a_failed_cut_leaves_the_file_whole(tmp_path, monkeypatch):

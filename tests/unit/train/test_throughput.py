@@ -1,21 +1,11 @@
-"""The metric table and throughput arithmetic."""
+"""Throughput arithmetic, and the line of a step."""
 
 import pytest
 
 from pltmoe.config.counts import flops_per_token
 from pltmoe.train.callbacks.log_line import describe
-from pltmoe.train.metrics import METRICS, metric_named
 from pltmoe.train.throughput import Throughput
 from tests.distributed.tiny import tiny_config
-
-
-def test_every_name_is_there_once_and_found_with_loop_and_layer():
-    names = [metric.name for metric in METRICS]
-    assert len(names) == len(set(names))
-    assert metric_named("moe/aux_loss/loop_2").name == "moe/aux_loss"
-    assert metric_named("plt/gate_mean/loop_2/layer_03").name == "plt/gate_mean"
-    assert metric_named("train/loss").unit == "nats per token"
-    assert metric_named("train/lost") is None
 
 
 def test_throughput_since_the_last_answer():
