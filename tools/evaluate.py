@@ -31,11 +31,10 @@ from pltmoe.evaluation.scores import (
     Score,
     as_markdown,
     as_metrics,
-    check_writable,
     scores_of,
     write_results,
 )
-from pltmoe.runtime.command_line import positive, run_tool
+from pltmoe.runtime.command_line import output_file, positive, run_tool
 from pltmoe.tracking.scores import find_run, log_scores
 
 
@@ -49,8 +48,10 @@ def main() -> None:
     needed += [] if args.download or args.log_only else ["--model DIR"]
     if missing := [n for n in needed if getattr(args, n.split()[0].removeprefix("--")) is None]:
         raise ConfigError(f"{' and '.join(missing)} must be given; see --help")
-    if not args.download and not args.log_only:
-        check_writable(args.output)
+    if args.output is not None and args.output.suffix == ".md":
+        raise ConfigError(
+            f"--output {args.output}: names the JSON; the table goes to .md beside it"
+        )
     target = find_run(args.run, args.mlflow_uri) if args.run else None
     if not args.log_only:
         with _local_folder(args) as folder:
@@ -122,7 +123,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tasks", default="local", help=f"{', '.join(LISTS)}, or tasks of the harness: A,B,..."
     )
-    parser.add_argument("--output", type=Path, help="JSON to write; a table goes to .md beside it")
+    parser.add_argument(
+        "--output", type=output_file, help="JSON to write; a table goes to .md beside it"
+    )
     parser.add_argument(
         "--text",
         type=Path,

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pltmoe.errors import ConfigError
 from pltmoe.evaluation.benchmarks import Benchmark
 
 
@@ -53,31 +52,6 @@ def as_markdown(model: str, scores: Sequence[Score], limit: int | None) -> str:
 def as_metrics(scores: Sequence[Score]) -> dict[str, float]:
     """Return ``eval/TASK/METRIC`` for a tracker."""
     return {f"eval/{score.task}/{score.metric}": score.value for score in scores}
-
-
-def check_writable(out: Path) -> None:
-    """Check that :func:`write_results` can write; makes the folder and leaves files as they are.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    if out.suffix == ".md":
-        raise ConfigError(
-            f"--output {out}: names the JSON file, and the table goes to .md beside it; say .json"
-        )
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        for name in (out.name, f"{out.stem}.md"):
-            file = out.parent / name
-            new = not file.exists()
-            file.open("a").close()
-            if new:
-                file.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"--output {out}: cannot be written ({error.filename}: {error.strerror}); "
-            "give a file in a folder that you may write to"
-        ) from None
 
 
 def write_results(results: dict[str, Any], scores: Sequence[Score], table: str, out: Path) -> Path:

@@ -13,7 +13,7 @@ from pltmoe.evaluation.benchmarks import LISTS, PAPER_DENSE, PAPER_MOE, Benchmar
 from pltmoe.evaluation.downloads import check_downloaded, is_cached
 from pltmoe.evaluation.harness import EvaluationOptions, PreparedTasks, check_export, choose
 from pltmoe.evaluation.local_tasks import write_local_tasks
-from pltmoe.evaluation.scores import check_writable, scores_of
+from pltmoe.evaluation.scores import scores_of
 from pltmoe.tracking.journal import Journal
 from pltmoe.tracking.scores import find_run, log_scores
 from tools import evaluate
@@ -114,7 +114,8 @@ def test_the_tool_ends_with_one_line_before_anything_is_loaded(empty_cache):
         (["--output", "x.json"], "--model DIR must be given; see --help"),
         ([], "--output results.json and --model DIR must be given; see --help"),
         (["--tasks", "nothing", "--download"], "--tasks nothing: .* has no such task or group"),
-        (["--model", "m", "--output", "."], r"--output \.: cannot be written \(\.: Is a directory"),
+        (["--model", "m", "--output", "."], r"\.: is a folder; name the file to write"),
+        (["--model", "m", "--output", "x.md"], "names the JSON; the table goes to .md beside it"),
         (["--log-only", "--output", "gone.json"], "gone.json: no results of this tool"),
     ],
 )
@@ -162,21 +163,6 @@ def test_a_text_that_is_too_short_is_refused(tmp_path):
         write_local_tasks(tmp_path / "a.txt", tmp_path / "tasks", 128)
     (tmp_path / "a.txt").write_text(" ".join(words))  # one document is enough
     write_local_tasks(tmp_path / "a.txt", tmp_path / "tasks", 128)
-
-
-def test_scores_that_could_not_be_written_are_refused(tmp_path):
-    (tmp_path / "file").write_text("kept")
-    (tmp_path / "table.md").mkdir()
-    for name, expected in {
-        "file/x.json": "cannot be written .*file: File exists",
-        "table.json": "cannot be written .*table.md: Is a directory",
-        "x.md": "the table goes to .md beside it",
-    }.items():
-        with pytest.raises(ConfigError, match=f"--output {tmp_path}/{name}: .*{expected}"):
-            check_writable(tmp_path / name)
-    check_writable(tmp_path / "file")
-    check_writable(tmp_path / "new/x.json")
-    assert (tmp_path / "file").read_text() == "kept" and not list((tmp_path / "new").iterdir())
 
 
 def test_shots_are_what_the_harness_says():
