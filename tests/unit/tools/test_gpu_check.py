@@ -389,6 +389,7 @@ def test_pages_and_picture_are_made_from_what_was_measured(
 def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
     """A part that fails at its configuration would waste a lent machine."""
     from pltmoe.config import load_config
+    from pltmoe.train.benchmark.configs import check
 
     seen, sizes = 0, set()
     for part in gpu_parts.PARTS:
@@ -406,6 +407,8 @@ def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
                 if re.match(r"(data|model|train|optimizer|parallel|checkpoint)\.", w)
             ]
             config = load_config(REPOSITORY / words[words.index("--config") + 1], overrides)
+            if "--compare" in words:
+                check(words[words.index("--compare") + 1], config, 1)
             if "tools/pretrain.py" in words:  # else a new commit resumes what an old one finished
                 assert words[:4] == ["rm", "-rf", str(config.train.output_dir), "&&"]
             if part.name == "fp8":
