@@ -88,8 +88,8 @@ class Comparison:
 
 SAME_LOSS = {"fp32": 1e-4, "bf16": 1e-2, "fp8": 5e-2}
 """By how much, in nats per token, losses may differ that must be the same. In fp32 rounding parts
-them by 1e-6 in 20 updates, and the smallest mistake seen (experts whose gradients were averaged
-over the wrong ranks) by 3e-2. In bf16 a logit is off by 2^-8 of itself, which averages out over
+them by 1e-6 in 20 updates, and a mistake (a model that does not know that its experts are cut) by
+3e-3 to 3e-2. In bf16 a logit is off by 2^-8 of itself, which averages out over
 512 tokens to 1e-3; FP8 has four bits fewer. These two are guesses: no GPU has measured them."""
 COMPARISONS = {
     "loops": Comparison(
