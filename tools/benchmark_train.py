@@ -10,7 +10,7 @@ precision  a step in FP8 / in bf16; needs Transformer Engine on a GPU, and is no
 engines    a step of DeepSpeed's ZeRO 2 / of the Megatron engine, the other stages beside them, and
            the memory of each; starts its own processes, and is not among the defaults
 pipeline   forward and backward on two stages / what the schedule table predicts; starts its own
-           processes
+           processes; among the defaults where the configuration has stages
 
 Without --config, a small mixture of experts that a CPU trains in a second or less per step.
 Overrides (section.key=value) change its sizes. docs/benchmarks.md shows what was measured.
@@ -24,10 +24,11 @@ import sys
 from pathlib import Path
 
 from pltmoe.config import RunConfig, load_config
-from pltmoe.errors import ConfigError
+from pltmoe.runtime import distributed
 from pltmoe.runtime.command_line import positive, run_tool
 from pltmoe.runtime.cpu import stand_in_for_cuda
 from pltmoe.runtime.logs import configure_logging
+from pltmoe.train.benchmark.configs import check
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DEFAULTS = ("loops", "megatron", "pipeline")
@@ -64,13 +65,14 @@ def main() -> int:
     """Parse the command line, measure, print tables and write them."""
     args = _arguments()
     code = 0
-    for name in args.compare.split(","):
-        config = _config(args, name)
-        if name in STARTS_PROCESSES and "WORLD_SIZE" not in os.environ:
-            count = max(config.parallel.pipeline_parallel_size, 2)
-            code = _start_processes(count, name) or code
-        else:
-            _compare(name, config, args)
+    try:
+        for name, config in _configs(args).items():
+            if name in STARTS_PROCESSES and "WORLD_SIZE" not in os.environ:
+                code = _start_processes(_processes(name, config), name) or code
+            else:
+                _compare(name, config, args)
+    finally:
+        distributed.stop()  # once: ranks that join a second time may meet one that is leaving
     return code
 
 
@@ -78,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--compare", default=",".join(DEFAULTS), help=f"of {','.join(NAMES)}")
+    parser.add_argument("--compare", help=f"of {','.join(NAMES)} (default: {','.join(DEFAULTS)})")
     parser.add_argument("--config", type=Path, help="YAML file of a looped run (default: small)")
     parser.add_argument("--rounds", type=positive, default=20, help="steps of each that count")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each before them")
@@ -86,27 +88,34 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--profile", action="store_true", help="show where a step's time goes")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
-    if unknown := sorted(set(args.compare.split(",")) - set(NAMES)):
+    if args.compare and (unknown := sorted(set(args.compare.split(",")) - set(NAMES))):
         parser.error(f"unknown comparison {unknown[0]}; there are {', '.join(NAMES)}")
     return args
 
 
-def _config(args: argparse.Namespace, name: str) -> RunConfig:
-    path, small = args.config, ()
-    if path is None:
-        path = REPOSITORY / "configs/quickstart_plt2.yaml"
-        small = (*SMALL, *STARTS_PROCESSES.get(name, ()))
-    config = load_config(path, [*small, *args.overrides])
-    p = config.parallel
-    cuts = p.tensor_parallel_size * p.context_parallel_size
-    if name == "pipeline" and (p.pipeline_parallel_size < 2 or cuts > 1):
-        raise ConfigError(
-            "--compare pipeline takes whole sequences through several stages: set "
-            f"parallel.pipeline_parallel_size (is {p.pipeline_parallel_size}) to 2 or more, and "
-            f"parallel.tensor_parallel_size (is {p.tensor_parallel_size}) and "
-            f"parallel.context_parallel_size (is {p.context_parallel_size}) to 1"
-        )
-    return config
+def _configs(args: argparse.Namespace) -> dict[str, RunConfig]:
+    """Return comparison -> configuration, all checked before the first one takes its time."""
+    found = {}
+    for name in args.compare.split(",") if args.compare else DEFAULTS:
+        path, small = args.config, ()
+        if path is None:
+            path = REPOSITORY / "configs/quickstart_plt2.yaml"
+            small = (*SMALL, *STARTS_PROCESSES.get(name, ()))
+        config = load_config(path, [*small, *args.overrides])
+        if name == "pipeline" and not args.compare and config.parallel.pipeline_parallel_size == 1:
+            if os.environ.get("RANK", "0") == "0":
+                print("pipeline is left out: parallel.pipeline_parallel_size is 1")
+            continue
+        check(name, config, _processes(name, config))
+        found[name] = config
+    return found
+
+
+def _processes(name: str, config: RunConfig) -> int:
+    """Return how many there are, or will be."""
+    here = int(os.environ.get("WORLD_SIZE", "1"))
+    starts = name in STARTS_PROCESSES and "WORLD_SIZE" not in os.environ
+    return max(config.parallel.pipeline_parallel_size, 2) if starts else here
 
 
 def _start_processes(count: int, name: str) -> int:
@@ -119,8 +128,6 @@ def _start_processes(count: int, name: str) -> int:
 
 
 def _compare(name: str, config: RunConfig, args: argparse.Namespace) -> None:
-    from pltmoe.runtime import distributed
-
     processes = distributed.processes_from_environment()
     configure_logging(processes.rank)
     stand_in_for_cuda()
@@ -129,16 +136,13 @@ def _compare(name: str, config: RunConfig, args: argparse.Namespace) -> None:
     from pltmoe.train.benchmark.report import markdown, write
 
     distributed.start(processes)
-    try:
-        options = Options(args.rounds, args.warm_up, args.profile)
-        report, profiles = compare(
-            name, config, options, shlex.join(["python", "tools/benchmark_train.py", *sys.argv[1:]])
-        )
-        if distributed.is_main():
-            print(markdown(report), profiles, sep="\n")
-            print("wrote", *write(report, profiles, args.output), flush=True)
-    finally:
-        distributed.stop()
+    options = Options(args.rounds, args.warm_up, args.profile)
+    report, profiles = compare(
+        name, config, options, shlex.join(["python", "tools/benchmark_train.py", *sys.argv[1:]])
+    )
+    if distributed.is_main():
+        print(markdown(report), profiles, sep="\n")
+        print("wrote", *write(report, profiles, args.output), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,15 @@
 
     python tools/gpu_check.py                      all parts that this commit has not passed yet
     python tools/gpu_check.py --parts tests,speed  two parts
-    python tools/gpu_check.py --minutes 9.5        as many as there is time for
+    python tools/gpu_check.py --minutes 9.5        as many as there is time for; call it again
     python tools/gpu_check.py --again              also those that were done
 
 Every part takes less than ten minutes and remembers its result in --work, so a machine that is
-lent for a short while can do them one after another; those that tell most come first. After each,
-the pages docs/gpu_results.md and docs/profile.md and the picture docs/gpu_learning.png are made
-from what was measured; a part that was not run is said to be not run.
+lent for a short while can do them one after another; those that tell most come first, and those
+that failed at this commit are tried again when all others have a result. A part is begun only if
+as much time is left as it is thought to take. After each, the pages docs/gpu_results.md and
+docs/profile.md and the picture docs/gpu_learning.png are made from what was measured; a part that
+was not run is said to be not run.
 """
 
 import argparse
@@ -21,8 +23,9 @@ import subprocess
 import sys
 import time
 import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from pltmoe.reports import gpu_tables, learning
 from pltmoe.reports.gpu_parts import (
@@ -33,15 +36,14 @@ from pltmoe.reports.gpu_parts import (
     PARTS,
     PROFILES,
     RECIPES,
+    TRANSFORMER_ENGINE,
     Part,
     decode_folder,
 )
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-LIMIT_S = 540
-"""Of a part."""
-LEAST_S = 60
-"""No part is begun with less time than this."""
+LIMIT_S = 510
+"""Of a part: of --minutes 9.5 a minute is left to start in."""
 
 
 def main() -> int:
@@ -79,55 +81,47 @@ def main() -> int:
             "[gpu_check] no git repository here, so no part counts as done already; "
             "PLTMOE_COMMIT may say which commit this is"
         )
-    for part in PARTS:
-        if part.name not in args.parts.split(","):
+    absent, too_long = _absent(), []
+    written = _write_pages(args.work, args.page, absent)
+    for part in _in_order(args.parts.split(","), args.work, where["commit"]):
+        if _is_done(part, args.work, where["commit"]) and not args.again:
+            print(f"[gpu_check] {part.name}: done already for {where['commit']}")
+            continue
+        if why_not := _blocked(part, args.work, absent):
+            print(f"[gpu_check] {part.name}: not run: {why_not}")
             continue
         left = deadline - time.monotonic()
-        if left < LEAST_S:
-            print(f"[gpu_check] {part.name} and what follows: no time left")
-            break
-        _run_part(part, args.work, where, args.again, min(LIMIT_S, left))
-        _write_pages(args.work, args.page)
+        if left < (wanted := _wanted_s(part, args.work, where["commit"])):
+            too_long.append(f"{part.name} (about {wanted:.0f} s)")
+            continue
+        _run_part(part, args.work, where, min(LIMIT_S, left))
+        written = _write_pages(args.work, args.page, absent)
+    if too_long:
+        print(f"[gpu_check] no time left for {', '.join(too_long)}; these are guesses. Call again")
     results = [_read(args.work, part) for part in PARTS]
-    return int(any(result and not result["passed"] for result in results))
+    return int(not written or any(result and not result["passed"] for result in results))
 
 
-def _run_part(
-    part: Part, work: Path, where: dict[str, Any], again: bool, limit_s: float = LIMIT_S
-) -> None:
-    if _is_done(part, work, where["commit"]) and not again:
-        print(f"[gpu_check] {part.name}: done already for {where['commit']}")
-        return
-    print(f"[gpu_check] {part.name}: {part.what}", flush=True)
-    started, output, failure = time.monotonic(), "", ""
-    with (work / f"{part.name}.log").open("w") as log:
-        for command in part.commands:
-            left = limit_s - (time.monotonic() - started)
-            code, text = _run(command.format(python=shlex.quote(sys.executable)), work, left, log)
-            output += text
-            if code != 0:
-                failure = f"\n[gpu_check] exit code {code}: {command}\n"
-                break
-    seconds = round(time.monotonic() - started, 1)
-    summary = (output + failure)[-1500:]
-    if not failure:
-        try:
-            summary = _summary(part.name, work, output)
-        except Exception:  # the parts that follow are worth their time
-            failure = summary = f"cannot say what it measured:\n{traceback.format_exc()}"
-            print(failure)
-    if failure and limit_s < LIMIT_S and seconds >= limit_s - 1:
-        print(f"[gpu_check] {part.name}: stopped after {seconds} s: no time left")
-        return
-    result = {
-        "passed": not failure,
-        "seconds": seconds,
-        "where": where,
-        "command": f"python tools/gpu_check.py --parts {part.name}",
-        "summary": summary,
-    }
-    (work / f"{part.name}.json").write_text(json.dumps(result, indent=2))
-    print(f"[gpu_check] {part.name}: {'FAILED' if failure else 'passed'} in {seconds} s")
+def _absent() -> dict[str, str]:
+    """Return which software that parts need is not here, and why."""
+    import torch
+
+    from pltmoe.runtime import devices
+
+    found = devices.transformer_impl("auto", torch.bfloat16)
+    return {} if found.choice == "TE" else {TRANSFORMER_ENGINE: found.reason}
+
+
+def _in_order(names: Sequence[str], work: Path, commit: str) -> list[Part]:
+    """Return parts in their order; those that failed at this commit, and their users, come last."""
+    failed = {part.name for part in PARTS if _has_failed(part, work, commit)}
+    parts = [part for part in PARTS if part.name in names]
+    return sorted(parts, key=lambda part: bool({part.name, part.data_of} & failed))
+
+
+def _has_failed(part: Part, work: Path, commit: str) -> bool:
+    before = _read(work, part)
+    return before is not None and not before["passed"] and before["where"]["commit"] == commit
 
 
 def _is_done(part: Part, work: Path, commit: str) -> bool:
@@ -142,25 +136,88 @@ def _is_done(part: Part, work: Path, commit: str) -> bool:
     )
 
 
-def _run(command: str, work: Path, limit_s: float, log: TextIO) -> tuple[int, str]:
-    """Run one shell command; show its output as it comes, and keep it."""
+def _blocked(part: Part, work: Path, absent: Mapping[str, str]) -> str:
+    """Say why it cannot be run here; nothing if it can."""
+    if part.needs in absent:
+        return absent[part.needs]
+    data = [path for other in PARTS if other.name == part.data_of for path in other.makes]
+    gone = [path for path in data if not (work / path).exists()]
+    return f"{part.data_of} has not made {gone[0]}" if gone else ""
+
+
+def _wanted_s(part: Part, work: Path, commit: str) -> float:
+    """Return the seconds to begin it with: a guess, but more than what was too little before."""
+    before = _load(work / f"{part.name}.stopped.json")
+    if before is None or before["commit"] != commit:
+        return part.seconds
+    return min(LIMIT_S, max(part.seconds, 1.1 * before["seconds"]))
+
+
+def _run_part(part: Part, work: Path, where: dict[str, Any], limit_s: float = LIMIT_S) -> None:
+    print(f"[gpu_check] {part.name}: {part.what}", flush=True)
+    started, output, failure = time.monotonic(), "", ""
+    log, stopped = work / f"{part.name}.log", work / f"{part.name}.stopped.json"
+    log.write_text("")
+    for command in part.commands:
+        left = limit_s - (time.monotonic() - started)
+        code, text = _run(command.format(python=shlex.quote(sys.executable)), work, left, log)
+        output += text
+        if code != 0:
+            failure = f"\n[gpu_check] exit code {code}: {command}\n"
+            break
+    seconds = round(time.monotonic() - started, 1)
+    summary = (output + failure)[-1500:]
+    if not failure:
+        try:
+            summary = _summary(part.name, work, output)
+        except Exception:  # the parts that follow are worth their time
+            failure = summary = f"cannot say what it measured:\n{traceback.format_exc()}"
+            print(failure)
+    if failure and limit_s < LIMIT_S and seconds >= limit_s - 1:
+        _save(stopped, {"commit": where["commit"], "seconds": seconds})
+        print(f"[gpu_check] {part.name}: stopped after {seconds} s: no time left")
+        return
+    result = {
+        "passed": not failure,
+        "seconds": seconds,
+        "where": where,
+        "command": f"python tools/gpu_check.py --parts {part.name}",
+        "summary": summary,
+    }
+    _save(work / f"{part.name}.json", result)
+    stopped.unlink(missing_ok=True)
+    print(f"[gpu_check] {part.name}: {'FAILED' if failure else 'passed'} in {seconds} s")
+
+
+def _run(command: str, work: Path, limit_s: float, log: Path) -> tuple[int, str]:
+    """Run one shell command; show its output as it comes, and add it to ``log``.
+
+    A process that it leaves behind may go on writing there, but is not waited for.
+    """
     paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "WORK": str(work), "PYTHONPATH": paths, "HF_HUB_OFFLINE": "1"}
-    process = subprocess.Popen(
-        ["timeout", "--kill-after=5", str(max(1, int(limit_s))), "bash", "-c", command],
-        cwd=REPOSITORY,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    lines = []
-    with process:
-        for line in process.stdout or ():
-            print(line, end="", flush=True)
-            print(line, end="", file=log, flush=True)
-            lines.append(line)
-    return process.returncode, "".join(lines)
+    output = b""
+    with log.open("ab") as written, log.open("rb") as read:
+        read.seek(0, os.SEEK_END)
+        process = subprocess.Popen(
+            ["timeout", "--kill-after=5", str(max(1, int(limit_s))), "bash", "-c", command],
+            cwd=REPOSITORY,
+            env=environment,
+            stdout=written,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            code = None
+            while code is None:
+                time.sleep(0.1)
+                code = process.poll()  # first, so that what is read last is all of it
+                new = read.read()
+                output += new
+                sys.stdout.buffer.write(new)  # as it is: who knows in which encoding
+                sys.stdout.buffer.flush()
+        finally:
+            process.terminate()
+    return code, output.decode("utf-8", "replace").replace("\r", "\n")
 
 
 def _summary(name: str, work: Path, output: str) -> str:
@@ -200,30 +257,47 @@ def _decode_section(name: str, work: Path) -> str:
     return text[text.index("#### The paper's ratios") :].split("\n#### ")[0]
 
 
-def _learned(work: Path) -> list[str]:
+def _learned(work: Path) -> str:
     """Put the learn parts side by side; the picture is drawn by ``_write_pages``."""
     rows = learning.read_rows(work / "learn", list(LEARNING))
     if not rows:
-        return [gpu_tables.NOT_RUN]
+        return gpu_tables.NOT_RUN
     picture = ["", "![Validation losses of the rows](gpu_learning.png)"]
-    return [learning.losses_table(rows), "", learning.order(rows), *picture]
+    return "\n".join([learning.losses_table(rows), "", learning.order(rows), *picture])
 
 
-def _write_pages(work: Path, page: Path) -> None:
-    """Write the page of results and, beside it, the profiles and the picture."""
-    page.write_text(_page(work))
-    profiles = page.with_name("profile.md")
-    profiles.write_text(gpu_tables.profile_page(work, PROFILES))
-    written = [page, profiles]
-    if rows := learning.read_rows(work / "learn", list(LEARNING)):
-        written.append(page.with_name("gpu_learning.png"))
-        title = f"Ablation rows at 100M active parameters, {LEARN_STEPS} steps"
-        learning.draw(rows, written[-1], title)
-    print("wrote", *written)
+def _or_why_not(text: Callable[[Path], str], work: Path) -> str:
+    """Return a text made from ``work``: one file of older sources there costs that text alone."""
+    try:
+        return text(work)
+    except Exception as error:
+        traceback.print_exc()
+        return f"Cannot say what was measured: {type(error).__name__}: {error}"
 
 
-def _page(work: Path) -> str:
-    """Write the page from the results of all parts."""
+def _write_pages(work: Path, page: Path, absent: Mapping[str, str] | None = None) -> bool:
+    """Write the page of results and, beside it, the profiles and the picture; say if it went well.
+
+    Nothing that goes wrong here ends the parts that follow.
+    """
+    profiles, picture = page.with_name("profile.md"), page.with_name("gpu_learning.png")
+    try:
+        page.write_text(_page(work, absent or {}), encoding="utf-8")
+        text = _or_why_not(lambda work: gpu_tables.profile_page(work, PROFILES), work)
+        profiles.write_text(text, encoding="utf-8")
+        if rows := learning.read_rows(work / "learn", list(LEARNING)):
+            title = f"Ablation rows at 100M active parameters, {LEARN_STEPS} steps"
+            learning.draw(rows, picture, title)
+    except Exception:
+        traceback.print_exc()
+        print(f"[gpu_check] not all of {page}, {profiles.name}, {picture.name} could be written")
+        return False
+    print("wrote", page, profiles, *([picture] if rows else []))
+    return True
+
+
+def _page(work: Path, absent: Mapping[str, str]) -> str:
+    """Write the page from the results of all parts; ``absent``: see ``_absent``."""
     lines = [
         "# GPU results",
         "",
@@ -231,20 +305,23 @@ def _page(work: Path) -> str:
         "",
         "## Targets",
         "",
-        gpu_tables.targets_table(work),
+        _or_why_not(gpu_tables.targets_table, work),
         "",
         "What a step's time goes to: [profile.md](profile.md).",
         "",
         "## Learning",
         "",
-        *_learned(work),
+        _or_why_not(_learned, work),
         "",
     ]
     for part in PARTS:
         result = _read(work, part)
         lines += [f"## {part.name}: {part.what}", ""]
+        if part.needs in absent and not (result and result["passed"]):
+            lines += [f"Not run: {absent[part.needs]}.", ""]
+            continue
         if result is None:
-            lines += ["Not run.", ""]
+            lines += [gpu_tables.NOT_RUN, ""]
             continue
         where = result["where"]
         lines += [
@@ -259,8 +336,18 @@ def _page(work: Path) -> str:
 
 
 def _read(work: Path, part: Part) -> dict[str, Any] | None:
-    path = work / f"{part.name}.json"
+    """Return the last result of a part."""
+    return _load(work / f"{part.name}.json")
+
+
+def _load(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
+
+
+def _save(path: Path, tree: Mapping[str, Any]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(tree, indent=2))
+    os.replace(temporary, path)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from pltmoe.config import RunConfig
@@ -41,6 +42,24 @@ def stage_parts(layout: Layout, num_layers: int, rank: int) -> StageParts:
     return StageParts(tuple(chunks), stage == 0, stage == layout.pipeline_parallel_size - 1)
 
 
+def describe_layers(
+    config: RunConfig,
+    dtype: torch.dtype,
+    transformer_impl: Literal["local", "transformer_engine"],
+    fp8: Fp8 | None,
+) -> TransformerConfig:
+    """Describe the layers of a run to Megatron-core."""
+    return transformer_config(
+        config.model,
+        params_dtype=dtype,
+        parallel=config.parallel,
+        transformer_impl=transformer_impl,
+        fp8=fp8,
+        gradient_accumulation_fusion=config.train.gradient_accumulation_fusion,
+        deterministic=config.train.deterministic,
+    )
+
+
 def build_stage(
     config: RunConfig,
     layout: Layout,
@@ -51,15 +70,7 @@ def build_stage(
     fp8: Fp8 | None = None,
 ) -> PLTModel:
     """Build this rank's part of the model, with uninitialised weights."""
-    transformer = transformer_config(
-        config.model,
-        params_dtype=dtype,
-        parallel=config.parallel,
-        transformer_impl=transformer_impl,
-        fp8=fp8,
-        gradient_accumulation_fusion=config.train.gradient_accumulation_fusion,
-        deterministic=config.train.deterministic,
-    )
+    transformer = describe_layers(config, dtype, transformer_impl, fp8)
     is_cut = layout.context_parallel_size > 1 or layout.sequence_parallel
     return PLTModel(
         config.model,

@@ -6,6 +6,7 @@ TRAIN_STEPS = 200
 MODELS = ("vanilla", "loop2", "plt2")
 RECIPES = ("tensorwise", "delayed", "blockwise")
 """Of FP8, on Hopper."""
+TRANSFORMER_ENGINE = "Transformer Engine"
 FULL = {
     "bf16": "train.precision=bf16",
     "bf16-fused": "train.precision=bf16 train.gradient_accumulation_fusion=true",
@@ -65,6 +66,12 @@ class Part:
     commands: tuple[str, ...]
     makes: tuple[str, ...] = ()
     """What other parts need of it, in $WORK: without these it is not done."""
+    data_of: str = ""
+    """The part that makes what it needs."""
+    needs: str = ""
+    """Software that must be there."""
+    seconds: int = 240
+    """About how long it takes on an H200: a guess, until one has run it."""
 
 
 def _pretrain(model: str, name: str, more: str = "") -> str:
@@ -95,7 +102,8 @@ def _full(precision: str) -> Part:
     more = "set -o pipefail; export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; "
     log = f"$WORK/mfu-{precision}.first"
     tries = f"{large} 2>&1 | tee {log} || {{{{ grep -qi 'out of memory' {log} && {small}; }}}}"
-    return Part(f"mfu-{precision}", what, (more + tries,))
+    needs = "" if precision == "bf16" else TRANSFORMER_ENGINE
+    return Part(f"mfu-{precision}", what, (more + tries,), needs=needs, seconds=150)
 
 
 def _learning(name: str, seed: int) -> Part:
@@ -113,17 +121,18 @@ def _learning(name: str, seed: int) -> Part:
         + f" && rm -r $WORK/learn/{name}-seed{seed}/checkpoints"  # 9 GB; fifteen would fill disks
     )
     what = f"{file}{', ' + changes if changes else ''}, seed {seed}: {LEARN_STEPS} steps"
-    return Part(f"learn-{name}-seed{seed}", what, (command,))
+    name = f"learn-{name}-seed{seed}"
+    return Part(name, what, (command,), data_of="learn-data", seconds=300)
 
 
-def _decoding(name: str, what: str, options: str) -> Part:
+def _decoding(name: str, what: str, options: str, seconds: int = 240) -> Part:
     """One share of the decode benchmark; all of them add to $WORK/decode/decode.json."""
     folder = decode_folder(name)
     command = (
         f"{{python}} tools/benchmark_decode.py --output $WORK/{folder} --new-tokens 64 --rounds 3 "
         f"{options}"
     )
-    return Part(f"decode-{name}", what, (command,))
+    return Part(f"decode-{name}", what, (command,), seconds=seconds)
 
 
 def decode_folder(name: str) -> str:
@@ -176,6 +185,8 @@ PARTS = (
             _pretrain("plt2", f"plt2-{recipe}", f"train.precision=fp8 train.fp8_recipe={recipe}")
             for recipe in RECIPES
         ),
+        data_of="train",
+        needs=TRANSFORMER_ENGINE,
     ),
     _decoding(
         "headline-vanilla",
@@ -186,6 +197,7 @@ PARTS = (
         "headline-plt",
         "PLT-2 1.7B/40B, both routings, batch 1 to 256, prefill; the ratios",
         "--compare headline --only 'PLT-2 1.7B/40B' --only 'PLT-2 1.7B/40B, shared routing'",
+        seconds=360,
     ),
     Part(
         "tests-runs",
@@ -200,6 +212,8 @@ PARTS = (
             "{python} tools/benchmark_train.py --compare precision --output $WORK/speed "
             f"--profile {SPEED_SIZES}",
         ),
+        needs=TRANSFORMER_ENGINE,
+        seconds=150,
     ),
     Part(
         "decode",
@@ -213,6 +227,7 @@ PARTS = (
             "{python} tools/benchmark_decode.py --output $WORK/decode.json "
             + " ".join(f"--model {m}=$WORK/hf/{m}" for m in MODELS),
         ),
+        data_of="train",
     ),
     _decoding(
         "headline-fused",
@@ -237,11 +252,13 @@ PARTS = (
         "one-size",
         "680M/13B: vanilla, loop-2, + CLP, + shared KV, PLT-2, PLT-3, batch 1 to 32",
         "--compare ablation --batches 1,4,16,32 --prefill 0",
+        seconds=360,
     ),
     _decoding(
         "one-size-large",
         "the same, batch 64 to 256",
         "--compare ablation --batches 64,128,256 --prefill 0",
+        seconds=360,
     ),
     Part(
         "learn-data",
@@ -256,6 +273,7 @@ PARTS = (
             "--tokenizer $WORK/learn/tokenizer.model --output $WORK/learn/corpus",
         ),
         ("learn/tokenizer.model", "learn/corpus.bin"),
+        seconds=300,
     ),
     *(_learning(name, SEEDS[0]) for name in LEARNING),
     *(_learning(row, seed) for seed in SEEDS[1:] for row in LEARNING if row.startswith("row")),

@@ -18,7 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
-BLOCK_N = 64
+BLOCK_BYTES = 16 * 1024
+"""Of one block of keys. Several wait in shared memory, with their values and the query tile, and
+devices of compute capability 8.6, 8.9 and 12.0 have 99 KiB of that."""
 KEYS_PER_SPLIT = 128
 MOST_SPLITS = 64
 """More do not fit the registers of the program that joins them."""
@@ -215,8 +217,7 @@ def decode_attention(
         "G": g, "L": L, "PER": h // g, "K": k, "BLOCK_K": max(16, triton.next_power_of_2(k)),
         "ROWS": max(16, triton.next_power_of_2(L * h // g)),
     }  # fmt: skip
-    how = {"BLOCK_N": BLOCK_N, "num_warps": 4}
-    how["num_stages"] = 3 if q_bLhk.element_size() <= 2 else 2
+    how: dict[str, int | str] = {**tile(sizes["BLOCK_K"], q_bLhk.element_size())}
     how["PRECISION"] = "ieee" if q_bLhk.dtype == torch.float32 else "tf32"
     scale = LOG2_E * k**-0.5
     splits = splits or choose_splits(b * g, n, _processors(q_bLhk.device))
@@ -238,6 +239,17 @@ def decode_attention(
         BLOCK_S=triton.next_power_of_2(splits), PARTS=parts, WINDOWS=windows, **sizes, num_warps=2
     )  # fmt: skip
     return y_bLhk
+
+
+def tile(block_k: int, element_size: int) -> dict[str, int]:
+    """Return keys of a block, warps and stages that fit a device with little shared memory.
+
+    ``block_k`` is the padded head size, ``element_size`` in bytes.
+    """
+    row = block_k * element_size
+    keys = max(16, min(64, BLOCK_BYTES // row))  # 16 is the least that a tensor core takes
+    stages = 3 if element_size <= 2 and keys == 64 else 2
+    return {"BLOCK_N": keys, "num_warps": 4, "num_stages": stages}
 
 
 def choose_splits(heads: int, n: int, processors: int) -> int:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 
-from pltmoe.config import RunConfig, config_from_dict, config_to_dict
+from pltmoe.config import RunConfig
 from pltmoe.config.counts import flops_per_token
 from pltmoe.engines import build_engine
 from pltmoe.engines.base import Batch
@@ -15,27 +15,19 @@ from pltmoe.errors import ConfigError
 from pltmoe.model.sdpa import SDPACoreAttention
 from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime.memory import tensor_bytes
+from pltmoe.train.benchmark.configs import (
+    ENGINES,
+    MEGATRON,
+    PRECISIONS,
+    ZERO,
+    as_vanilla,
+    in_engine,
+    in_precision,
+)
 from pltmoe.train.benchmark.megatron_gpt import MegatronGPT
 from pltmoe.train.benchmark.timing import Candidate
 
 ALONE = "step"
-_ONE_LOOP = {
-    "num_loops": 1,
-    "cross_loop_shift": False,
-    "share_first_loop_kv": False,
-    "gated_swa": False,
-    "gate_use_hidden_states": False,
-    "normalize_per_loop": False,
-    "emb_scale": 1.0,
-    "hidden_scale": 1.0,
-    "moe_loop_routing": "independent",
-}
-
-
-def as_vanilla(config: RunConfig) -> RunConfig:
-    """Return the same run with one loop."""
-    tree = config_to_dict(config)
-    return config_from_dict({**tree, "model": {**tree["model"], **_ONE_LOOP}})
 
 
 def random_batches(config: RunConfig, layout: Layout, number: int) -> Iterator[Batch]:
@@ -97,35 +89,24 @@ def alone(config: RunConfig, groups: ProcessGroupCollection) -> list[Candidate]:
 def precisions(config: RunConfig, groups: ProcessGroupCollection) -> list[Candidate]:
     """Return the model of ``config`` with matrix products in FP8, and in bf16."""
     return [
-        _engine(precision, _with_train(config, precision=precision), groups)[0]
-        for precision in ("fp8", "bf16")
+        _engine(precision, in_precision(config, precision), groups)[0] for precision in PRECISIONS
     ]
 
 
-MEGATRON, ZERO = "Megatron", "DeepSpeed, ZeRO 2"
-_OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
-_ENGINES: dict[str, dict[str, Any] | None] = {
-    MEGATRON: None,
-    "DeepSpeed, ZeRO 0": {"stage": 0},
-    "DeepSpeed, ZeRO 1": {"stage": 1},
-    ZERO: {"stage": 2},
-    "DeepSpeed, ZeRO 3": {"stage": 3},
-    "DeepSpeed, ZeRO 2, optimizer in host memory": {"stage": 2, **_OFFLOAD},
-}
-"""Name -> DeepSpeed's zero_optimization."""
-
-
 def engines(config: RunConfig, groups: ProcessGroupCollection) -> tuple[list[Candidate], list[str]]:
-    """Return ``config`` in each engine that can run it, and the memory that each takes."""
+    """Return ``config`` in each engine that can run it, and the memory that each takes.
+
+    Raises:
+        ConfigError: one of the two whose ratio is wanted cannot.
+    """
     found, notes = [], []
-    for name, zero in _ENGINES.items():
-        tree = config_to_dict(config)
-        if zero is not None:
-            tree |= {"engine": "deepspeed", "deepspeed": {"zero_optimization": zero}}
+    for name in ENGINES:
         try:
-            candidate, note = _weighed(name, config_from_dict(tree), groups)
+            candidate, note = _weighed(name, in_engine(config, name), groups)
         except ConfigError as error:
-            notes.append(f"{name} is left out: {error}")
+            if name in (MEGATRON, ZERO):
+                raise
+            notes.append(f"left out: {error}")
             continue
         found.append(candidate)
         notes.append(note)
@@ -136,22 +117,17 @@ def _weighed(name: str, config: RunConfig, groups: ProcessGroupCollection) -> tu
     """Build an engine; say what it holds after a step, and after a backward pass."""
     before = tensor_bytes()
     candidate, engine = _engine(name, config, groups)
-    candidate.step(0)  # allocates Adam's moments
+    candidate.prepare(0)()  # allocates Adam's moments
     held = tensor_bytes() - before
     layout = engine.capabilities.layout
     engine._forward_backward(random_batches(config, layout, 0), forward_only=False)
     gradients = tensor_bytes() - before
-    candidate.step(0)  # takes the gradients away (DeepSpeed adds this step's to them first)
+    candidate.prepare(0)()  # takes the gradients away (DeepSpeed adds this step's to them first)
     where = "this rank" if layout.world_size > 1 else "the process"
     return candidate, (
         f"tensors of {where}, {name}: {held / 2**20:.1f} MiB between steps, "
         f"{gradients / 2**20:.1f} MiB before an update"
     )
-
-
-def _with_train(config: RunConfig, **changes: Any) -> RunConfig:
-    tree = config_to_dict(config)
-    return config_from_dict({**tree, "train": {**tree["train"], **changes}})
 
 
 def _engine(name: str, config: RunConfig, groups: ProcessGroupCollection) -> tuple[Candidate, Any]:
@@ -164,8 +140,11 @@ def _engine(name: str, config: RunConfig, groups: ProcessGroupCollection) -> tup
     return _candidate(name, config, layout, step), engine
 
 
-def _candidate(name: str, config: RunConfig, layout: Layout, step: Callable[..., Any]) -> Candidate:
-    def numbered(number: int) -> float:
-        return float(step(random_batches(config, layout, number)))
+def _candidate(
+    name: str, config: RunConfig, layout: Layout, step: Callable[[Iterator[Batch]], Any]
+) -> Candidate:
+    def prepare(number: int) -> Callable[[], float]:
+        batches = list(random_batches(config, layout, number))  # a loader's work, not a step's
+        return lambda: float(step(iter(batches)))
 
-    return Candidate(name, *work_of(config), numbered)
+    return Candidate(name, *work_of(config), prepare)

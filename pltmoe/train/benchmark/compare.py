@@ -9,11 +9,13 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 
 from pltmoe.config import RunConfig
 from pltmoe.config.counts import count_parameters
+from pltmoe.errors import EngineError
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime import devices, seeds
 from pltmoe.runtime.versions import commit, versions
 from pltmoe.train.benchmark import candidates
+from pltmoe.train.benchmark.configs import MEGATRON, ZERO, check
 from pltmoe.train.benchmark.pipeline import FORWARD_BACKWARD, PREDICTED, measure_pipeline
 from pltmoe.train.benchmark.report import Goal, Report, row
 from pltmoe.train.benchmark.timing import Candidate, Times, Work, measure, profile, ratio
@@ -84,6 +86,11 @@ class Comparison:
     """Where it is not the same there."""
 
 
+SAME_LOSS = {"fp32": 1e-4, "bf16": 1e-2, "fp8": 5e-2}
+"""By how much, in nats per token, losses may differ that must be the same. In fp32 rounding parts
+them by 1e-6 in 20 updates, and a mistake (a model that does not know that its experts are cut) by
+3e-3 to 3e-2. In bf16 a logit is off by 2^-8 of itself, which averages out over
+512 tokens to 1e-3; FP8 has four bits fewer. These two are guesses: no GPU has measured them."""
 COMPARISONS = {
     "loops": Comparison(
         "looped step / vanilla step of the same layers",
@@ -104,9 +111,9 @@ COMPARISONS = {
         "Megatron-core",
         in_turn(candidates.megatron),
         (
-            "the same in both: weights, batches, Megatron-core's dispatcher, data-parallel "
-            "wrapper, distributed optimizer and schedule of micro batches; both from Transformer "
-            "Engine's layers where our engine uses them, else both from local ones",
+            "the same in both: weights, batches, layout, precision, Megatron-core's dispatcher, "
+            "data-parallel wrapper, distributed optimizer and schedule of micro batches; both from "
+            "Transformer Engine's layers where our engine uses them, else both from local ones",
             "different with local layers: Megatron-core's attention keeps all scores (two batched "
             "products and a softmax), ours is scaled_dot_product_attention; with that put into "
             "Megatron-core's model the third line is measured. On a GPU our experts are then one "
@@ -129,8 +136,8 @@ COMPARISONS = {
     "engines": Comparison(
         "a step of DeepSpeed's ZeRO 2 / the same step of the Megatron engine",
         Goal(at_most=1.5),
-        candidates.ZERO,
-        candidates.MEGATRON,
+        ZERO,
+        MEGATRON,
         engines,
         (
             "Megatron keeps its gradient buffers between steps, DeepSpeed does not; on a CPU host "
@@ -165,8 +172,13 @@ def compare(name: str, config: RunConfig, options: Options, command: str) -> tup
 
     Returns:
         The report, and the profiles of both candidates when they were asked for.
+
+    Raises:
+        ConfigError: this cannot be measured of ``config``, with the reason.
+        EngineError: what was measured does not do the same work, or the processes do not fit.
     """
     what = COMPARISONS[name]
+    check(name, config, dist.get_world_size())
     layout = layout_for(config, dist.get_world_size())
     groups = create_groups(layout)
     try:
@@ -174,6 +186,8 @@ def compare(name: str, config: RunConfig, options: Options, command: str) -> tup
         found = what.measure(config, groups, options)
     finally:
         destroy_groups()
+    if what.same_losses:
+        check_losses(found, what.slow, devices.precision_name(config.train.precision))
     report = Report(
         name,
         what.title,
@@ -185,6 +199,32 @@ def compare(name: str, config: RunConfig, options: Options, command: str) -> tup
         _notes(what, found),
     )
     return report, "\n".join(found.profiles)
+
+
+def losses_apart(found: Measured, name: str) -> dict[str, float]:
+    """Return by how much, at most, the losses of each other candidate differ from ``name``'s."""
+
+    def apart(other: str) -> float:  # what is not a number stays so
+        ours, theirs = (
+            torch.tensor(found.times[n].losses, dtype=torch.float64) for n in (name, other)
+        )
+        return (ours - theirs).abs().max().item()
+
+    others = [work.name for work in found.works if work.name != name]
+    return {other: apart(other) for other in others}
+
+
+def check_losses(found: Measured, name: str, precision: str) -> None:
+    """Raise EngineError if a candidate that must do the same work as ``name`` does not."""
+    bound = SAME_LOSS[precision]
+    for other, most in losses_apart(found, name).items():
+        if not most <= bound:
+            raise EngineError(
+                f"the losses of {name} and {other} differ by {most:.1e} nats, more than {bound:g} "
+                f"in {precision}: they do not do the same work, so their times say nothing; look "
+                "for a setting that only one of them follows, or take fewer --rounds (after many "
+                "updates rounding alone parts them)"
+            )
 
 
 def _peak_flops(config: RunConfig) -> float | None:
@@ -203,12 +243,11 @@ def _notes(what: Comparison, found: Measured) -> list[str]:
     if flops[what.slow] != flops[what.fast]:
         more = flops[what.slow] / flops[what.fast]
         notes.append(f"{what.slow} must do {more:.3f} times the FLOPs of {what.fast}")
-    for work in found.works[2:]:
-        beside = ratio(found.times, what.slow, work.name).median
-        notes.append(f"{what.slow} / {work.name}: {beside:.3f}")
+    for name in [name for name in flops if name not in (what.slow, what.fast)]:
+        beside = ratio(found.times, what.slow, name).median
+        notes.append(f"{what.slow} / {name}: {beside:.3f}")
     if what.same_losses:
-        slow, fast = (found.times[name].losses for name in (what.slow, what.fast))
-        most = max(abs(a - b) for a, b in zip(slow, fast, strict=True))
+        most = max(losses_apart(found, what.slow).values())
         notes.append(f"largest difference of their losses: {most:.1e}")
     return [*notes, *found.notes, *what.notes]
 

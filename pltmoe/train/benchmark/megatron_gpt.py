@@ -2,8 +2,9 @@
 
 The model is ``GPTModel`` from Megatron-core's local layer spec, or from its Transformer Engine spec
 where our engine uses that, in the same data-parallel wrapper, with the same distributed optimizer
-and the same schedule of micro batches as our engine. Weights are copied from our model, so both
-have the same losses: that is checked. Statistics of its routers are not taken, as ours are not.
+and the same schedule of micro batches as our engine, on the same layout. Weights are copied from
+our model, so both have the same losses: that is checked. Statistics of its routers are not taken,
+as ours are not. What it would not do as ours does, configs.py refuses.
 """
 
 from collections.abc import Container, Iterator
@@ -24,11 +25,12 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from pltmoe.config import ModelConfig, RunConfig
+from pltmoe.engines.backends import choose_fp8
 from pltmoe.engines.base import Batch
 from pltmoe.engines.megatron_optimizer import build_optimizer, build_schedule, wrap_in_ddp
-from pltmoe.model.megatron_config import transformer_config
 from pltmoe.parallel.layout import Layout
-from pltmoe.runtime import devices
+from pltmoe.parallel.pipeline import describe_layers
+from pltmoe.runtime import devices, fp8
 
 
 class MegatronGPT:
@@ -54,9 +56,11 @@ class MegatronGPT:
         set_moe_metrics_tracker(_NoStatistics())
         assert model.num_loops == 1, "Megatron-core has no loops"
         dtype = devices.parameter_dtype(config.train.precision)
-        is_te = devices.transformer_impl(config.train.transformer_impl, dtype).choice == "TE"
-        impl = "transformer_engine" if is_te else "local"
-        transformer = transformer_config(model, params_dtype=dtype, transformer_impl=impl)
+        impl = devices.transformer_impl(config.train.transformer_impl, dtype)
+        is_te = impl.choice == "TE"
+        in_fp8, _ = choose_fp8(config, impl, fp8.this_machine())
+        kind = "transformer_engine" if is_te else "local"
+        transformer = describe_layers(config, dtype, kind, in_fp8)
         spec = gpt_layer_spec(model, is_te)
         if attention is not None:
             spec.submodules.self_attention.submodules.core_attention = attention
@@ -70,7 +74,7 @@ class MegatronGPT:
             rotary_base=int(model.rope_theta),
             pg_collection=groups,
         )
-        self._ddp = wrap_in_ddp(self.model, groups)
+        self._ddp = wrap_in_ddp(self.model, groups, config.parallel.overlap_grad_reduce)
         self._optimizer = build_optimizer(config, self._ddp, dtype, groups)
         self._schedule = build_schedule(config, self._optimizer)
         transformer.finalize_model_grads_func = finalize_model_grads

@@ -60,9 +60,10 @@ def measure_pipeline(
     total = warm_up + rounds
     for number in tqdm(range(1, total + 1), "pipeline", unit="step", disable=dist.get_rank() > 0):
         predicted = predict(layout, chunks.time_all_ranks())
+        batches = list(random_batches(config, layout, number))
         dist.barrier()
         begin = now()
-        loss = engine.train_step(random_batches(config, layout, number), number, watch=False).loss
+        loss = engine.train_step(iter(batches), number, watch=False).loss
         end = now()
         latest = _latest(watch.end - begin, end - begin)
         if number > warm_up:

@@ -29,8 +29,8 @@ class Work:
 class Candidate(Work):
     """Something that takes training steps, alone or with the other ranks of a run."""
 
-    step: Callable[[int], float]
-    """Takes optimizer step number n (from 1) and returns its loss."""
+    prepare: Callable[[int], Callable[[], float]]
+    """Makes optimizer step number n (from 1) ready; what it returns takes it and says its loss."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,9 @@ def measure(
         for number in range(1, warm_up + rounds + 1):
             for candidate in candidates if number % 2 else reversed(candidates):
                 bar.set_description(candidate.name)
+                take = candidate.prepare(number)
                 begin, cpu = now(), time.process_time()
-                loss = candidate.step(number)
+                loss = take()
                 seconds = now() - begin
                 if number > warm_up:
                     kept = times[candidate.name]
@@ -103,9 +104,10 @@ def ratio(times: Mapping[str, Times], slow: str, fast: str) -> Ratio:
 
 def profile(candidate: Candidate, number: int, rows: int = 20) -> str:
     """Return Markdown tables of the operations, and on a GPU kernels, that step ``number`` runs."""
+    take = candidate.prepare(number)
     with torch.profiler.profile() as profiler:  # processor, and GPU where there is one
         begin = now()
-        candidate.step(number)
+        take()
         wall = now() - begin
     events = profiler.key_averages()
     kernels = [e for e in events if e.device_type == DeviceType.CUDA and not e.is_user_annotation]

@@ -25,6 +25,7 @@ ATTENTION: dict[str, dict[str, Any]] = {
     "shared_kv_without_window": {"L": 2, "h": 4, "g": 2, "window": False},
     "window_not_full": {"L": 2, "h": 4, "g": 2, "w": 64, "lengths": (1, 7, 40)},
     "odd_head_size": {"L": 2, "h": 4, "g": 2, "k": 24},
+    "large_head": {"L": 2, "h": 4, "g": 2, "k": 256},
     "cache_of_a_larger_tensor": {"L": 2, "h": 4, "g": 2, "sliced": True},
 }
 SPLITS = (1, 3)

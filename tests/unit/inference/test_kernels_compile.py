@@ -19,21 +19,29 @@ from pltmoe.inference.kernels import decode_attention, experts  # noqa: E402
 from pltmoe.inference.kernels.tiles import DOWN, GATE_UP, Tile  # noqa: E402
 
 H200 = GPUTarget("cuda", 90, 32)
+L40S = GPUTarget("cuda", 89, 32)
 SHARED_MEMORY_BYTES = 227 * 1024
+LEAST_SHARED_MEMORY_BYTES = 99 * 1024
+"""Of compute capability 8.6, 8.9 and 12.0; 8.0 has 163 KiB."""
 TYPES = {
     "lengths_ptr": "*i64", "window_lengths_ptr": "*i64", "acc_ptr": "*fp32",
     "top_ptr": "*fp32", "sum_ptr": "*fp32", "expert_ptr": "*i64", "block_expert_ptr": "*i32",
     "block_row_ptr": "*i32", "scale_ptr": "*fp32", "scale": "fp32",
 }  # fmt: skip
 HEADS = {"G": 4, "L": 2, "PER": 4, "K": 128, "BLOCK_K": 128, "ROWS": 16}
-ATTEND = HEADS | {"BLOCK_N": decode_attention.BLOCK_N, "PRECISION": "tf32"}
+ATTEND = HEADS | {"PRECISION": "tf32"}
 PARTS = {"SPLITS": 16, "PARTS": 17}
 
 
 def compiled(
-    kernel: Any, constants: dict[str, Any], weight: str = "*bf16", x: str = "*bf16", **options: int
+    kernel: Any,
+    constants: dict[str, Any],
+    weight: str = "*bf16",
+    x: str = "*bf16",
+    target: GPUTarget = H200,
+    **options: int,
 ) -> Any:
-    """Compile for the H200; pointers and strides are multiples of 16, as torch allocates them."""
+    """Compile; pointers and strides are multiples of 16, as torch allocates them."""
     types, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
         types[name] = TYPES.get(name, x if name.endswith("_ptr") else "i32")
@@ -44,7 +52,21 @@ def compiled(
         elif name.endswith("_ptr") or name.startswith("stride_"):
             attributes[index,] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
-    return triton.compile(ASTSource(kernel, types, values, attributes), H200, options)
+    return triton.compile(ASTSource(kernel, types, values, attributes), target, options)
+
+
+def attention(
+    name: str, head: int = 128, dtype: str = "bf16", target: GPUTarget = H200, **sizes: int
+) -> Any:
+    """Compile a kernel of decode attention with the tile that it is started with."""
+    options = decode_attention.tile(head, 4 if dtype == "fp32" else 2)
+    constants = ATTEND | PARTS | {"WINDOWS": True, "K": head, "BLOCK_K": head} | sizes
+    constants |= {"BLOCK_N": options.pop("BLOCK_N")}
+    if dtype == "fp32":
+        constants["PRECISION"] = "ieee"
+    kernel = getattr(decode_attention, name)
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    return compiled(kernel, constants, f"*{dtype}", f"*{dtype}", target, **options)
 
 
 def assert_fits(binary: Any, tmp_path: Path) -> None:
@@ -65,12 +87,25 @@ def assert_streams(binary: Any) -> None:
 
 @pytest.mark.parametrize("name", ["_one_pass", "_split"])
 def test_attention(name: str, tmp_path: Path) -> None:
-    constants = ATTEND | ({"WINDOWS": True} if name == "_one_pass" else PARTS)
-    kernel = getattr(decode_attention, name)
-    binary = compiled(kernel, constants, num_warps=4, num_stages=3)
+    binary = attention(name)
     assert_fits(binary, tmp_path)
     assert_streams(binary)
     assert binary.metadata.shared <= SHARED_MEMORY_BYTES // 2, "two programs per processor"
+
+
+@pytest.mark.parametrize(
+    "name, head, dtype, sizes",
+    [
+        ("_one_pass", 256, "bf16", {}),
+        ("_split", 256, "bf16", {"L": 3, "PER": 16, "ROWS": 64}),
+        ("_one_pass", 256, "fp32", {}),
+    ],
+)
+def test_large_heads_fit_devices_with_little_shared_memory(
+    name: str, head: int, dtype: str, sizes: dict[str, int]
+) -> None:
+    binary = attention(name, head, dtype, L40S, **sizes)
+    assert binary.metadata.shared <= LEAST_SHARED_MEMORY_BYTES
 
 
 @pytest.mark.parametrize("splits", [16, 34, decode_attention.MOST_SPLITS])
@@ -102,14 +137,14 @@ def test_experts(name: str, tile: Tile, block_m: int, weight: str, tmp_path: Pat
 @pytest.mark.parametrize("name", ["_one_pass", "_split", "_gate_up", "_down"])
 def test_float32_fits_too(name: str) -> None:
     """Twice the bytes an element, half the stages: more than one program per processor."""
-    module = decode_attention if hasattr(decode_attention, name) else experts
-    kernel, options = getattr(module, name), {"num_warps": 4, "num_stages": 2}
-    constants = ATTEND | PARTS | {"WINDOWS": True}
-    if module is experts:
-        tile = (GATE_UP if name == "_gate_up" else DOWN).arguments(4)
-        constants = tile | {"D": 2048, "F": 1024, "TOP_K": 8, "BLOCK_M": 64, "SCALED": False}
-        options = {key: constants.pop(key) for key in options}
-    constants |= {"PRECISION": "ieee"}
-    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    binary = compiled(kernel, constants, "*fp32", "*fp32", **options)
+    if hasattr(decode_attention, name):
+        binary = attention(name, dtype="fp32")
+    else:
+        constants = (GATE_UP if name == "_gate_up" else DOWN).arguments(4)
+        constants |= {"D": 2048, "F": 1024, "TOP_K": 8, "BLOCK_M": 64, "SCALED": False}
+        options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
+        kernel = getattr(experts, name)
+        constants |= {"PRECISION": "ieee"}
+        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+        binary = compiled(kernel, constants, "*fp32", "*fp32", **options)
     assert binary.metadata.shared <= SHARED_MEMORY_BYTES // 2

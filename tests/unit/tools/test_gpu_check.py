@@ -7,17 +7,22 @@ import re
 import shlex
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from pltmoe.reports import gpu_parts, gpu_tables
+from pltmoe.runtime import versions
 from tests.launch import REPOSITORY
 from tests.unit.reports.test_learning import logged
 
 WHERE = {"device": "GPU", "versions": "v", "commit": "abc"}
+Part = gpu_parts.Part
 
 
 @pytest.fixture
@@ -28,6 +33,33 @@ def gpu_check() -> ModuleType:
     sys.modules["gpu_check"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def suite(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., str]:
+    """Call the tool with parts of a test's own, as if there were a GPU; returns the page."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "GPU")
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs/gpu_results.md"
+
+    def call(*parts: Part, say: str = "", commit: str = "abc", **absent: str) -> str:
+        monkeypatch.setattr(versions, "commit", lambda: commit)
+        monkeypatch.setattr(gpu_check, "PARTS", parts)
+        monkeypatch.setattr(gpu_check, "_absent", lambda: absent)
+        paths = ["--work", str(tmp_path), "--page", str(page)]
+        monkeypatch.setattr(sys, "argv", ["gpu_check", *paths, *say.split()])
+        call.code = gpu_check.main()
+        return page.read_text()
+
+    return call
+
+
+def noted(name: str, then: str = "true", **more: object) -> Part:
+    """Return a part that adds its name to the file ``order``."""
+    return Part(f"tests-{name}", name, (f"echo {name} >> $WORK/order; {then}",), **more)
 
 
 def test_refuses_without_a_gpu() -> None:
@@ -50,7 +82,7 @@ def test_page_in_the_repository_is_what_the_tool_writes(
     page = (REPOSITORY / "docs/gpu_results.md").read_text()
     for part in gpu_parts.PARTS:
         assert f"## {part.name}: {part.what}" in page
-    assert gpu_check._page(tmp_path).count("Not run.") == len(gpu_parts.PARTS) + 1  # Learning
+    assert gpu_check._page(tmp_path, {}).count("Not run.") == len(gpu_parts.PARTS) + 1  # Learning
     profiles = (REPOSITORY / "docs/profile.md").read_text()
     headings = [f"## {title}" for title, _, _ in gpu_parts.PROFILES]
     assert re.findall("^## .*", profiles, re.MULTILINE) == headings
@@ -73,10 +105,17 @@ def test_what_tells_most_comes_first_and_data_before_their_use(gpu_check: Module
         "learn-row1-seed1",
     ]
     assert sorted(kinds, key=names.index) == kinds
-    assert names.index("train") < names.index("fp8") and names.index("train") < names.index(
-        "decode"
-    )
-    assert names.index("learn-data") < names.index("learn-row1-seed1")
+    for part in gpu_parts.PARTS:
+        made = [other for other in gpu_parts.PARTS if other.name == part.data_of]
+        assert bool(made) == bool(part.data_of)
+        assert all(
+            other.makes and names.index(other.name) < names.index(part.name) for other in made
+        )
+        assert bool(made) == (
+            part.name in ("fp8", "decode")
+            or part.name.startswith("learn-row")
+            or part.name.startswith("learn-plt")
+        )
     run, left_out = set(), set()
     for part in gpu_parts.PARTS:
         words = part.commands[0].split() if part.name.startswith("tests") else []
@@ -89,44 +128,135 @@ def test_what_tells_most_comes_first_and_data_before_their_use(gpu_check: Module
     assert last == [f"learn-row{n}-seed2" for n in range(1, 7)], "second seeds when all have one"
 
 
-def test_a_passed_part_is_not_run_again(gpu_check: ModuleType, tmp_path: Path) -> None:
-    count = tmp_path / "count"
-    part = gpu_parts.Part("tests", "a part", (f"echo x >> {count}; echo '3 passed in 1.00s'",))
-    for again in (False, False, True):
-        gpu_check._run_part(part, tmp_path, WHERE, again)
-    assert count.read_text() == "x\nx\n"
-    assert "3 passed in 1.00s" in gpu_check._page(tmp_path)
+def test_a_passed_part_is_not_run_again(suite: Callable[..., str], tmp_path: Path) -> None:
+    part = noted("x", "echo '3 passed in 1.00s'")
+    for say in ("", "", "--again"):
+        page = suite(part, say=say)
+    assert (tmp_path / "order").read_text() == "x\nx\n" and suite.code == 0
+    assert "3 passed in 1.00s" in page
     for commit in ("new", "unknown", "unknown"):  # who knows what sources those were
-        gpu_check._run_part(part, tmp_path, {**WHERE, "commit": commit}, False)
-    assert count.read_text() == "x\n" * 5
+        suite(part, commit=commit)
+    assert (tmp_path / "order").read_text() == "x\n" * 5
+
+
+def test_what_failed_is_tried_again_when_all_others_have_a_result(
+    suite: Callable[..., str], tmp_path: Path
+) -> None:
+    """A call that ends early would never come to them."""
+    parts = (noted("a", "false"), noted("b"), noted("c"))
+    suite(*parts, say="--parts tests-a,tests-b")
+    assert suite.code == 1
+    suite(*parts)
+    assert (tmp_path / "order").read_text().split() == ["a", "b", "c", "a"]
+    suite(*parts, commit="new")
+    assert (tmp_path / "order").read_text().split()[4:] == ["a", "b", "c"], "other sources"
+
+
+def test_what_uses_data_comes_after_what_makes_it_also_when_that_failed(
+    suite: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    maker = noted("maker", "test -e $WORK/mended && touch $WORK/data", makes=("data",))
+    parts = (maker, noted("user", data_of="tests-maker"), noted("other"))
+    page = suite(*parts)
+    assert "tests-user: not run: tests-maker has not made data" in capsys.readouterr().out
+    assert "## tests-user: user\n\nNot run." in page, "it did not fail"
+    (tmp_path / "mended").touch()
+    suite(*parts, noted("new"))
+    order = (tmp_path / "order").read_text().split()
+    assert order == ["maker", "other", "new", "maker", "user"]
+
+
+def test_a_part_is_begun_only_with_the_time_that_it_takes(
+    suite: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """If it was stopped all the same, it wants more the next time, and others have their turn."""
+    parts = (noted("long", seconds=100), noted("slow", "sleep 30", seconds=1))
+    page = suite(*parts, say="--minutes 0.05")
+    assert (tmp_path / "order").read_text().split() == ["slow"]
+    said = capsys.readouterr().out
+    assert "no time left for tests-long (about 100 s); these are guesses" in said
+    assert "tests-slow: stopped after" in said and page.count("\nNot run.") == 1 + 2
+    suite(*parts, noted("short", seconds=0), say="--minutes 0.035")
+    assert (tmp_path / "order").read_text().split() == ["slow", "short"]
+    assert "tests-slow (about 2 s)" in capsys.readouterr().out
+
+
+def test_a_part_that_takes_more_than_the_limit_failed(
+    suite: Callable[..., str], gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check, "LIMIT_S", 1)
+    assert "FAILED" in suite(noted("slow", "sleep 30", seconds=1), say="--minutes 1")
+    assert all(part.seconds <= 510 for part in gpu_parts.PARTS), "none would ever be begun"
+
+
+def test_what_a_part_leaves_behind_or_prints_does_not_stop_the_suite(
+    suite: Callable[..., str], tmp_path: Path
+) -> None:
+    """A process in a session of its own holds the output; bytes may be no text."""
+    began = time.monotonic()
+    odd = noted("odd", r"setsid sleep 15 & printf 'a\xffb\r3 passed in 1s\n'")
+    page = suite(odd, noted("next"))
+    assert time.monotonic() - began < 10
+    assert "3 passed in 1s" in page and page.count("Passed in") == 2
+    assert (tmp_path / "tests-odd.log").read_bytes() == b"a\xffb\r3 passed in 1s\n"
+
+
+def test_files_of_older_sources_cost_their_text_alone(
+    suite: Callable[..., str], tmp_path: Path
+) -> None:
+    logged(tmp_path / "learn", {"row1": 3.0})
+    for file in (tmp_path / "learn").glob("*/config.yaml"):
+        file.write_text(file.read_text().replace("num_loops:", "number_of_loops:", 1))
+    (tmp_path / "mfu-bf16").mkdir()
+    (tmp_path / "mfu-bf16/mfu.json").write_text("{}")
+    page = suite(noted("a"), noted("b"))
+    assert "## Learning\n\nCannot say what was measured: ConfigError: " in page
+    assert "## Targets\n\nCannot say what was measured: KeyError: " in page
+    assert page.count("Passed in") == 2
+    assert suite.code == 1, "the picture is not what it should be"
+
+
+def test_what_needs_software_that_is_not_there_is_not_run(
+    suite: Callable[..., str], tmp_path: Path
+) -> None:
+    engine, why = gpu_parts.TRANSFORMER_ENGINE, "Transformer Engine is not installed"
+    part = noted("te", needs=engine)
+    for _ in range(2):
+        assert f"## tests-te: te\n\nNot run: {why}." in suite(part, **{engine: why})
+    assert not (tmp_path / "order").exists() and suite.code == 0
+    assert "Passed in" in suite(part), "it is there now"
+    assert "Passed in" in suite(part, **{engine: why}), "what was measured stays"
+    needed = {part.name for part in gpu_parts.PARTS if part.needs == engine}
+    fp8 = {f"mfu-{name}" for name in ("bf16-fused", *gpu_parts.RECIPES)}
+    assert needed == fp8 | {"fp8", "speed-fp8"}
 
 
 def test_a_part_that_cannot_say_what_it_measured_failed(
     gpu_check: ModuleType, tmp_path: Path
 ) -> None:
     """It is on the page, and the parts after it are run."""
-    gpu_check._run_part(gpu_parts.Part("decode", "a part", ("true",)), tmp_path, WHERE, False)
+    gpu_check._run_part(Part("decode", "a part", ("true",)), tmp_path, WHERE)
     result = json.loads((tmp_path / "decode.json").read_text())
     assert not result["passed"] and "cannot say what it measured" in result["summary"]
-    assert "FileNotFoundError" in gpu_check._page(tmp_path)
+    assert "FileNotFoundError" in gpu_check._page(tmp_path, {})
 
 
-def test_a_part_whose_files_are_gone_is_run_again(gpu_check: ModuleType, tmp_path: Path) -> None:
+def test_a_part_whose_files_are_gone_is_run_again(
+    suite: Callable[..., str], tmp_path: Path
+) -> None:
     """Results travel between lent machines, data sets stay behind."""
-    made, count = tmp_path / "data.bin", tmp_path / "count"
-    command = f"echo x >> {count}; touch {made}; echo '3 passed in 1.00s'"
-    part = gpu_parts.Part("tests", "a part", (command,), ("data.bin",))
+    part = noted("x", "touch $WORK/data.bin", makes=("data.bin",))
     for _ in range(2):
-        gpu_check._run_part(part, tmp_path, WHERE, False)
-    made.unlink()
-    gpu_check._run_part(part, tmp_path, WHERE, False)
-    assert count.read_text() == "x\nx\n" and made.exists()
+        suite(part)
+    (tmp_path / "data.bin").unlink()
+    suite(part)
+    assert (tmp_path / "order").read_text() == "x\nx\n" and (tmp_path / "data.bin").exists()
 
 
 def test_what_there_was_no_time_for_is_not_a_failure(gpu_check: ModuleType, tmp_path: Path) -> None:
     """Its output is kept, also while it runs; what it was before stays."""
-    part = gpu_parts.Part("tests", "a part", ("echo so far; sleep 30", "touch never"))
-    gpu_check._run_part(part, tmp_path, WHERE, False, limit_s=1)
+    part = Part("tests", "a part", ("echo so far; sleep 30", "touch never"))
+    gpu_check._run_part(part, tmp_path, WHERE, limit_s=1)
     assert (tmp_path / "tests.log").read_text() == "so far\n"
     assert not (tmp_path / "tests.json").exists()
 
@@ -150,11 +280,11 @@ def test_only_what_does_not_fit_is_tried_with_a_smaller_micro_batch(
 
 
 def test_a_failure_ends_the_part_and_is_shown(gpu_check: ModuleType, tmp_path: Path) -> None:
-    part = gpu_parts.Part("tests", "a part", ("echo no kernel; exit 3", "touch never"))
-    gpu_check._run_part(part, tmp_path, WHERE, False)
+    part = Part("tests", "a part", ("echo no kernel; exit 3", "touch never"))
+    gpu_check._run_part(part, tmp_path, WHERE)
     result = json.loads((tmp_path / "tests.json").read_text())
     assert result["passed"] is False and "no kernel" in result["summary"]
-    page = gpu_check._page(tmp_path)
+    page = gpu_check._page(tmp_path, {})
     assert "FAILED" in page and "exit code 3" in page
 
 
@@ -205,7 +335,7 @@ def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path:
     report(tmp_path / "mfu-blockwise", "mfu", None, 0.55, 1300.0)
     report(tmp_path / "speed", "loops", 2.01, None, 1.0)
     fused = "MFU, bf16, weight gradients added inside the products"
-    text = gpu_check._page(tmp_path).split("## Targets\n\n")[1].split("\n\n")[0]
+    text = gpu_check._page(tmp_path, {}).split("## Targets\n\n")[1].split("\n\n")[0]
     assert cells(text) == [
         ["what", "wanted", "measured", "", "commit"],
         ["MFU, bf16", "at least 45 %", "43.0%", "MISSED", "abc"],
@@ -217,7 +347,7 @@ def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path:
         ["our vanilla step / Megatron-core's", "at most 1.0", "not run", "", ""],
     ]
     report(tmp_path / "mfu-bf16", "mfu", None, None, 1000.0)
-    assert "| unknown  | no listed peak |" in gpu_check._page(tmp_path)
+    assert "| unknown  | no listed peak |" in gpu_check._page(tmp_path, {})
     assert gpu_check._summary("mfu-bf16", tmp_path, "") == "### mfu: text\n"
 
 
@@ -259,6 +389,7 @@ def test_pages_and_picture_are_made_from_what_was_measured(
 def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
     """A part that fails at its configuration would waste a lent machine."""
     from pltmoe.config import load_config
+    from pltmoe.train.benchmark.configs import check
 
     seen, sizes = 0, set()
     for part in gpu_parts.PARTS:
@@ -276,6 +407,8 @@ def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
                 if re.match(r"(data|model|train|optimizer|parallel|checkpoint)\.", w)
             ]
             config = load_config(REPOSITORY / words[words.index("--config") + 1], overrides)
+            if "--compare" in words:
+                check(words[words.index("--compare") + 1], config, 1)
             if "tools/pretrain.py" in words:  # else a new commit resumes what an old one finished
                 assert words[:4] == ["rm", "-rf", str(config.train.output_dir), "&&"]
             if part.name == "fp8":

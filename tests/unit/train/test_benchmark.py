@@ -1,10 +1,17 @@
 """Steps are taken in turn, ratios are of rounds, and a goal is an interval."""
 
+import time
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pytest
 
-from pltmoe.parallel.layout import Layout
+from pltmoe.config import RunConfig, load_config
+from pltmoe.errors import ConfigError, EngineError
+from pltmoe.parallel.layout import Layout, layout_for
+from pltmoe.train.benchmark import candidates
+from pltmoe.train.benchmark.compare import Measured, check_losses
+from pltmoe.train.benchmark.configs import ZERO, check
 from pltmoe.train.benchmark.pipeline import ChunkSeconds, predict
 from pltmoe.train.benchmark.report import Goal, Report, markdown, row
 from pltmoe.train.benchmark.timing import (
@@ -16,22 +23,30 @@ from pltmoe.train.benchmark.timing import (
     quartiles,
     ratio,
 )
+from tests.launch import REPOSITORY
+
+
+def quickstart(*overrides: str) -> RunConfig:
+    path = REPOSITORY / "configs/quickstart_plt2.yaml"
+    return load_config(path, ["parallel.expert_parallel_size=1", *overrides])
 
 
 def test_candidates_take_turns() -> None:
     seen: list[str] = []
 
     def candidate(name: str) -> Candidate:
-        def step(number: int) -> float:
+        def prepare(number: int) -> Callable[[], float]:
+            time.sleep(0.02)
             seen.append(f"{name}{number}")
-            return float(number)
+            return lambda: float(number)
 
-        return Candidate(name, tokens=1, flops=1.0, step=step)
+        return Candidate(name, tokens=1, flops=1.0, prepare=prepare)
 
     times = measure([candidate("a"), candidate("b")], rounds=2, warm_up=1)
     assert seen == ["a1", "b1", "b2", "a2", "a3", "b3"]
     assert times["a"].losses == [2.0, 3.0]
     assert len(times["b"].seconds) == len(times["b"].cpu_seconds) == 2
+    assert min(times["a"].seconds) < 0.02, "what makes a step ready is not in its time"
 
 
 def test_ratio_is_of_rounds_and_not_of_times() -> None:
@@ -105,3 +120,72 @@ def test_prediction_counts_every_pass_and_one_bubble() -> None:
     assert predict(layout, head)[0] >= 27.0 + 4 * 1.0, "the last chunk of the last stage is slower"
     embedding = [[ChunkSeconds(1.5, 2.0), even[0][1]], even[1]]
     assert 27.0 < predict(layout, embedding)[0] < predict(layout, head)[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "override", "says"),
+    [
+        ("megatron", "parallel.recompute=full", r"set parallel.recompute \(is full\) to none"),
+        ("megatron", "parallel.tensor_parallel_size=2", r"tensor_parallel_size \(is 2\) to 1"),
+        ("megatron", "parallel.pipeline_parallel_size=2", r"pipeline_parallel_size \(is 2\) to 1"),
+        ("megatron", "parallel.context_parallel_size=2", r"context_parallel_size \(is 2\) to 1"),
+        ("megatron", "model.moe_expert_bias_update_rate=0.1", r"rate \(is 0.1\) to 0"),
+        ("megatron", "engine=deepspeed", r"set engine \(is deepspeed\) to megatron"),
+        ("megatron", "train.gradient_accumulation_fusion=true", "fusion .is true. to false"),
+        ("engines", "parallel.context_parallel_size=2", f"{ZERO}: .*parallel.context_parallel_si"),
+        ("precision", "train.gradient_accumulation_fusion=true", None),
+        ("loops", "parallel.recompute=full", None),
+    ],
+)
+def test_what_cannot_be_compared_is_refused(name: str, override: str, says: str | None) -> None:
+    config = quickstart(override)
+    if says is None:
+        check(name, config, 2)
+        return
+    with pytest.raises(ConfigError, match=says):
+        check(name, config, 2)
+    with pytest.raises(EngineError, match="cannot be split"):
+        check("mfu", quickstart("parallel.expert_parallel_size=4"), 2)
+
+
+def test_an_engine_whose_ratio_is_wanted_is_not_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where only building it shows that it cannot run."""
+
+    def weighed(name: str, *_: object) -> tuple[str, str]:
+        if name in refused:
+            raise ConfigError(name)
+        return name, "note"
+
+    monkeypatch.setattr(candidates, "_weighed", weighed)
+    refused = {"DeepSpeed, ZeRO 0"}
+    found, notes = candidates.engines(quickstart(), None)  # type: ignore[arg-type]
+    assert "left out: DeepSpeed, ZeRO 0" in notes and ZERO in found
+    refused = {ZERO}
+    with pytest.raises(ConfigError, match=ZERO):
+        candidates.engines(quickstart(), None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("precision", "apart", "is_same"),
+    [("fp32", 1e-6, True), ("fp32", 3.4e-2, False), ("bf16", 3e-4, True), ("bf16", 3.4e-2, False),
+     ("fp8", 1e-2, True), ("fp32", float("nan"), False)],
+)  # fmt: skip
+def test_times_of_different_work_are_refused(precision: str, apart: float, is_same: bool) -> None:
+    works = [Work(name, 1, 1.0) for name in ("ours", "theirs", "a variant")]
+    losses = {"ours": [7.0, 7.0], "theirs": [7.0, 7.0], "a variant": [7.0, 7.0 - apart]}
+    found = Measured(works, {name: Times([], [], of) for name, of in losses.items()})
+    if is_same:
+        check_losses(found, "ours", precision)
+        return
+    with pytest.raises(EngineError, match="losses of ours and a variant differ by"):
+        check_losses(found, "ours", precision)
+
+
+def test_batches_are_drawn_before_a_step_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, drawn = quickstart(), []
+    monkeypatch.setattr(
+        candidates, "random_batches", lambda *of: (drawn.append(of[-1]) for _ in range(2))
+    )
+    layout = layout_for(config, 1)
+    take = candidates._candidate("x", config, layout, lambda of: len(list(of))).prepare(7)
+    assert drawn == [7, 7] and take() == 2.0
