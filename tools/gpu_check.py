@@ -314,17 +314,17 @@ def _page(work: Path, absent: Mapping[str, str]) -> str:
         _or_why_not(_learned, work),
         "",
     ]
+    not_run = []
     for part in PARTS:
         result = _read(work, part)
-        lines += [f"## {part.name}: {part.what}", ""]
-        if part.needs in absent and not (result and result["passed"]):
-            lines += [f"Not run: {absent[part.needs]}.", ""]
-            continue
-        if result is None:
-            lines += [gpu_tables.NOT_RUN, ""]
+        if result is None or (part.needs in absent and not result["passed"]):
+            why = f" ({absent[part.needs]})" if part.needs in absent else ""
+            not_run.append(f"{part.name}: {part.what}{why}")
             continue
         where = result["where"]
         lines += [
+            f"## {part.name}: {part.what}",
+            "",
             f"{'Passed' if result['passed'] else 'FAILED'} in {result['seconds']} s on "
             f"{where['device']}, commit {where['commit']}, {where['versions']}; "
             f"`{result['command']}`",
@@ -332,7 +332,7 @@ def _page(work: Path, absent: Mapping[str, str]) -> str:
             result["summary"] if result["passed"] else f"```\n{result['summary']}\n```",
             "",
         ]
-    return "\n".join(lines)
+    return "\n".join(lines + gpu_tables.not_run_list(not_run))
 
 
 def _read(work: Path, part: Part) -> dict[str, Any] | None:

@@ -131,18 +131,25 @@ def profile_page(work: Path, parts: Sequence[tuple[str, str, str]]) -> str:
         "profiler a step takes longer.",
         "",
     ]
+    not_run = []
     for title, folder, comparison in parts:
-        lines += [f"## {title}", ""]
         profile = work / folder / f"{comparison}.profile.md"
         if not profile.exists():
-            lines += [NOT_RUN, ""]
+            not_run.append(title)
             continue
         report = json.loads((work / folder / f"{comparison}.json").read_text())
         where = report["where"]
         lines += [
+            f"## {title}",
+            "",
             f"{where['device']}, commit {where['commit']}, {where['versions']}. "
             f"{report['setup']['model']}; {report['setup']['step']}. {where['command']}",
             "",
             profile.read_text(),
         ]
-    return "\n".join(lines)
+    return "\n".join(lines + not_run_list(not_run))
+
+
+def not_run_list(entries: Sequence[str]) -> list[str]:
+    """Return the lines that end a page: what it would show if it had been run."""
+    return ["## Not run", "", *(f"- {entry}" for entry in entries), ""] if entries else []
