@@ -3,14 +3,19 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import batched
+from math import inf
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
-from pltmoe.reports.gpu_parts import FULL, full_name
+from pltmoe.reports.gpu_parts import FULL, RECIPES, TRAIN_STEPS, full_name
 from pltmoe.reports.markdown import table
+from pltmoe.reports.runs import read_run
 
 NOT_RUN = "Not run."
+_SMOOTH = 5
+"""Logged losses that a point of a compared curve is the mean of: fifty steps."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +25,7 @@ class Target:
     what: str
     wanted: str
     files: tuple[str, ...]
-    """Reports in the work folder, given to ``value`` in this order."""
+    """Reports or runs' metrics in the work folder, given to ``value`` in this order."""
     value: Callable[..., float | None]
     is_met_by: Callable[[float], bool]
     form: str = ".3f"
@@ -39,6 +44,23 @@ def _faster(report: dict[str, Any], beside: dict[str, Any]) -> float:
     return report["rows"][0]["tokens_per_second"] / beside["rows"][0]["tokens_per_second"]
 
 
+def _apart(run: dict[str, Any], beside: dict[str, Any]) -> float:
+    """Largest difference of two loss curves, relative; each point a mean of logged steps."""
+    if len(run["losses"]) != len(beside["losses"]):
+        return inf  # one of them ended early
+    curves = [[fmean(part) for part in batched(r["losses"], _SMOOTH)] for r in (run, beside)]
+    return max(abs(a / b - 1) for a, b in zip(*curves, strict=True))
+
+
+def _load(path: Path) -> dict[str, Any]:
+    """Read a report, or the losses of a run from its metrics.jsonl."""
+    if path.suffix == ".json":
+        return json.loads(path.read_text())
+    run = read_run(path.parent)
+    losses = [point.value for point in run.series("train/loss") if point.step > 1]
+    return {"losses": losses, "where": {"commit": run.tag("commit") or "unknown"}}
+
+
 def _targets() -> list[Target]:
     mfu = ("mfu-bf16/mfu.json",)
     return [
@@ -51,6 +73,12 @@ def _targets() -> list[Target]:
             Target(f"{full_name(recipe)} / bf16, tokens per second", "at least 1.25",
                    (f"mfu-{recipe}/mfu.json", *mfu), _faster, lambda x: x >= 1.25)
             for recipe in FULL if not recipe.startswith("bf16")
+        ),
+        *(
+            Target(f"FP8 {recipe}, loss curve of {TRAIN_STEPS} steps beside bf16's",
+                   "within 1 %", (f"runs/plt2-{recipe}/metrics.jsonl", "runs/plt2/metrics.jsonl"),
+                   _apart, lambda x: x <= 0.01, ".2%")
+            for recipe in RECIPES
         ),
         Target("PLT-2 step / vanilla step", "at most 2.05", ("speed/loops.json",), _ratio,
                lambda x: x <= 2.05),
@@ -67,7 +95,7 @@ def targets_table(work: Path) -> str:
         if not all(path.exists() for path in paths):
             rows.append((target.what, target.wanted, "not run", "", ""))
             continue
-        reports = [json.loads(path.read_text()) for path in paths]
+        reports = [_load(path) for path in paths]
         value = target.value(*reports)
         commits = ", ".join(dict.fromkeys(report["where"]["commit"] for report in reports))
         if value is None:

@@ -339,6 +339,12 @@ def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path:
     report(tmp_path / "mfu-bf16", "mfu", None, 0.43, 1000.0)
     report(tmp_path / "mfu-blockwise", "mfu", None, 0.55, 1300.0)
     report(tmp_path / "speed", "loops", 2.01, None, 1.0)
+    runs = logged(
+        tmp_path / "runs", {"plt2": 3.0, "plt2-delayed": 3.02, "plt2-blockwise": 3.5}, (1,)
+    )
+    for folder in list(runs.iterdir()):
+        folder.rename(folder.with_name(folder.name.removesuffix("-seed1")))
+    curve = ", loss curve of 200 steps beside bf16's"
     fused = "MFU, bf16, weight gradients added inside the products"
     text = gpu_check._page(tmp_path, {}).split("## Targets\n\n")[1].split("\n\n")[0]
     assert cells(text) == [
@@ -348,10 +354,16 @@ def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path:
         ["FP8 tensorwise / bf16, tokens per second", "at least 1.25", "not run", "", ""],
         ["FP8 delayed / bf16, tokens per second", "at least 1.25", "not run", "", ""],
         ["FP8 blockwise / bf16, tokens per second", "at least 1.25", "1.300", "met", "abc"],
+        [f"FP8 tensorwise{curve}", "within 1 %", "not run", "", ""],
+        [f"FP8 delayed{curve}", "within 1 %", "0.65%", "met", "unknown"],
+        [f"FP8 blockwise{curve}", "within 1 %", "16.22%", "MISSED", "unknown"],
         ["PLT-2 step / vanilla step", "at most 2.05", "2.010", "met", "abc"],
         ["our vanilla step / Megatron-core's", "at most 1.0", "not run", "", ""],
     ]
+    lines = (runs / "plt2-delayed/metrics.jsonl").read_text().splitlines()
+    (runs / "plt2-delayed/metrics.jsonl").write_text("\n".join(lines[:-1]))
     report(tmp_path / "mfu-bf16", "mfu", None, None, 1000.0)
+    assert "| inf%     | MISSED" in gpu_check._page(tmp_path, {}), "it ended early"
     assert "| unknown  | no listed peak |" in gpu_check._page(tmp_path, {})
     assert gpu_check._summary("mfu-bf16", tmp_path, "") == "### mfu: text\n"
 
