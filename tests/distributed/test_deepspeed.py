@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -324,9 +325,12 @@ def test_a_killed_run_resumes_bit_for_bit(config, straight, tmp_path):
     arguments = (*ZERO2, *TWO_EXPERT_RANKS, f"train.output_dir={tmp_path}")
     ranks = start_ranks(config, *arguments, nprocs=2)
     wait_for(ranks[0], "step 6/8")
-    for rank in ranks:
-        rank.kill()
-    finish(ranks)
+    ranks[1].send_signal(signal.SIGSEGV)
+    ranks[0].kill()
+    codes, logs = finish(ranks)
+    assert codes == [-signal.SIGKILL, -signal.SIGSEGV]
+    assert "Fatal Python error: Segmentation fault" in logs[1], "a crash in C code says where"
+    assert "pltmoe/train/trainer.py" in logs[1]
     assert folders.latest_checkpoint(tmp_path).name == "step_00000004"
     codes, logs = finish(start_ranks(config, *arguments, nprocs=2))
     assert codes == [0, 0] and "(step 4)" in logs[0], logs

@@ -105,10 +105,7 @@ def test_rank_zero_may_stop_with_the_store(jobs):
 
 
 def test_a_real_run_ends_when_a_rank_is_stopped(tmp_path):
-    """SIGSTOP to one rank of two of tools/pretrain.py: the other ends the job.
-
-    And a rank that crashes in C code, as SIGSEGV pretends, says where it was.
-    """
+    """SIGSTOP to one rank of two of tools/pretrain.py: the other ends the job."""
     config = make_files(tmp_path)
     arguments = ["train.steps=500", "optimizer.decay_steps=500", "checkpoint.save_interval=2"]
     ranks = start_ranks(config, *arguments, "train.hang_timeout_minutes=0.3", nprocs=2)
@@ -121,12 +118,8 @@ def test_a_real_run_ends_when_a_rank_is_stopped(tmp_path):
     begin = time.monotonic()
     assert ranks[0].wait(timeout=200) == HANG_EXIT_CODE, seen
     assert time.monotonic() - begin < 180
-    for crash in (signal.SIGSEGV, signal.SIGCONT):
-        os.kill(ranks[1].pid, crash)
-    codes, outputs = finish(ranks)
-    assert codes[1] == -signal.SIGSEGV
-    assert "Fatal Python error: Segmentation fault" in outputs[1]
-    assert "pltmoe/train/trainer.py" in outputs[1]
+    ranks[1].kill()
+    _, outputs = finish(ranks)
     assert "no progress: rank 1 did not answer" in outputs[0]
     stacks = (tmp_path / "run" / "logs" / "stacks_rank_0.txt").read_text()
     assert "pltmoe/train/trainer.py" in stacks, "a step, a save or the vote on stopping"
