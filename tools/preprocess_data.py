@@ -8,26 +8,17 @@ import os
 from pathlib import Path
 
 from pltmoe.data.preprocess import PreprocessOptions, preprocess
-from pltmoe.runtime.command_line import positive, run_tool
+from pltmoe.runtime.command_line import add_text_arguments, positive, run_tool
 
 
 def main() -> None:
     """Parse the command line and preprocess."""
     default = PreprocessOptions()
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        type=Path,
-        help="text files (each one document, at most 64 MiB), JSONL files (a document a line), "
-        "folders of them; also .gz .bz2 .xz .zst",
-    )
+    add_text_arguments(parser, default.json_key)
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model file")
     parser.add_argument(
         "--output", type=Path, required=True, metavar="PREFIX", help=".bin and .idx are added"
-    )
-    parser.add_argument(
-        "--json-key", default=default.json_key, help="field of the text in JSONL, in every line"
     )
     parser.add_argument("--include", default=default.include, help="file names to take in folders")
     parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")

@@ -1,28 +1,18 @@
 """Train a lossless sentencepiece tokenizer on text files, JSONL files or folders of them."""
 
 import argparse
-from pathlib import Path
 
 from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
-from pltmoe.runtime.command_line import output_file, positive, run_tool
+from pltmoe.runtime.command_line import add_text_arguments, output_file, positive, run_tool
 
 
 def main() -> None:
     """Parse the command line and train."""
     default = TrainingOptions(vocab_size=0)
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "inputs",
-        nargs="+",
-        type=Path,
-        help="text files (each one document, at most 64 MiB), JSONL files (a document a line), "
-        "folders of them; also .gz .bz2 .xz .zst",
-    )
+    add_text_arguments(parser, default.json_key)
     parser.add_argument("--output", type=output_file, required=True, help="model file to write")
     parser.add_argument("--vocab-size", type=positive, required=True, help="number of pieces")
-    parser.add_argument(
-        "--json-key", default=default.json_key, help="field of the text in JSONL, in every line"
-    )
     parser.add_argument(
         "--max-bytes",
         type=positive,

@@ -1,4 +1,7 @@
-"""How every tool under tools/ ends: log lines as they are, an error for the user as one line."""
+"""What the tools under tools/ share: arguments, and how they end.
+
+They end with log lines as they are, and an error for the user as one line.
+"""
 
 import argparse
 import errno
@@ -20,6 +23,20 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def add_text_arguments(parser: argparse.ArgumentParser, json_key: str) -> None:
+    """Add what a tool that reads text takes: ``inputs``, and ``--json-key`` with its default."""
+    parser.add_argument(
+        "inputs",
+        nargs="+",
+        type=Path,
+        help="text files (each one document, at most 64 MiB), JSONL files (a document a line), "
+        "folders of them; also .gz .bz2 .xz .zst",
+    )
+    parser.add_argument(
+        "--json-key", default=json_key, help="field of the text in JSONL, in every line"
+    )
 
 
 def output_file(text: str) -> Path:

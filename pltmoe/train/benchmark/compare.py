@@ -15,7 +15,7 @@ from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime import devices, seeds
 from pltmoe.runtime.versions import commit, versions
 from pltmoe.train.benchmark import candidates
-from pltmoe.train.benchmark.configs import MEGATRON, ZERO, check
+from pltmoe.train.benchmark.configs import MEGATRON, ZERO
 from pltmoe.train.benchmark.pipeline import FORWARD_BACKWARD, PREDICTED, measure_pipeline
 from pltmoe.train.benchmark.report import Goal, Report, row
 from pltmoe.train.benchmark.timing import Candidate, Times, Work, measure, profile, ratio
@@ -168,17 +168,16 @@ COMPARISONS = {
 
 
 def compare(name: str, config: RunConfig, options: Options, command: str) -> tuple[Report, str]:
-    """Measure one comparison in this process (processes have been started).
+    """Measure one comparison, which configs.check has let pass; processes have been started.
 
     Returns:
         The report, and the profiles of both candidates when they were asked for.
 
     Raises:
-        ConfigError: this cannot be measured of ``config``, with the reason.
+        ConfigError: an engine whose ratio is wanted cannot be built.
         EngineError: what was measured does not do the same work, or the processes do not fit.
     """
     what = COMPARISONS[name]
-    check(name, config, dist.get_world_size())
     layout = layout_for(config, dist.get_world_size())
     groups = create_groups(layout)
     try:
