@@ -48,6 +48,11 @@ def dense_or_moe(m: ModelConfig) -> Iterator[str]:
         yield (
             f"model.moe_top_k ({m.moe_top_k}) must not exceed model.num_experts ({m.num_experts})"
         )
+    if m.moe_top_k == 1:
+        yield (
+            "model.moe_top_k (1) must be at least 2: weights are a softmax over the chosen "
+            "experts, which is 1 for a single one, so the loss would not teach the router"
+        )
 
 
 def loop_flags(m: ModelConfig) -> Iterator[str]:

@@ -244,6 +244,7 @@ BROKEN = {
             "model.moe_ffn_hidden_size (None) is required with model.num_experts (4)",
         ),
         (model(moe_top_k=5), "model.moe_top_k (5) must not exceed model.num_experts (4)"),
+        (model(moe_top_k=1), "model.moe_top_k (1) must be at least 2: weights are a softmax"),
     ],
     "loop_flags": [
         (model(cross_loop_shift=True), "model.cross_loop_shift (true) needs model.num_loops >= 2"),

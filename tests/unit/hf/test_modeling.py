@@ -132,14 +132,15 @@ def test_half_precision_runs_and_keeps_the_expert_bias_wide():
 
 
 def test_expert_bias_decides_the_choice_but_not_the_weights():
-    m = small_model("plt2_expert_bias", moe_top_k=1)
+    m = small_model("plt2_expert_bias")
     _, model = pair(m)
     gate = model.model.layers[0].mlp.gate
     x = torch.randn(5, m.hidden_size, dtype=torch.float64)
-    gate.e_score_correction_bias.copy_(torch.tensor([0.0, 0.0, 9.0, 0.0]))
+    gate.e_score_correction_bias.copy_(torch.tensor([0.0, 8.0, 9.0, 0.0]))
     experts, weights = gate(x)
-    assert experts.unique().tolist() == [2]
-    assert torch.equal(weights, torch.ones_like(weights))
+    assert experts.tolist() == [[2, 1]] * 5
+    scores = (x @ gate.weight.T).softmax(-1)[:, [2, 1]]
+    torch.testing.assert_close(weights, scores / scores.sum(-1, keepdim=True))
 
 
 def test_refusals_say_what_to_do():
