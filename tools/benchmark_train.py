@@ -67,7 +67,7 @@ def main() -> int:
     code = 0
     try:
         for name, config in _configs(args).items():
-            if name in STARTS_PROCESSES and "WORLD_SIZE" not in os.environ:
+            if _starts(name):
                 code = _start_processes(_processes(name, config), name) or code
             else:
                 _compare(name, config, args)
@@ -103,7 +103,7 @@ def _configs(args: argparse.Namespace) -> dict[str, RunConfig]:
             small = (*SMALL, *STARTS_PROCESSES.get(name, ()))
         config = load_config(path, [*small, *args.overrides])
         if name == "pipeline" and not args.compare and config.parallel.pipeline_parallel_size == 1:
-            if os.environ.get("RANK", "0") == "0":
+            if distributed.processes_from_environment().rank == 0:
                 print("pipeline is left out: parallel.pipeline_parallel_size is 1")
             continue
         check(name, config, _processes(name, config))
@@ -111,11 +111,16 @@ def _configs(args: argparse.Namespace) -> dict[str, RunConfig]:
     return found
 
 
+def _starts(name: str) -> bool:
+    """Return whether a comparison starts its own processes: no launcher has."""
+    return name in STARTS_PROCESSES and distributed.processes_from_environment().world_size == 1
+
+
 def _processes(name: str, config: RunConfig) -> int:
     """Return how many there are, or will be."""
-    here = int(os.environ.get("WORLD_SIZE", "1"))
-    starts = name in STARTS_PROCESSES and "WORLD_SIZE" not in os.environ
-    return max(config.parallel.pipeline_parallel_size, 2) if starts else here
+    if _starts(name):
+        return max(config.parallel.pipeline_parallel_size, 2)
+    return distributed.processes_from_environment().world_size
 
 
 def _start_processes(count: int, name: str) -> int:

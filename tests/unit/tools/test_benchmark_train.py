@@ -27,13 +27,16 @@ TINY = [
 ]
 
 
-def run(*arguments: str, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, launcher: tuple[str, ...] = (), **variables: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, *launcher, "tools/benchmark_train.py", *arguments],
         cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | variables,
         capture_output=True,
         text=True,
+        timeout=600,
     )
 
 
@@ -163,3 +166,12 @@ def test_pipeline_needs_stages() -> None:
         "error: --compare pipeline takes whole sequences through several stages: set "
         "parallel.pipeline_parallel_size (is 1) to 2 or more"
     )
+
+
+def test_counts_the_tasks_of_srun() -> None:
+    task = {"STEP_ID": "0", "STEP_NUM_TASKS": "3", "PROCID": "0", "LOCALID": "0"}
+    slurm = {f"SLURM_{name}": value for name, value in task.items()}
+    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+    done = run("--compare", "loops", *TINY, **slurm, **where)
+    assert done.returncode == 1
+    assert "data-parallel size (3, of 3 processes)" in done.stderr
