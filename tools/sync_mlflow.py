@@ -7,6 +7,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from pltmoe.errors import PLTMoEError
+from pltmoe.runtime.command_line import run_tool
 from pltmoe.tracking.sync import sync
 
 
@@ -36,4 +37,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_tool(main)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.image import imread
 
 from pltmoe.config.counts import kv_cache_bytes
 from pltmoe.errors import DataError
@@ -38,6 +39,7 @@ from pltmoe.reports.summary import read_decode
 from tests.contracts.source import REPOSITORY
 from tests.unit.inference.folders import write_folder
 from tests.unit.inference.models import model
+from tools import benchmark_decode
 
 TINY = {
     "vocab_size": 61, "num_layers": 2, "hidden_size": 16, "num_attention_heads": 4,
@@ -229,3 +231,34 @@ def test_a_file_of_something_else_is_not_overwritten(result: Result, tmp_path: P
     (tmp_path / "decode.json").write_text('{"plt2": {}}')
     with pytest.raises(DataError, match="is not a file of this benchmark: move it away"):
         add_run(tmp_path, result, tiny((VANILLA,)), SETUP, WHERE | {"command": "x"})
+
+
+def test_the_command_measures_a_configuration_and_draws_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = "--batches 1,2 --context 8 --new-tokens 2 --rounds 1 --prefill 0"
+    config = REPOSITORY / "configs/quickstart_plt2.yaml"
+
+    def run(*arguments: str) -> None:
+        command = ["benchmark_decode.py", *arguments, *sizes.split(), "--output", str(tmp_path)]
+        monkeypatch.setattr(benchmark_decode.sys, "argv", command)
+        benchmark_decode.main()
+
+    run("--compare", "none", "--config", str(config))
+    tree = json.loads((tmp_path / "decode.json").read_text())
+    assert [(r["model"], r["batch"]) for r in tree["decode"]] == [
+        ("quickstart_plt2", 1),
+        ("quickstart_plt2", 2),
+    ]
+    assert not tree["prefill"] and "context 8, 2 tokens, 1 rounds" in capsys.readouterr().out
+    height, width, _ = imread(tmp_path / "decode.png").shape
+    assert width > 2 * height
+    for arguments, message in {
+        ("--compare", "headlines"): "unknown comparison headlines; there are ablation, headline",
+        ("--only", "PLT-9"): "--only PLT-9: there are vanilla",
+        ("--compare", "none"): "--compare none needs a --config",
+        ("--model", "plt2"): "--model plt2: expected NAME=DIR",
+    }.items():
+        with pytest.raises(SystemExit):
+            run(*arguments)
+        assert message in capsys.readouterr().err

@@ -236,10 +236,12 @@ def test_a_run_never_tracked_is_sent_from_its_config(server, tmp_path):
     subprocess.run(command, cwd=ROOT, check=True)
     with pytest.raises(ConfigError, match="was not tracked in MLflow.*--uri URI"):
         sync(tmp_path)
-    tool = [sys.executable, "tools/sync_mlflow.py", str(tmp_path), "--uri", server.uri]
+    absent = str(tmp_path / "absent")  # one that fails does not keep the others from being sent
+    tool = [sys.executable, "tools/sync_mlflow.py", absent, str(tmp_path), "--uri", server.uri]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(tool, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert f"error: {absent}: no metrics.jsonl here" in done.stderr
     assert "FINISHED" in done.stdout  # as run.json says
     tags = run_of(tmp_path, server).data.tags
     assert {"commit": "0123abc", "layout": "EP2 x DP1", "resumed": "false"}.items() <= tags.items()
