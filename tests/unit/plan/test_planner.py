@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pltmoe.config import RunConfig, load_config
+from pltmoe.config import RunConfig, config_from_dict, config_to_dict, load_config
 from pltmoe.config.counts import count_parameters
 from pltmoe.errors import ConfigError
 from pltmoe.parallel.layout import layout_for
@@ -16,8 +16,9 @@ from pltmoe.plan.in_flight import peak_bytes
 from pltmoe.plan.machines import DEFAULT, GIB, GPUS, Assumptions
 from pltmoe.plan.messages import Group, step_messages
 from pltmoe.plan.planner import _layer_flops
+from pltmoe.plan.report import as_text
 from pltmoe.plan.search import candidates, search
-from pltmoe.plan.weights import stage_weights
+from pltmoe.plan.weights import stage_weights, zero_bytes
 from pltmoe.runtime.devices import peak_flops
 from tests.distributed.tiny import DENSE, MOE, tiny_config
 
@@ -188,6 +189,30 @@ def test_recompute_trades_memory_for_time():
     assert memory == sorted(memory, reverse=True) and memory[2] < memory[0] / 3
     seconds = [plan.step_seconds for plan in plans]
     assert seconds == sorted(seconds)
+
+
+@pytest.mark.parametrize(
+    ("zero", "says"),
+    [
+        ({"stage": 1}, "ZeRO stage 1\n"),
+        ({"stage": 2}, "ZeRO stage 2; times leave out gradients sent for every micro batch\n"),
+        (
+            {"stage": 3, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1e9},
+            "ZeRO stage 3; times leave out an optimizer offloaded to cpu, gradients sent for every "
+            "micro batch, weights gathered in every pass\n",
+        ),
+    ],
+)
+def test_deepspeed_is_planned_with_its_stage_offload_and_bucket(zero, says):
+    """The bytes themselves are measured in tests/distributed/test_plan.py."""
+    tree = config_to_dict(config("plt_dense_1.2b")) | {"engine": "deepspeed"}
+    run = config_from_dict(tree | {"deepspeed": {"zero_optimization": zero}})
+    plan = make_plan(run, 8)
+    weights = stage_weights(run.model, plan.layout, 0)
+    offloaded, bucket = "offload_optimizer" in zero, zero.get("reduce_bucket_size", 5e8)
+    expected = zero_bytes(weights, plan.layout, 2, zero["stage"], offloaded, bucket)
+    assert plan.stages[0].weights == expected
+    assert f"engine        deepspeed, {says}" in as_text(plan)
 
 
 def test_what_does_not_fit_is_refused_with_parts_and_advice():

@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import fmean
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -20,7 +21,7 @@ from pltmoe.errors import DataError
 from pltmoe.reports import numbers, runs
 from pltmoe.reports.done import what_was_done
 from pltmoe.reports.glance import Extras, final_loss
-from pltmoe.reports.plots import Bars, plot_costs
+from pltmoe.reports.plots import Bars, _running_mean, plot_costs
 from pltmoe.reports.runs import Run, read_run, table
 from pltmoe.reports.summary import read_decode, read_generated, tell_apart, write_report
 from pltmoe.tracking.jsonl import JsonlTracker
@@ -63,6 +64,14 @@ def report(run_dirs, tmp_path_factory) -> Path:
     runs = [read_run(path) for path in run_dirs]
     samples = [{"prompt": "def f(x):", "text": "\n    return x\n"}]
     return write_report(runs, folder, "Three runs", Extras(DECODE, samples))
+
+
+def test_long_curves_are_smoothed_without_a_bend_at_their_ends():
+    flat = _running_mean(np.full(300, 2.5), 6)
+    np.testing.assert_allclose(flat, 2.5, rtol=1e-12)
+    rising = _running_mean(np.arange(300.0), 5)
+    np.testing.assert_allclose(rising[2:-2], np.arange(2.0, 298.0), rtol=1e-12)
+    assert rising[0] == pytest.approx((0 + 1 + 2) / 3)
 
 
 def test_a_step_skipped_as_a_spike_is_no_training_loss(tmp_path):
