@@ -19,6 +19,8 @@ from pltmoe.reports.style import COLOURS, MARKERS, STYLE, line_style, save, toke
 
 _SMOOTH_FROM = 150
 """Training curves with more points than this are drawn faint, with a running mean on top."""
+_MOST_MARKERS = 40
+"""Of validations, the last among them: more would hide the curves."""
 _DETAIL_SHARE = 0.35
 """Share of the training, at its end, that is shown enlarged."""
 _START_SHARE = 0.06
@@ -144,7 +146,9 @@ def _loss_panel(axis: Axes, runs: Sequence[Run], quantity: str) -> None:
             y = _running_mean(y, len(y) // 50)
         axis.plot(x, y, color=style["color"], linestyle=style["linestyle"], linewidth=1.6)
         x = np.array([getattr(p, quantity) for p in valid]) / divisor
-        axis.plot(x, [p.value for p in valid], **style | {"linestyle": "none"})
+        every = 1 + len(valid) // (_MOST_MARKERS + 1)
+        marks = list(range(len(valid)))[::-every]
+        axis.plot(x, [p.value for p in valid], **style | {"linestyle": "none"}, markevery=marks)
     label = f"training compute ({prefix}FLOP)"
     axis.set_xlabel(label if quantity == "flops" else token_label(prefix))
     axis.set_xlim(left=0)
