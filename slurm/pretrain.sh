@@ -49,7 +49,7 @@ check_time() {
     local limit lead signal=${SBATCH_SIGNAL:-$(directive signal "$2")}
     limit=$(seconds "$1")
     lead=60 # where --signal names none
-    [[ $signal != *@* ]] || lead=${signal##*@}
+    [[ $signal != *@* ]] || lead=$((10#${signal##*@}))
     [[ -z $limit || -z $signal ]] || ((limit > lead + 60)) ||
         die "a time limit of $1 leaves no time to train: Slurm sends --signal=$signal up to" \
             "$((lead + 60)) s before it. Give more time, or a later signal (SBATCH_SIGNAL=B:USR1@60)"

@@ -99,7 +99,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected a mapping with 'model', 'data', ... at the top")
@@ -121,8 +121,8 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override '{override}': {at} is a value ({child!r}), not a section")
         node = child
     try:
-        node[keys[-1]] = yaml.safe_load(text)
-    except yaml.YAMLError:
+        node[keys[-1]] = yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError):  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"override '{override}': value is not valid YAML") from None
 
 

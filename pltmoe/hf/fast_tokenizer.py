@@ -4,6 +4,9 @@ sentencepiece joins, again and again, the neighbouring pieces whose union has th
 leftmost of equals first. The fast tokenizer does the same with an ordered list of merges: one for
 every way to split a piece in two, in the order of the pieces' scores. Spaces are kept as real
 spaces (sentencepiece writes U+2581), so that a U+2581 in a text becomes bytes on both sides.
+
+Decoding gives the same text for the ids of any text. Byte pieces in a row that are not UTF-8 (a
+character cut in two) all become U+FFFD here; sentencepiece keeps the characters among them.
 """
 
 import json

@@ -197,10 +197,10 @@ def _panel(axis: Axes, rows: Sequence[tuple[int, Row]], end_share: float) -> Non
     divisor, prefix = scale_of(most)
     shown: list[float] = []
     for index, row in rows:
-        points = [run.series("valid/loss") for run in row.runs.values()]
-        length = min(len(series) for series in points)
-        tokens = np.array([point.tokens for point in points[0][:length]]) / divisor
-        losses = np.array([[point.value for point in series[:length]] for series in points])
+        series = [{p.tokens: p.value for p in r.series("valid/loss")} for r in row.runs.values()]
+        at = sorted(set.intersection(*map(set, series)))  # where all seeds were validated
+        tokens = np.array(at) / divisor
+        losses = np.array([[values[t] for t in at] for values in series])
         style = line_style(index)
         axis.plot(tokens, losses.mean(0), **style)
         axis.fill_between(

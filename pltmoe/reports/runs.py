@@ -1,7 +1,9 @@
 """A run as tables: from its directory, or from MLflow."""
 
 import json
+import math
 import re
+import sys
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -81,6 +83,8 @@ class Run:
         """Return the steps at which their count rose; each is logged, whatever the interval."""
         name = "train/skipped_steps"
         counts = sorted((m["step"], m[name]) for m in self.lines if name in m)
+        if counts and counts[0][0] == 1:  # else it went on from a checkpoint
+            counts.insert(0, (0, 0.0))
         return {step for (_, before), (step, count) in pairwise(counts) if count > before}
 
     def by_loop_and_layer(self, metric: str) -> dict[tuple[int, int], list[Point]]:
@@ -151,13 +155,18 @@ def read_mlflow_run(uri: str, run_id: str) -> Run:
             if any(m.timestamp < 1000 * time and m.step > step for time, step in branches):
                 continue  # of a branch that was given up
             row = rows.setdefault(m.step, {"step": m.step})
-            row[key] = m.value
+            row[key] = _as_logged(m.value)
             row["time"] = max(row.get("time", 0.0), m.timestamp / 1000)
     if not rows:
         raise DataError(f"{where}: no metrics")
     _add_tokens(rows, per_step)
     job = {"status": run.info.status, "tags": run.data.tags, "started": run.info.start_time / 1e3}
     return Run(config, [rows[step] for step in sorted(rows)], where, [job])
+
+
+def _as_logged(value: float) -> float:
+    """Return infinity for the largest float, which is what MLflow's stores keep of it."""
+    return math.copysign(math.inf, value) if abs(value) == sys.float_info.max else value
 
 
 def _add_tokens(rows: dict[int, dict[str, Any]], per_step: int) -> None:

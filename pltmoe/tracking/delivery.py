@@ -89,14 +89,13 @@ class Delivery:
             Exception: one of UNAVAILABLE; what was acknowledged before is not sent again.
         """
         events = self.journal.events()  # before the metrics: a finish event comes after the last
-        starts = [event for event in events if event["event"] == "start"]
+        starts = _starts(events)
         if not starts:
             return False
         if self._run_id is None:
             self._open_run(starts[0])
-        self._branches = branches(starts)
         new = events[self._events_done :]
-        moved = self._send_starts(starts, [event for event in new if event["event"] == "start"])
+        moved = self._send_starts(starts, _starts(new))
         moved |= self._send_metrics()
         moved |= self._send_artifacts(new)
         self._set_status(events, new)
@@ -182,6 +181,8 @@ class Delivery:
         moved = False
         for feed in self._feeds:
             while lines := feed.read(_LINES_PER_READ):
+                # Read after the lines: a later job may have begun and written them by now.
+                self._branches = branches(_starts(self.journal.events()))
                 points = [point for line in lines for point in self._points(line)]
                 for chunk in _chunks(points, MAX_METRICS_PER_BATCH):
                     self._log_metrics(chunk)
@@ -309,6 +310,10 @@ class _Feed:
         if status is None or status.st_ino != self._inode or status.st_size < self._offset:
             self._inode = status.st_ino if status else 0
             self._offset = self._read_to = 0
+
+
+def _starts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [event for event in events if event["event"] == "start"]
 
 
 def _name(key: str) -> str:

@@ -25,7 +25,7 @@ from pltmoe.config.counts import count_parameters
 from pltmoe.config.describe import describe_model, variant
 from pltmoe.tracking.base import EndStatus
 from pltmoe.tracking.journal import Journal, process_identity
-from pltmoe.tracking.jsonl import SYNC_COMMAND
+from pltmoe.tracking.jsonl import SYNC_COMMAND, read_jobs
 from pltmoe.tracking.store import run_link, usable_uri
 
 _LOOK_AFTER_SENDER_S = 10.0
@@ -75,7 +75,23 @@ class MLflowTracker:
         resume_step: int | None,
         **known_better: Any,
     ) -> None:
-        """Write the start event, without starting to send (``time``, ``host`` if not here, now)."""
+        """Write the start event, without starting to send (``time``, ``host`` if not here, now).
+
+        Before it, one for each earlier job of run.json that ran without MLflow since the last: its
+        settings are not known any more, and so count as others than those of any tracked job.
+        """
+        last = self._journal.last_start()
+        for job in read_jobs(self._run_dir)[:-1]:  # the last is this one
+            if last is None or job["started"] > last["time"]:
+                known = {"host": "unknown", "time": job["started"], "params": {}}
+                self._append_start(job["tags"], job["resume_step"], known)
+        settings = flatten(config_to_dict(self._config)) | flatten(params)
+        fields = process_identity() | {"params": settings} | known_better
+        self._append_start(tags, resume_step, fields)
+
+    def _append_start(
+        self, tags: Mapping[str, str], resume_step: int | None, fields: Mapping[str, Any]
+    ) -> None:
         before = self._journal.last_start()
         self._journal.append(
             "start",
@@ -85,9 +101,8 @@ class MLflowTracker:
             experiment=self._config.tracking.experiment,
             uri=without_password(self._uri),
             resume_step=resume_step,
-            params=flatten(config_to_dict(self._config)) | flatten(params),
             tags=self._tags(tags, resume_step),
-            **(process_identity() | known_better),
+            **fields,
         )
         config_file = self._run_dir / "config.yaml"
         if config_file.exists():

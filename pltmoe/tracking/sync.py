@@ -74,12 +74,13 @@ def _add_untracked_jobs(journal: Journal, uri: str) -> None:
     if start is None and not jobs:
         first = next(read_lines(run_dir / METRICS_FILE), {"time": time.time()})
         jobs = [{"started": first["time"], "resume_step": None, "tags": {}}]
-    for job in jobs:
-        if start is not None and job["started"] <= start["time"]:
-            continue
-        config = load_config(run_dir / "config.yaml", [f"tracking.mlflow_uri={uri}"])
-        where = {"host": "unknown", "time": job["started"]}
-        MLflowTracker(config, run_dir).record_start({}, job["tags"], job["resume_step"], **where)
+    if not jobs or (start is not None and jobs[-1]["started"] <= start["time"]):
+        return
+    newest = jobs[-1]  # config.yaml has its settings
+    config = load_config(run_dir / "config.yaml", [f"tracking.mlflow_uri={uri}"])
+    where = {"host": "unknown", "time": newest["started"]}
+    tracker = MLflowTracker(config, run_dir)
+    tracker.record_start({}, newest["tags"], newest["resume_step"], **where)
 
 
 def _close(journal: Journal, status: EndStatus | None) -> None:

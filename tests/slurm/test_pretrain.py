@@ -195,8 +195,9 @@ def test_data_that_are_missing_are_refused_before_they_are_queued(site):
     ],
 )
 def test_a_time_limit_must_be_longer_than_the_signal_before_it(site, limit, message):
+    signal = {"SBATCH_SIGNAL": "B:USR1@0300"} if ":" in limit else {}
     done = site.shell("bash", "slurm/pretrain_vanilla_moe.sh", NODES=1, GPUS_PER_NODE=8,
-                      SBATCH_TIMELIMIT=limit)  # fmt: skip
+                      SBATCH_TIMELIMIT=limit, **signal)  # fmt: skip
     assert done.returncode == 2 and message in done.stderr, done.stderr
 
 

@@ -103,6 +103,10 @@ def test_models_are_compared_over_the_seeds_that_they_share(tmp_path: Path, monk
     learning.draw(rows, tmp_path / "learning.png", "t")
     last = [losses[-1] for _, losses in drawn]  # two panels of two rows, one of three
     assert last == pytest.approx([3.0, 2.975, 3.0, 2.975, 2.995, 2.995, math.inf])
+    del rows[1].runs[2].lines[0]  # this seed was not validated there
+    learning.draw(rows[:2], tmp_path / "learning.png", "t")
+    assert drawn[-1][0] == pytest.approx(drawn[0][0][1:]) and len(drawn[-1][1]) == 9
+    assert drawn[-1][1] == pytest.approx(drawn[1][1][1:])
     titles = [axis.get_title("left") for axis in figures[0].axes]
     assert titles[1:] == [
         "the end of it, enlarged",

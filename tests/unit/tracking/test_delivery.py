@@ -268,6 +268,7 @@ def leg(
     loss: float,
     sent: bool = True,
     every: int = 1,
+    tracked: bool = True,
     **changes: Any,
 ) -> None:
     """Steps ``first`` to ``last`` after a resume before them; ``sent``: then delivered.
@@ -279,12 +280,14 @@ def leg(
     lines.start({}, {}, resume_step=resume)
     config = run_config(run_dir, uri, **changes)
     write_config(config, run_dir / "config.yaml")
-    MLflowTracker(config, run_dir).record_start({"note": "x" * 7000}, {}, resume_step=resume)
+    if tracked:
+        MLflowTracker(config, run_dir).record_start({"note": "x" * 7000}, {}, resume_step=resume)
     time.sleep(0.005)  # a point of the same millisecond as the start would be of the leg before
     for step in range(-(-first // every) * every, last + 1, every):
-        lines.log(step, {"train/loss": loss + step, "odd [name]": float("nan")})
+        odd = {"odd [name]": float("nan"), "optim/grad_norm": float("-inf")}
+        lines.log(step, {"train/loss": loss + step, **odd})
     lines.finish("FINISHED")
-    if sent:
+    if tracked and sent:
         Delivery(run_dir, uri).deliver()
 
 
@@ -338,6 +341,33 @@ def test_what_was_not_sent_of_a_branch_is_sent_with_the_next(server, tmp_path):
     leg(tmp_path, server.uri, 6, 7, 0.7, optimizer__lr=1e-4)
     run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
     assert [p.value for p in run.series("train/loss")] == [1, 2, 3, 4.5, 5.5, 6.7, 7.7]
+    assert [p.value for p in run.series("optim/grad_norm")] == 7 * [float("-inf")]
+
+
+def test_a_job_without_mlflow_between_two_with_it_is_a_branch_as_well(server, tmp_path):
+    def losses() -> list[float]:
+        run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
+        return [point.value for point in run.series("train/loss")]
+
+    leg(tmp_path, server.uri, 1, 8, 0.0)
+    leg(tmp_path, server.uri, 4, 6, 0.5, tracked=False, optimizer__lr=5e-4)
+    leg(tmp_path, server.uri, 6, 7, 0.0)
+    assert losses() == [1, 2, 3, 4.5, 5.5, 6, 7]
+    leg(tmp_path, server.uri, 3, 6, 0.7, tracked=False, optimizer__lr=5e-4)
+    leg(tmp_path, server.uri, 5, 6, 0.0, tracked=False)
+    sync(tmp_path, server.uri)
+    assert losses() == [1, 2, 3.7, 4.7, 5, 6]
+
+
+def test_a_job_that_begins_while_the_one_before_is_sent(server, tmp_path):
+    """The sender of a killed job is at work on a long file when the next one writes it anew."""
+    leg(tmp_path, server.uri, 1, 8, 0.0, sent=False)
+    late = Delivery(tmp_path, server.uri, on_batch=lambda size: meanwhile and meanwhile.pop()())
+    meanwhile = [lambda: leg(tmp_path, server.uri, 4, 9, 0.5, sent=False, optimizer__lr=5e-4)]
+    late.deliver()
+    sync(tmp_path, server.uri)
+    run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
+    assert [p.value for p in run.series("train/loss")] == [1, 2, 3, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5]
 
 
 def test_a_run_begun_from_scratch_ends_the_one_that_was_there(server, tmp_path):
