@@ -94,6 +94,16 @@ def loop_routing(m: ModelConfig) -> Iterator[str]:
         )
 
 
+def router_can_learn(c: RunConfig) -> Iterator[str]:
+    """A router learns from the weights of its experts; that of a single one is always 1."""
+    if c.model.moe_top_k == 1:
+        yield (
+            f"model.moe_top_k (1) with model.num_experts ({c.model.num_experts}): the chosen "
+            "experts' weights sum to 1, so the router of a single one would learn nothing from "
+            "the loss; use 2 or more, or a dense model (model.ffn_hidden_size)"
+        )
+
+
 def experts_divide(c: RunConfig) -> Iterator[str]:
     """Experts are split evenly over expert-parallel ranks."""
     ep, experts = c.parallel.expert_parallel_size, c.model.num_experts
@@ -296,6 +306,7 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[str]], ...] = (
     loop_routing,
 )
 RUN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    router_can_learn,
     experts_divide,
     splits_are_even,
     parallel_parts_fit,

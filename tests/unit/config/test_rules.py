@@ -279,6 +279,12 @@ BROKEN = {
             "a dense model has no experts to choose",
         ),
     ],
+    "router_can_learn": [
+        (
+            model(moe_top_k=1),
+            "model.moe_top_k (1) with model.num_experts (4): the chosen experts' weights sum to 1",
+        ),
+    ],
     "experts_divide": [
         (
             run_tree(parallel__expert_parallel_size=3),
