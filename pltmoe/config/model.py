@@ -48,7 +48,7 @@ class ModelConfig(Section):
     num_experts: PositiveInt | None = None
     """Experts per layer; leave out for a dense model."""
     moe_top_k: PositiveInt | None = None
-    """Experts each token visits in each layer and loop (dropless); at least 2."""
+    """Experts each token visits in each layer and loop (dropless); at least 2 to train."""
     moe_ffn_hidden_size: PositiveInt | None = None
     """SwiGLU width of one expert."""
     moe_aux_loss_coeff: float = Field(default=0.0, ge=0)

@@ -48,11 +48,6 @@ def dense_or_moe(m: ModelConfig) -> Iterator[str]:
         yield (
             f"model.moe_top_k ({m.moe_top_k}) must not exceed model.num_experts ({m.num_experts})"
         )
-    if m.moe_top_k == 1:
-        yield (
-            "model.moe_top_k (1) must be at least 2: weights are a softmax over the chosen "
-            "experts, which is 1 for a single one, so the loss would not teach the router"
-        )
 
 
 def loop_flags(m: ModelConfig) -> Iterator[str]:
@@ -96,6 +91,16 @@ def loop_routing(m: ModelConfig) -> Iterator[str]:
         yield (
             f"model.moe_loop_routing ({m.moe_loop_routing}) needs model.num_experts (None): "
             "a dense model has no experts to choose"
+        )
+
+
+def router_can_learn(c: RunConfig) -> Iterator[str]:
+    """A router learns from the weights of its experts; that of a single one is always 1."""
+    if c.model.moe_top_k == 1:
+        yield (
+            f"model.moe_top_k (1) with model.num_experts ({c.model.num_experts}): the chosen "
+            "experts' weights sum to 1, so the router of a single one would learn nothing from "
+            "the loss; use 2 or more, or a dense model (model.ffn_hidden_size)"
         )
 
 
@@ -301,6 +306,7 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[str]], ...] = (
     loop_routing,
 )
 RUN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
+    router_can_learn,
     experts_divide,
     splits_are_even,
     parallel_parts_fit,

@@ -3,8 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from pltmoe.config import ModelConfig, model_from_dict
 from pltmoe.errors import ConfigError, ConversionError
+from pltmoe.model.grouped_product import fits_grouped_product
 
 SAME_MEANING = {
     "vocab_size": "vocab_size",
@@ -93,6 +96,9 @@ def to_hf_fields(
     if m.is_moe:
         fields |= {hf: getattr(m, ours) for ours, hf in MOE_FIELDS.items()}
         fields |= {"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        sizes = (m.hidden_size, m.moe_ffn_hidden_size or 0)
+        if kind == "qwen3_moe" and not fits_grouped_product(sizes, torch.bfloat16):
+            fields["experts_implementation"] = "eager"  # transformers' default would raise
     else:
         fields["intermediate_size"] = m.ffn_hidden_size
     if kind == "plt_moe":

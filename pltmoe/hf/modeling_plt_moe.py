@@ -208,6 +208,8 @@ class PLTMoECache(Cache):
 
     def note_call(self, ids: Tensor | None, slots: Slots, num_sequences: int) -> None:
         """Remember what new slots are computed from; ``ids`` [b, s] is None for embeddings."""
+        if slots.documents is not None:
+            self.record["documents"] = slots.documents.expand(num_sequences, -1)
         if self.config.plt_num_loops == 1:
             return
         shape, device = (num_sequences, len(slots)), slots.positions.device
@@ -219,8 +221,6 @@ class PLTMoECache(Cache):
         for name, x in new.items():
             kept = self.record.get(name)
             self.record[name] = x if kept is None else torch.cat([kept, x], dim=1)
-        if slots.documents is not None:
-            self.record["documents"] = slots.documents.expand(num_sequences, -1)
 
     def note_exact(self, new_slots: int, outputs: int, whole: bool) -> None:
         """Count the slots that crop() can take back; ``whole``: no loop has left out any slot."""
@@ -820,8 +820,8 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
             input_ids: New tokens [b, s]; or ``inputs_embeds`` [b, s, d].
             attention_mask: [b, cached + s], 0 where there is padding, on either side of the tokens.
             position_ids: [b or 1, s]; default: slots counted from the first real one. Position 0
-                begins a document: nothing is shifted into it. Without ``attention_mask`` and
-                cache, documents packed into one row do not see each other.
+                begins a document: nothing is shifted into it. Without ``attention_mask``,
+                documents packed into one row do not see each other, also in later calls.
             past_key_values: a PLTMoECache of this model.
             output_hidden_states: return ``num_loops * (num_layers + 1)`` tensors, loop after
                 loop: the loop's input, then every layer's output; the very last one is normed.
@@ -1087,7 +1087,8 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
         kept = cache.record.get("documents") if cache is not None else None
         if kept is not None:
             return torch.cat([kept, (kept[:, -1:] + begins).expand(kept.size(0), -1)], dim=1)
-        return begins if packed and past == 0 and (begins > 1).any() else None
+        several = packed and (positions[:, 0 if past else 1 :] == 0).any()
+        return F.pad(begins, (past, 0)) if several else None
 
     @staticmethod
     def _starts(positions: Tensor, valid: Tensor | None, past: int) -> Tensor:

@@ -73,7 +73,9 @@ class Sampler:
         """Take over the options of a batch; return what computing them needs."""
         limits = [o.top_k or self._vocab_size for o in options]
         limits = [min(k, self._vocab_size) for k in limits]
-        self._temperature_b.copy_(torch.tensor([o.temperature or 1.0 for o in options]))
+        # Colder than this, float32 quotients are infinite, and their softmax no number.
+        temperatures = [max(o.temperature or 1.0, 1e-30) for o in options]
+        self._temperature_b.copy_(torch.tensor(temperatures))
         self._greedy_b.copy_(torch.tensor([o.temperature == 0 for o in options]))
         self._top_k_b.copy_(torch.tensor(limits))
         self._top_p_b.copy_(torch.tensor([o.top_p for o in options], dtype=torch.float64))

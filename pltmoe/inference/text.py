@@ -26,6 +26,8 @@ class TextStream:
     def __init__(self, tokenizer: Any, prompt: Sequence[int], stop: Sequence[str] = ()):
         self._tokenizer, self._stop = tokenizer, [s for s in stop if s]
         self._tokens = list(prompt[-CONTEXT_TOKENS:])
+        while self._decode(self._tokens).startswith(INCOMPLETE):
+            del self._tokens[0]  # a cut character spoils all bytes after it
         self._decoded_from, self._decoded_to = 0, len(self._tokens)
         self._held = ""
         self.text = ""

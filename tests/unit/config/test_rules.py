@@ -244,7 +244,6 @@ BROKEN = {
             "model.moe_ffn_hidden_size (None) is required with model.num_experts (4)",
         ),
         (model(moe_top_k=5), "model.moe_top_k (5) must not exceed model.num_experts (4)"),
-        (model(moe_top_k=1), "model.moe_top_k (1) must be at least 2: weights are a softmax"),
     ],
     "loop_flags": [
         (model(cross_loop_shift=True), "model.cross_loop_shift (true) needs model.num_loops >= 2"),
@@ -278,6 +277,12 @@ BROKEN = {
             model(DENSE, num_loops=2, moe_loop_routing="shared"),
             "model.moe_loop_routing (shared) needs model.num_experts (None): "
             "a dense model has no experts to choose",
+        ),
+    ],
+    "router_can_learn": [
+        (
+            model(moe_top_k=1),
+            "model.moe_top_k (1) with model.num_experts (4): the chosen experts' weights sum to 1",
         ),
     ],
     "experts_divide": [

@@ -20,8 +20,7 @@ def exports(tmp_path_factory, tokenizer_model) -> dict[str, Path]:  # noqa: F811
     found = {}
     for name, dtype in (("plt2", torch.float32), ("vanilla", torch.bfloat16)):
         run = tmp_path_factory.mktemp(name) / "run"
-        # Experts of 12 are no whole 16 bytes in bf16, which grouped products need.
-        model = small_model(name, vocab_size=TEXT_VOCABULARY, moe_ffn_hidden_size=16)
+        model = small_model(name, vocab_size=TEXT_VOCABULARY)
         write_checkpoint(run, model, tokenizer_model)
         folder = run.parent / "hf"
         export_checkpoint(run, folder, ExportOptions(dtype=dtype, progress=False, verify=False))

@@ -169,10 +169,11 @@ def test_suffix_prefill_of_a_padded_batch(name):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("name", ["plt3_normed", "vanilla"])
 @pytest.mark.parametrize("first", [6, 20, 26])
-def test_suffix_prefill_of_packed_documents_and_what_follows(first):
+def test_suffix_prefill_of_packed_documents_and_what_follows(name, first):
     """The last document may begin inside or outside the suffix; what follows belongs to it."""
-    _, model = short_window("plt3_normed")
+    _, model = short_window(name)
     a, b = tokens(1, first, seed=2), tokens(1, 27 - first, seed=3)
     positions = torch.cat([torch.arange(first), torch.arange(27 - first)])[None]
     out = model(torch.cat([a, b], 1), position_ids=positions, logits_to_keep=1, use_cache=True)
@@ -184,6 +185,10 @@ def test_suffix_prefill_of_packed_documents_and_what_follows(first):
     assert (model(more, past_key_values=cache, **given).logits - expected[:, -4:]).abs().max() < (
         BOUND
     )
+    alone = PLTMoECache(model.config)  # the second document begins a later call
+    model(a, past_key_values=alone)
+    given = {"position_ids": positions[:, first:], "past_key_values": alone}
+    assert (model(b, **given).logits - expected[:, : 27 - first]).abs().max() < BOUND
 
 
 @pytest.mark.parametrize("name", ["plt3_normed", "dense_plt2", "loop2"])

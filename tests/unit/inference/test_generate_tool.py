@@ -157,8 +157,12 @@ def test_transformers_times_count_no_padding(exported, tmp_path, monkeypatch, ca
 
 
 def test_text_comes_whole_characters_at_a_time(tokenizer):
-    """Characters of several tokens wait; joined pieces are the tokenizer's own text."""
-    for original in ("  a  b\n\tcafé 你好 \N{GRINNING FACE}!", "x = 'ü'\n", "plain words here"):
+    """Characters of several tokens wait; joined pieces are the tokenizer's own text.
+
+    The last one is all bytes, so that the last tokens of a prompt begin inside of a character.
+    """
+    texts = ("  a  b\n\tcafé 你好 \N{GRINNING FACE}!", "x = 'ü'\n", "plain words here", "你好世界")
+    for original in texts:
         ids = tokenizer(original)["input_ids"]
         for cut in range(len(ids)):
             stream = TextStream(tokenizer, ids[:cut])

@@ -35,6 +35,9 @@ def test_greedy_takes_the_largest():
     token, logprob = choose(logits, [SamplingOptions()] * 4, logprobs=True)
     assert torch.equal(token, logits.argmax(-1))
     assert torch.allclose(logprob, logits.log_softmax(-1).max(-1).values)
+    for cold in (1e-6, 1e-38, 5e-324):
+        token, _ = choose(logits, [SamplingOptions(temperature=cold)] * 4)
+        assert torch.equal(token, logits.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
