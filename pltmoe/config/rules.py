@@ -104,6 +104,15 @@ def experts_divide(c: RunConfig) -> Iterator[str]:
         )
 
 
+def router_learns(c: RunConfig) -> Iterator[str]:
+    """A router is trained through the weights of the experts it chooses."""
+    if c.model.moe_top_k == 1:
+        yield (
+            "model.moe_top_k (1) must be at least 2: weights of the chosen experts add up to 1, so "
+            "that of a single one is always 1, and the loss would not train the router"
+        )
+
+
 def splits_are_even(c: RunConfig) -> Iterator[str]:
     """Whatever is cut over ranks is cut evenly."""
     p, m, d = c.parallel, c.model, c.data
@@ -297,6 +306,7 @@ MODEL_RULES: tuple[Callable[[ModelConfig], Iterator[str]], ...] = (
 )
 RUN_RULES: tuple[Callable[[RunConfig], Iterator[str]], ...] = (
     experts_divide,
+    router_learns,
     splits_are_even,
     parallel_parts_fit,
     transformer_engine_fits,

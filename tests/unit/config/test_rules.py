@@ -279,6 +279,12 @@ BROKEN = {
             "a dense model has no experts to choose",
         ),
     ],
+    "router_learns": [
+        (
+            model(moe_top_k=1),
+            "model.moe_top_k (1) must be at least 2: weights of the chosen experts add up to 1",
+        ),
+    ],
     "experts_divide": [
         (
             run_tree(parallel__expert_parallel_size=3),
