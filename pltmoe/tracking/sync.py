@@ -68,18 +68,21 @@ def _target(journal: Journal, uri: str | None) -> str:
 
 
 def _add_untracked_jobs(journal: Journal, uri: str) -> None:
-    """Write start events for the jobs of run.json that ran without MLflow since the last start."""
+    """Write start events for the jobs of run.json that ran without MLflow since the last start.
+
+    config.yaml is the newest job's.
+    """
     start, run_dir = journal.last_start(), journal.run_dir
     jobs = read_jobs(run_dir)
     if start is None and not jobs:
         first = next(read_lines(run_dir / METRICS_FILE), {"time": time.time()})
         jobs = [{"started": first["time"], "resume_step": None, "tags": {}}]
-    for job in jobs:
-        if start is not None and job["started"] <= start["time"]:
-            continue
-        config = load_config(run_dir / "config.yaml", [f"tracking.mlflow_uri={uri}"])
-        where = {"host": "unknown", "time": job["started"]}
-        MLflowTracker(config, run_dir).record_start({}, job["tags"], job["resume_step"], **where)
+    if not jobs or (start is not None and jobs[-1]["started"] <= start["time"]):
+        return
+    job = jobs[-1]
+    config = load_config(run_dir / "config.yaml", [f"tracking.mlflow_uri={uri}"])
+    where = {"host": "unknown", "time": job["started"]}
+    MLflowTracker(config, run_dir).record_start({}, job["tags"], job["resume_step"], **where)
 
 
 def _close(journal: Journal, status: EndStatus | None) -> None:

@@ -266,23 +266,25 @@ def leg(
     loss: float,
     sent: bool = True,
     every: int = 1,
+    tracked: bool = True,
     **changes: Any,
 ) -> None:
     """Steps ``first`` to ``last`` after a resume before them; ``sent``: then delivered.
 
-    Logged are the multiples of ``every``.
+    Logged are the multiples of ``every``; not ``tracked``: without MLflow.
     """
     resume = first - 1 or None
     lines = JsonlTracker(run_dir, lambda step: step)
     lines.start({}, {}, resume_step=resume)
     config = run_config(run_dir, uri, **changes)
     write_config(config, run_dir / "config.yaml")
-    MLflowTracker(config, run_dir).record_start({"note": "x" * 7000}, {}, resume_step=resume)
+    if tracked:
+        MLflowTracker(config, run_dir).record_start({"note": "x" * 7000}, {}, resume_step=resume)
     time.sleep(0.005)  # a point of the same millisecond as the start would be of the leg before
     for step in range(-(-first // every) * every, last + 1, every):
         lines.log(step, {"train/loss": loss + step, "odd [name]": float("nan")})
     lines.finish("FINISHED")
-    if sent:
+    if sent and tracked:
         Delivery(run_dir, uri).deliver()
 
 
@@ -327,6 +329,14 @@ def test_steps_done_again_with_other_settings_replace_those_given_up(server, tmp
     assert run.data.params["optimizer.lr"] == "0.001"
     assert len(run.data.params["note"]) == 6000
     assert str(run.data.metrics["odd _name_"]) == "nan"
+    leg(tmp_path, server.uri, 9, 13, 0.9, optimizer__lr=1e-4)
+    leg(tmp_path, server.uri, 7, 12, 0.3, tracked=False, optimizer__lr=3e-4)
+    leg(tmp_path, server.uri, 13, 14, 0.3, optimizer__lr=3e-4)
+    assert losses() == expected() and expected()[3:5] == [(7, 7.3), (8, 8.3)]
+    leg(tmp_path, server.uri, 9, 14, 0.1, tracked=False)
+    leg(tmp_path, server.uri, 15, 16, 0.3, tracked=False, optimizer__lr=3e-4)
+    sync(tmp_path, server.uri)  # there and back: config.yaml says what was sent last
+    assert losses() == expected() and expected()[5] == (9, 9.1)
 
 
 def test_what_was_not_sent_of_a_branch_is_sent_with_the_next(server, tmp_path):
