@@ -77,33 +77,16 @@ class MLflowTracker:
     ) -> None:
         """Write the start event, without starting to send (``time``, ``host`` if not here, now).
 
-        Before it, one for each earlier job of run.json that ran without MLflow since the last: its
-        settings are not known any more, and so count as others than those of any tracked job.
+        Before it those of jobs since the last one that ran without MLflow. Their settings are not
+        known any more, so they count as others: what they did anew is sent.
         """
         last = self._journal.last_start()
-        for job in read_jobs(self._run_dir)[:-1]:  # the last is this one
+        for job in read_jobs(self._run_dir)[:-1]:  # the newest is the one that starts
             if last is None or job["started"] > last["time"]:
-                known = {"host": "unknown", "time": job["started"], "params": {}}
-                self._append_start(job["tags"], job["resume_step"], known)
+                untracked = {"host": "unknown", "time": job["started"]}
+                self._append_start({}, job["tags"], job["resume_step"], **untracked)
         settings = flatten(config_to_dict(self._config)) | flatten(params)
-        fields = process_identity() | {"params": settings} | known_better
-        self._append_start(tags, resume_step, fields)
-
-    def _append_start(
-        self, tags: Mapping[str, str], resume_step: int | None, fields: Mapping[str, Any]
-    ) -> None:
-        before = self._journal.last_start()
-        self._journal.append(
-            "start",
-            attempt=self.attempt,
-            run_key=before["run_key"] if before else uuid.uuid4().hex,
-            run_name=self._config.name,
-            experiment=self._config.tracking.experiment,
-            uri=without_password(self._uri),
-            resume_step=resume_step,
-            tags=self._tags(tags, resume_step),
-            **fields,
-        )
+        self._append_start(settings, tags, resume_step, **known_better)
         config_file = self._run_dir / "config.yaml"
         if config_file.exists():
             self.artifact(config_file)
@@ -143,6 +126,27 @@ class MLflowTracker:
         if unsent:
             again = SYNC_COMMAND.format(self._run_dir)
             log.warning("MLflow: not everything was sent. Nothing is lost; later: %s", again)
+
+    def _append_start(
+        self,
+        settings: Mapping[str, str],
+        tags: Mapping[str, str],
+        resume_step: int | None,
+        **known_better: Any,
+    ) -> None:
+        before = self._journal.last_start()
+        self._journal.append(
+            "start",
+            attempt=self.attempt,
+            run_key=before["run_key"] if before else uuid.uuid4().hex,
+            run_name=self._config.name,
+            experiment=self._config.tracking.experiment,
+            uri=without_password(self._uri),
+            resume_step=resume_step,
+            params=settings,
+            tags=self._tags(tags, resume_step),
+            **(process_identity() | known_better),
+        )
 
     def _tags(self, tags: Mapping[str, str], resume_step: int | None) -> dict[str, str]:
         found = {

@@ -68,7 +68,10 @@ def _target(journal: Journal, uri: str | None) -> str:
 
 
 def _add_untracked_jobs(journal: Journal, uri: str) -> None:
-    """Write start events for the jobs of run.json that ran without MLflow since the last start."""
+    """Write start events for the jobs of run.json that ran without MLflow since the last start.
+
+    config.yaml is the newest job's.
+    """
     start, run_dir = journal.last_start(), journal.run_dir
     jobs = read_jobs(run_dir)
     if start is None and not jobs:

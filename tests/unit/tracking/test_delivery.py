@@ -273,7 +273,7 @@ def leg(
 ) -> None:
     """Steps ``first`` to ``last`` after a resume before them; ``sent``: then delivered.
 
-    Logged are the multiples of ``every``.
+    Logged are the multiples of ``every``; not ``tracked``: without MLflow.
     """
     resume = first - 1 or None
     lines = JsonlTracker(run_dir, lambda step: step)
