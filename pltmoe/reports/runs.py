@@ -130,7 +130,7 @@ def read_mlflow_run(uri: str, run_id: str) -> Run:
     Raises:
         DataError: no such run, it has no metrics, or no config.yaml among its artefacts.
     """
-    from pltmoe.tracking.sender import one_line, quick_to_fail
+    from pltmoe.tracking.store import one_line, quick_to_fail
 
     quick_to_fail()  # only this function pays for mlflow
     where = f"{without_password(uri)} run {run_id}"

@@ -11,8 +11,7 @@ from typing import Any
 from pltmoe.config import without_password
 from pltmoe.errors import DataError
 from pltmoe.tracking.mlflow import page_of
-from pltmoe.tracking.sender import one_line, quick_to_fail
-from pltmoe.tracking.store import artifact_location, usable_uri
+from pltmoe.tracking.store import artifact_location, one_line, quick_to_fail, usable_uri
 
 RUN_NAME = "comparison"
 KIND_TAG = "pltmoe.kind"

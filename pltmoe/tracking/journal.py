@@ -24,6 +24,8 @@ from pltmoe.tracking.jsonl import MLFLOW_FOLDER
 
 EVENTS_FILE = "events.jsonl"
 STATE_FILE = "state.json"
+VANISHED = "the process was gone without a word: kill -9, out of memory, or a lost machine"
+"""How a job ended that did not say so."""
 
 
 class Journal:

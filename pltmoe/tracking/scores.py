@@ -6,8 +6,7 @@ from pathlib import Path
 from pltmoe.config import without_password
 from pltmoe.errors import ConfigError, DataError
 from pltmoe.tracking.journal import Journal
-from pltmoe.tracking.sender import one_line, quick_to_fail
-from pltmoe.tracking.store import usable_uri
+from pltmoe.tracking.store import one_line, quick_to_fail, usable_uri
 
 
 def find_run(run: str, uri: str | None) -> tuple[str, str]:

@@ -18,8 +18,10 @@ from typing import TYPE_CHECKING
 
 from pltmoe.config import without_password
 from pltmoe.errors import PLTMoEError
-from pltmoe.tracking.journal import Journal, vanished
+from pltmoe.tracking.journal import VANISHED, Journal, vanished
 from pltmoe.tracking.jsonl import SYNC_COMMAND, SYSTEM_METRICS_FILE, archived
+from pltmoe.tracking.store import one_line, quick_to_fail
+from pltmoe.tracking.sync import sync
 
 if TYPE_CHECKING:
     from pltmoe.tracking.delivery import Delivery
@@ -28,19 +30,8 @@ _POLL_S = 0.5
 _LONGEST_PAUSE_S = 30.0
 _LOCK_WAIT_S = 120.0
 ALL_SENT, NOT_ALL_SENT, RUN_GONE = 0, 1, 2
-VANISHED = "the process was gone without a word: kill -9, out of memory, or a lost machine"
 
 log = logging.getLogger(__name__)
-
-
-def quick_to_fail() -> None:
-    """Set MLflow's request settings (unless the user did): short time-outs, retries are ours."""
-    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    for noisy in ("alembic", "mlflow", "urllib3"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
 class Sender:
@@ -123,8 +114,6 @@ class Sender:
 
 def end_previous(run_dir: Path, uri: str) -> None:
     """Send the runs that were moved away and that nobody ended (killed with their senders)."""
-    from pltmoe.tracking.sync import sync
-
     for folder in archived(run_dir):
         journal = Journal(folder)
         start = journal.last_start()
@@ -173,12 +162,6 @@ def _sampling(run_dir: Path, enabled: bool) -> Iterator[Callable[[], None]]:
     sampler.start()
     yield sampler.stop
     sampler.stop()
-
-
-def one_line(error: Exception, longest: int = 300) -> str:
-    """Return an error's text on one line, without the password of the address it may quote."""
-    text = without_password(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= longest else text[:longest] + "…"
 
 
 if __name__ == "__main__":

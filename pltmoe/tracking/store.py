@@ -1,8 +1,11 @@
-"""Where MLflow keeps things: checks a tracking URI without importing mlflow."""
+"""MLflow's server or database: its address, patience, and errors, without importing mlflow."""
 
+import logging
+import os
 import re
 from pathlib import Path
 
+from pltmoe.config import without_password
 from pltmoe.errors import ConfigError
 
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -73,3 +76,19 @@ def run_link(server: str, experiment_id: str, run_id: str | None = None) -> str:
     page = f"{server.rstrip('/')}/#/experiments/{experiment_id}"
     page += "" if run_id is None else f"/runs/{run_id}"
     return f"{page}?workflowType=machine_learning"
+
+
+def quick_to_fail() -> None:
+    """Set MLflow's request settings (unless the user did): short time-outs, retries are ours."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    for noisy in ("alembic", "mlflow", "urllib3"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def one_line(error: Exception, longest: int = 300) -> str:
+    """Return an error's text on one line, without the password of the address it may quote."""
+    text = without_password(" ".join(str(error).split())) or type(error).__name__
+    return text if len(text) <= longest else text[:longest] + "…"

@@ -10,11 +10,10 @@ from typing import Any
 from pltmoe.config import load_config, without_password
 from pltmoe.errors import ConfigError, DataError
 from pltmoe.tracking.base import EndStatus
-from pltmoe.tracking.journal import Journal, vanished
+from pltmoe.tracking.journal import VANISHED, Journal, vanished
 from pltmoe.tracking.jsonl import METRICS_FILE, is_archived, read_jobs, read_lines
 from pltmoe.tracking.mlflow import MLflowTracker
-from pltmoe.tracking.sender import VANISHED, one_line, quick_to_fail
-from pltmoe.tracking.store import usable_uri
+from pltmoe.tracking.store import one_line, quick_to_fail, usable_uri
 
 
 @dataclass(frozen=True)
