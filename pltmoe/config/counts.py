@@ -30,6 +30,8 @@ def flops_per_token(m: ModelConfig, sequence_length: int, backward: bool = True)
 
     A multiply-add is two FLOPs; backward costs twice the forward pass. Causal attention counts the
     keys that are visible, averaged over the sequence. Recomputation is not counted (model FLOPs).
+    Every loop's K and V are: Q, K and V are one product, also where later loops use loop 1's only
+    (row 4 of the ablation).
     """
     qkv_out = m.head_dim * (2 * m.num_attention_heads + 2 * m.num_kv_heads) * m.hidden_size
     if m.num_experts is None:

@@ -20,7 +20,7 @@ from pltmoe.config.counts import count_parameters, flops_per_token, kv_cache_byt
 from pltmoe.errors import DataError
 from pltmoe.reports import numbers, runs
 from pltmoe.reports.done import what_was_done
-from pltmoe.reports.glance import Extras, final_loss
+from pltmoe.reports.glance import Extras, final_loss, in_a_line
 from pltmoe.reports.plots import Bars, _running_mean, plot_costs
 from pltmoe.reports.runs import Run, read_run, table
 from pltmoe.reports.summary import read_decode, read_generated, tell_apart, write_report
@@ -72,6 +72,18 @@ def test_long_curves_are_smoothed_without_a_bend_at_their_ends():
     rising = _running_mean(np.arange(300.0), 5)
     np.testing.assert_allclose(rising[2:-2], np.arange(2.0, 298.0), rtol=1e-12)
     assert rising[0] == pytest.approx((0 + 1 + 2) / 3)
+
+
+def test_one_line_says_losses_and_ratios_to_the_baseline(run_dirs):
+    runs = [read_run(path) for path in run_dirs]
+    said = in_a_line(runs, Extras(DECODE)).removeprefix("Validation loss: ").split("; ")
+    for run, text in zip(runs, said, strict=True):
+        assert text.startswith(f"{run.name} {run.series('valid/loss')[-1].value:.3f}")
+    assert "KV cache" not in said[0] and said[1].endswith(", KV cache 2.00x")  # not decoded
+    assert said[2].endswith("x, decoding 2.00x")  # 16.25 ms over 8.134
+    (run,) = [r for r in runs if r.name == "plt2"]
+    silent = [{k: v for k, v in line.items() if k != "valid/loss"} for line in run.lines]
+    assert "plt2 not validated, KV" in in_a_line([runs[0], replace(run, lines=silent)], Extras({}))
 
 
 def test_a_step_skipped_as_a_spike_is_no_training_loss(tmp_path):
