@@ -58,6 +58,11 @@ class Journal:
         """Return the newest start event."""
         return next((e for e in reversed(self.events()) if e["event"] == "start"), None)
 
+    def untracked(self, jobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Return those jobs of run.json that began after the last start event."""
+        start = self.last_start()
+        return [job for job in jobs if start is None or job["started"] > start["time"]]
+
     def last_end(self) -> dict[str, Any] | None:
         """Return the finish event of the newest start, if it has one."""
         return end_of_last_start(self.events())

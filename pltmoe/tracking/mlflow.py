@@ -80,11 +80,10 @@ class MLflowTracker:
         Before it those of jobs since the last one that ran without MLflow. Their settings are not
         known any more, so they count as others: what they did anew is sent.
         """
-        last = self._journal.last_start()
-        for job in read_jobs(self._run_dir)[:-1]:  # the newest is the one that starts
-            if last is None or job["started"] > last["time"]:
-                untracked = {"host": "unknown", "time": job["started"]}
-                self._append_start({}, job["tags"], job["resume_step"], **untracked)
+        earlier = read_jobs(self._run_dir)[:-1]  # the newest is the one that starts
+        for job in self._journal.untracked(earlier):
+            where = {"host": "unknown", "time": job["started"]}
+            self._append_start({}, job["tags"], job["resume_step"], **where)
         settings = flatten(config_to_dict(self._config)) | flatten(params)
         self._append_start(settings, tags, resume_step, **known_better)
         config_file = self._run_dir / "config.yaml"

@@ -67,16 +67,13 @@ def _target(journal: Journal, uri: str | None) -> str:
 
 
 def _add_untracked_jobs(journal: Journal, uri: str) -> None:
-    """Write start events for the jobs of run.json that ran without MLflow since the last start.
-
-    config.yaml is the newest job's.
-    """
-    start, run_dir = journal.last_start(), journal.run_dir
+    """Write start events for the jobs of run.json that ran without MLflow since the last start."""
+    run_dir = journal.run_dir
     jobs = read_jobs(run_dir)
-    if start is None and not jobs:
+    if not jobs and journal.last_start() is None:
         first = next(read_lines(run_dir / METRICS_FILE), {"time": time.time()})
         jobs = [{"started": first["time"], "resume_step": None, "tags": {}}]
-    if not jobs or (start is not None and jobs[-1]["started"] <= start["time"]):
+    if not journal.untracked(jobs[-1:]):
         return
     newest = jobs[-1]  # config.yaml has its settings
     config = load_config(run_dir / "config.yaml", [f"tracking.mlflow_uri={uri}"])
