@@ -1,6 +1,7 @@
 """Real checkpoints (Megatron model, the trainer's own save) with random weights, for conversion."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,8 +14,14 @@ from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import layout_for
 from pltmoe.runtime import distributed
+from tests.unit.hf.models import small_model
 
 TEXT_VOCABULARY = 400
+
+
+def model_of(name: str, **changes: Any) -> ModelConfig:
+    """Return a small model with the vocabulary of the tokenizer of these tests."""
+    return small_model(name, vocab_size=TEXT_VOCABULARY, **changes)
 
 
 def run_config(m: ModelConfig) -> RunConfig:

@@ -1,11 +1,9 @@
 """Checkpoint -> Hugging Face -> checkpoint: complete, verified, bit-exact, whole or not at all."""
 
 import json
-import runpy
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +14,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pltmoe.checkpoint.compatible import check_weights
 from pltmoe.checkpoint.find import find_checkpoint
 from pltmoe.checkpoint.manifest import read_manifest, write_manifest
-from pltmoe.config import write_config
 from pltmoe.config.counts import count_parameters
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.errors import CheckpointError, ConversionError
@@ -26,23 +23,11 @@ from pltmoe.hf.convert import ExportOptions, export_checkpoint, verify_folder
 from pltmoe.hf.convert_back import import_folder
 from pltmoe.hf.mapping import rows
 from pltmoe.hf.verify import Verification
-from tests.unit.hf.checkpoints import TEXT_VOCABULARY, run_config, write_checkpoint
+from tests.unit.hf.checkpoints import model_of, run_config, write_checkpoint
 from tests.unit.hf.models import small_model
 
 QUIET = ExportOptions(progress=False)
 UNCHECKED = ExportOptions(progress=False, verify=False)
-
-
-def model_of(name, **changes):
-    return small_model(name, vocab_size=TEXT_VOCABULARY, **changes)
-
-
-@pytest.fixture(scope="module")
-def plt_run(tmp_path_factory, tokenizer_model):
-    """A run of PLT-2 with everything that can be in a checkpoint: window, gate, expert bias."""
-    run = tmp_path_factory.mktemp("plt") / "run"
-    write_checkpoint(run, model_of("plt2_expert_bias"), tokenizer_model)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -455,65 +440,3 @@ def test_missing_and_unknown_tensors_of_a_folder(plt_export, tmp_path):
     save_file(weights | {"model.layers.0.other": gate}, folder / "model.safetensors")
     with pytest.raises(ConversionError, match="unknown.*model.layers.0.other"):
         import_folder(folder, tmp_path / "back", config)
-
-
-def run_tool(monkeypatch, name, *arguments):
-    """Run a tool as the command line does, in this process."""
-    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
-    try:
-        runpy.run_path(str(Path(__file__).parents[3] / "tools" / name), run_name="__main__")
-    except SystemExit as end:
-        if end.code:
-            raise
-
-
-def test_the_tools_go_there_and_back(plt_run, tmp_path, monkeypatch, capsys):
-    m, folder, back = model_of("plt2_expert_bias"), tmp_path / "hf", tmp_path / "back"
-    arguments = ["--checkpoint", plt_run, "--output", folder]
-    run_tool(monkeypatch, "convert_to_hf.py", *arguments, "--max-shard-size", "50KB")
-    assert "Logits equal the checkpoint's on 320 tokens" in capsys.readouterr().out
-    run_tool(monkeypatch, "convert_to_hf.py", *arguments, "--verify-only")
-    assert "Logits equal the checkpoint's on 320 tokens" in capsys.readouterr().out
-    write_config(run_config(m), tmp_path / "run.yaml")
-    run_tool(
-        monkeypatch, "convert_from_hf.py",
-        "--model", folder, "--output", back, "--config", tmp_path / "run.yaml",
-    )  # fmt: skip
-    assert f"checkpoint.load_weights={back}" in capsys.readouterr().out
-    assert read_manifest(back).contains == ("model",)
-
-
-@pytest.mark.parametrize(
-    ("tool", "arguments", "message"),
-    [
-        (
-            "convert_to_hf.py",
-            ["--checkpoint", "nowhere", "--output", "x"],
-            "error: nowhere: neither",
-        ),
-        (
-            "convert_to_hf.py",
-            ["--checkpoint", "{run}", "--output", "nowhere", "--verify-only"],
-            "error: nowhere: not an exported model",
-        ),
-        (
-            "convert_from_hf.py",
-            ["--model", "nowhere", "--output", "x", "--config", "no.yaml"],
-            "error: no.yaml: no such config file",
-        ),
-    ],
-)
-def test_the_tools_say_errors_in_one_line(tool, arguments, message, plt_run, monkeypatch):
-    with pytest.raises(SystemExit) as exit:
-        run_tool(monkeypatch, tool, *(a.replace("{run}", str(plt_run)) for a in arguments))
-    assert str(exit.value).startswith(message)
-    assert "\n" not in str(exit.value)
-
-
-def test_a_size_without_unit_is_explained(plt_run, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit):
-        run_tool(
-            monkeypatch, "convert_to_hf.py",
-            "--checkpoint", plt_run, "--output", tmp_path / "x", "--max-shard-size", "5",
-        )  # fmt: skip
-    assert "expected a number and KB, MB or GB" in capsys.readouterr().err

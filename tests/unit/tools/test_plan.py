@@ -54,7 +54,7 @@ def test_search_lists_layouts_that_fit_or_says_that_there_is_none():
     done = plan("--config", PLT, "--gpus", 8, "--search", "--rows", 3)
     assert done.returncode == 0 and "fastest: " in done.stdout, done.stderr
     rows = json.loads(plan("--config", PLT, "--gpus", 8, "--search", "--rows", 3, "--json").stdout)
-    assert len(rows) == 3 and all(" ".join(row["overrides"]) in done.stdout for row in rows[:1])
+    assert len(rows) == 3 and " ".join(rows[0]["overrides"]) in done.stdout
     none = plan("--config", "configs/vanilla_2.5b_60b.yaml", "--gpus", 1, "--search")
     assert none.returncode and "no layout of vanilla" in none.stderr
     assert "give more GPUs, or a larger one with --gpu" in none.stderr
