@@ -6,7 +6,15 @@ Qwen3-MoE (dense models: Qwen3), and ``plt_*`` for what the loops add (arXiv 251
 
 from collections.abc import Iterator
 
-from transformers import PreTrainedConfig
+import transformers
+
+try:
+    from transformers import PreTrainedConfig
+except ImportError as error:  # its name of before
+    raise ImportError(
+        f"this model needs transformers 5.0 or newer, here is {transformers.__version__}: "
+        "pip install -U 'transformers>=5'"
+    ) from error
 
 _NEUTRAL_BETWEEN_LOOPS = {
     "plt_normalize_per_loop": False,

@@ -39,7 +39,8 @@ inputs = tokenizer("def fibonacci(n):", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 
-transformers 5 ({transformers} was used for the checks below). A base model: it continues text.
+transformers 5.0 or newer ({transformers} was used for the checks below). A base model: it continues
+text.
 {limits}
 """
 

@@ -79,6 +79,17 @@ class FullLayer(DynamicLayer):
         """Keep what crop() may ask for, until it is called."""
         self.record_past = True
 
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> KeyValue:
+        """Add keys and values, return all."""
+        return super().update(key_states, value_states)
+
+    def reset(self) -> None:
+        """Forget every slot; transformers before 5.18 keeps them, as zeros."""
+        self.keys = self.values = None
+        self.is_initialized = False
+
     def keep_first(self, num_slots: int) -> None:
         """Forget all slots but the first ``num_slots``."""
         if self.is_initialized:
@@ -176,8 +187,13 @@ class PLTMoECache(Cache):
         **kwargs: Any,
     ) -> KeyValue:
         """Add keys and values [b, g, s, k] of one layer in one loop; return those to attend to."""
-        index = (loop - 1) * self.num_layers + layer_idx
-        return super().update(key_states, value_states, index, recorded=self.recorded)
+        layer = self._layers_of(loop)[layer_idx]
+        return layer.update(key_states, value_states, recorded=self.recorded)
+
+    def activate_past_recording(self) -> None:
+        """Keep what crop() may ask for; transformers before 5.14 has no such method."""
+        for layer in self.layers:
+            layer.activate_past_recording()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return the slots so far, those that crop() has left to be computed anew included."""
@@ -278,18 +294,19 @@ class PLTMoECache(Cache):
         self._map(lambda x: x[indices.to(x.device)])
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last slots; ``tokens_to_remove`` is 0 or negative, as in transformers 5.
+        """Forget the last slots, -``tokens_to_remove`` of them.
+
+        A positive number is that of the slots to keep: so generate() asks before transformers 5.14.
 
         Raises:
-            ValueError: a positive number, more slots than there are, or slots that were given as
-                embeddings and are needed again.
+            ValueError: more slots than there are, or slots that were given as embeddings and are
+                needed again.
         """
         length, dropped = self.get_seq_length(), -tokens_to_remove
-        if dropped < 0 or dropped > length:
-            raise ValueError(
-                f"crop({tokens_to_remove}) of a cache of {length} slots: give the number of slots "
-                f"to remove as a negative number, at least -{length}"
-            )
+        if tokens_to_remove > 0:
+            dropped = max(length - tokens_to_remove, 0)
+        if dropped > length:
+            raise ValueError(f"crop({tokens_to_remove}) of a cache of {length} slots")
         if dropped == length:
             recording = self.layers[0].record_past
             self.reset()
@@ -1193,7 +1210,7 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
     ) -> None:
         """Give generate() a PLTMoECache where transformers would make a DynamicCache."""
         kind = generation_config.cache_implementation
-        if kind not in (None, "dynamic"):
+        if kind not in (None, "dynamic", "dynamic_full"):
             raise ValueError(
                 f"cache_implementation={kind!r} is not supported: this model brings its own cache"
             )

@@ -132,6 +132,5 @@ def test_what_cannot_be_cropped_is_refused():
     model(inputs_embeds=model.model.embed_tokens(tokens(1, 6)), past_key_values=cache)
     with pytest.raises(ValueError, match="were given as inputs_embeds; give input_ids"):
         cache.crop(-1)
-    for wrong in (1, -7):
-        with pytest.raises(ValueError, match="give the number of slots to remove as a negative"):
-            cache.crop(wrong)
+    with pytest.raises(ValueError, match="of a cache of 6 slots"):
+        cache.crop(-7)
