@@ -91,7 +91,7 @@ class Tokenizer:
             for i, part in enumerate(text.split(SPACE_MARK)):
                 ids += (self._space_mark_ids if i else []) + self._pieces.encode(part)
             return ids
-        except RuntimeError:
+        except (RuntimeError, TypeError):  # the second: sentencepiece before 0.2.2
             raise _encoding_error(text) from None
 
     def decode(self, ids: Iterable[int]) -> str:
