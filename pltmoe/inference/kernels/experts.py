@@ -1,6 +1,7 @@
 """Experts of a decode step in Triton: each expert in use is read once, nothing else is.
 
-Three launches, whose grids depend on shapes only (a CUDA graph can hold them):
+Three launches, whose grids depend on shapes only (a CUDA graph can hold them); what varies with the
+batch (``rows``) is no constant of the kernels, so that batch sizes share what is compiled:
 
     route     one program per expert counts its rows and lists them in blocks of BLOCK_M
     gate_up   silu(x W_gate) * (x W_up), one program per (block, columns)
@@ -25,7 +26,7 @@ MAX_ROUTED_ROWS = 8192
 """More (a long prefill) is bound by arithmetic: a library's grouped product of bf16 takes over."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "max_blocks"])
 def _route(
     expert_ptr, block_expert_ptr, block_row_ptr, rows, max_blocks, EXPERTS: tl.constexpr,
     BINS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr
@@ -71,7 +72,7 @@ def _widen(weight_nk, dtype: tl.constexpr):
     return weight_nk
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _gate_up(
     x_ptr, weight_ptr, scale_ptr, h_ptr, block_expert_ptr, block_row_ptr, rows,
     TOP_K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -112,7 +113,7 @@ def _gate_up(
     tl.store(h_at, h_mn.to(h_ptr.dtype.element_ty), mask=x_in & (column_n < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _down(
     h_ptr, weight_ptr, scale_ptr, routing_ptr, y_ptr, block_expert_ptr, block_row_ptr, rows,
     D: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -170,7 +171,8 @@ def experts(
     m, size = tiles.block_m, x_td.element_size()
     blocks = min(e, rows) + rows // m
     index = torch.empty(blocks * (1 + m), dtype=torch.int32, device=x_td.device)
-    listed = index[:blocks], index[blocks:]
+    # Rows lie first, so that both begin at a multiple of 16 bytes whatever the number of blocks.
+    listed = index[blocks * m :], index[: blocks * m]
     # As many entries per chunk as threads or more: a histogram must not see one twice.
     chunk = min(max(triton.next_power_of_2(rows), 128), 1024)
     bins = max(triton.next_power_of_2(e + 1), 128)

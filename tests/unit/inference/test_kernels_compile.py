@@ -30,7 +30,6 @@ TYPES = {
 }  # fmt: skip
 HEADS = {"G": 4, "L": 2, "PER": 4, "K": 128, "BLOCK_K": 128, "ROWS": 16}
 ATTEND = HEADS | {"PRECISION": "tf32"}
-PARTS = {"SPLITS": 16, "PARTS": 17}
 
 
 def compiled(
@@ -60,7 +59,7 @@ def attention(
 ) -> Any:
     """Compile a kernel of decode attention with the tile that it is started with."""
     options = decode_attention.tile(head, 4 if dtype == "fp32" else 2)
-    constants = ATTEND | PARTS | {"WINDOWS": True, "K": head, "BLOCK_K": head} | sizes
+    constants = ATTEND | {"WINDOWS": True, "K": head, "BLOCK_K": head} | sizes
     constants |= {"BLOCK_N": options.pop("BLOCK_N")}
     if dtype == "fp32":
         constants["PRECISION"] = "ieee"
@@ -108,11 +107,19 @@ def test_large_heads_fit_devices_with_little_shared_memory(
     assert binary.metadata.shared <= LEAST_SHARED_MEMORY_BYTES
 
 
-@pytest.mark.parametrize("splits", [16, 34, decode_attention.MOST_SPLITS])
+@pytest.mark.parametrize("splits", [16, decode_attention.MOST_SPLITS])
 def test_joining_splits(splits: int, tmp_path: Path) -> None:
-    constants = HEADS | {"SPLITS": splits, "PARTS": splits + 1, "WINDOWS": True}
-    constants["BLOCK_S"] = triton.next_power_of_2(splits)
+    constants = HEADS | {"BLOCK_S": triton.next_power_of_2(splits), "WINDOWS": True}
     assert_fits(compiled(decode_attention._combine, constants, num_warps=2), tmp_path)
+
+
+def test_batch_sizes_share_what_is_compiled() -> None:
+    """Splits follow from batch and cache: as constants they cost a compilation for each pair."""
+    varies = {"splits", "SPLITS", "parts", "PARTS", "rows", "max_blocks"}
+    for kernel in (decode_attention._split, decode_attention._combine, experts._route,
+                   experts._gate_up, experts._down):  # fmt: skip
+        found = [p for p in kernel.params if p.name in varies]
+        assert found and all(p.do_not_specialize and not p.is_constexpr for p in found)
 
 
 def test_routing(tmp_path: Path) -> None:
