@@ -15,7 +15,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pltmoe.inference.kernels import decode_attention, experts  # noqa: E402
+from pltmoe.inference.kernels import decode_attention, experts, rows  # noqa: E402
 from pltmoe.inference.kernels.tiles import choose_tiles  # noqa: E402
 
 H200 = GPUTarget("cuda", 90, 32)
@@ -26,7 +26,8 @@ LEAST_SHARED_MEMORY_BYTES = 99 * 1024
 TYPES = {
     "lengths_ptr": "*i64", "window_lengths_ptr": "*i64", "acc_ptr": "*fp32",
     "top_ptr": "*fp32", "sum_ptr": "*fp32", "expert_ptr": "*i64", "block_expert_ptr": "*i32",
-    "block_row_ptr": "*i32", "scale_ptr": "*fp32", "scale": "fp32",
+    "block_row_ptr": "*i32", "scale_ptr": "*fp32", "scale": "fp32", "eps": "fp32",
+    "logits_ptr": "*fp32", "bias_ptr": "*fp32", "slot_ptr": "*i64", "ring_slot_ptr": "*i64",
 }  # fmt: skip
 HEADS = {"G": 4, "L": 2, "PER": 4, "K": 128, "BLOCK_K": 128, "ROWS": 16}
 ATTEND = HEADS | {"PRECISION": "tf32"}
@@ -125,6 +126,20 @@ def test_batch_sizes_share_what_is_compiled() -> None:
 def test_routing(tmp_path: Path) -> None:
     sizes = {"EXPERTS": 256, "BINS": 512, "CHUNK": 1024, "BLOCK_M": 16}
     assert_fits(compiled(experts._route, sizes, num_warps=4), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("_heads", {"H": 16, "QK": 20, "HALF": 64, "BLOCK": 64, "NORM": True, "GATE": True}),
+        ("_store", {"L": 2, "G": 4, "K": 128, "BLOCK_K": 128}),
+        ("_choose", {"EXPERTS": 272, "BINS": 512, "TOP_K": 8, "BLOCK_J": 8, "ROWS_PER_SLOT": 2,
+                     "BIAS": True}),
+    ],
+)  # fmt: skip
+def test_row_kernels(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    weight = "*fp32" if name == "_choose" else "*bf16"
+    assert_fits(compiled(getattr(rows, name), sizes, weight, num_warps=1), tmp_path)
 
 
 def expert_kernel(name: str, block_m: int, x: str, weight: str, target: GPUTarget = H200) -> Any:
