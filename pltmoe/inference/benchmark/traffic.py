@@ -61,7 +61,7 @@ class ExpertCounter:
         self.calls: list[int] = []
 
     def __enter__(self) -> "ExpertCounter":
-        self._decoder.kernels = replace(self._kernels, experts=self._count)
+        self._decoder.kernels = replace(self._kernels, experts=self._count, capturable=False)
         return self
 
     def __exit__(self, *_: object) -> None:

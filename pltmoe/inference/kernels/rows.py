@@ -4,8 +4,8 @@
     store     keys and values into the cache, those of later loops into their rings
     choose    the experts of every row and their weights
 
-Each does what a plain function does in four to eleven launches, which take longer to start than to
-run; four of them only models with a gate had, and two more those with rings.
+Each does what a plain function does in two to eleven launches, which take longer to start than to
+run; six of them only models with a gate and rings had.
 
 Letters: see ../rows.py; c half a head, b sequences, L loops, n slots, w slots of a ring, j experts
 of a row.
