@@ -64,8 +64,8 @@ def _route(
 
 @triton.jit
 def _widen(weight_nk, dtype: tl.constexpr):
-    """Convert FP8 by way of float32: straight to bf16 costs an F2F instruction per number, of
-    which an H200 does 16 a cycle and processor, while its memory brings 21 bytes.
+    """Convert FP8 by way of float32: straight to bf16 costs an F2F instruction per number, at
+    which Hopper is slow (triton-lang/triton#4563) beside a memory that brings 21 bytes a cycle.
     """
     if weight_nk.dtype != dtype:
         weight_nk = weight_nk.to(tl.float32).to(dtype)

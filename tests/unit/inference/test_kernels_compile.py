@@ -164,7 +164,7 @@ def test_experts(name: str, block_m: int, weight: str, tmp_path: Path) -> None:
     assert_fits(binary, tmp_path)
     assert_streams(binary)
     assert binary.metadata.shared <= SHARED_MEMORY_BYTES // 2, "two programs per processor"
-    assert "cvt.bf16.f16" not in binary.asm["ptx"], "16 a cycle: slower than the memory"
+    assert "cvt.bf16.f16" not in binary.asm["ptx"], "an F2F for each number"
 
 
 @pytest.mark.parametrize("name", ["_gate_up", "_down"])
