@@ -54,7 +54,6 @@ class StaticCache:
         hidden = m.num_loops - 1 if m.cross_loop_shift else 0
         self.handed_on_bld = torch.zeros(batch, hidden, m.hidden_size, **options)
         self.lengths_b = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.sequence_b = torch.arange(batch, device=device)
 
     def full(self, layer: int, loop: int) -> tuple[Tensor, Tensor]:
         """Return keys and values [b, g, n, k] that ``loop`` (from 1) attends to in a layer."""
@@ -84,3 +83,35 @@ class StaticCache:
         """Return keys, values and hidden vectors."""
         full = [x for pair in self._full for x in pair]
         return [*full, *self.ring_k, *self.ring_v, self.handed_on_bld]
+
+
+def store(
+    k_bLgk: Tensor,
+    v_bLgk: Tensor,
+    to_k_bgnk: Tensor,
+    to_v_bgnk: Tensor,
+    slot_b: Tensor,
+    ring_k_blgwk: Tensor | None = None,
+    ring_v_blgwk: Tensor | None = None,
+    ring_slot_b: Tensor | None = None,
+) -> None:
+    """Write keys and values of one slot per sequence, later loops' into their rings if given.
+
+    This is the plain PyTorch version; kernels/rows.py does the same in one Triton kernel.
+
+    Args:
+        k_bLgk: keys; row 0 is loop 1.
+        v_bLgk: values.
+        to_k_bgnk: where row 0 goes: a cache; written at ``slot_b``.
+        to_v_bgnk: likewise.
+        slot_b: slots.
+        ring_k_blgwk: where rows 1.. go; written at ``ring_slot_b``.
+        ring_v_blgwk: likewise.
+        ring_slot_b: places in the rings.
+    """
+    sequence_b = torch.arange(slot_b.size(0), device=slot_b.device)
+    to_k_bgnk[sequence_b, :, slot_b] = k_bLgk[:, 0]
+    to_v_bgnk[sequence_b, :, slot_b] = v_bLgk[:, 0]
+    if ring_k_blgwk is not None and ring_v_blgwk is not None:
+        ring_k_blgwk[sequence_b, :, :, ring_slot_b] = k_bLgk[:, 1:]
+        ring_v_blgwk[sequence_b, :, :, ring_slot_b] = v_bLgk[:, 1:]

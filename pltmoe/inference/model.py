@@ -25,9 +25,9 @@ from torch import Tensor
 
 from pltmoe.config import ModelConfig
 from pltmoe.inference.attention import decode_attention
-from pltmoe.inference.cache import StaticCache
+from pltmoe.inference.cache import StaticCache, store
 from pltmoe.inference.experts import experts
-from pltmoe.inference.rows import Rope, Sizes, after_attention, project
+from pltmoe.inference.rows import Rope, Sizes, after_attention, choose, project
 from pltmoe.inference.weights import LayerWeights, Weights
 
 COMPILED_SHAPES = 64
@@ -36,10 +36,13 @@ COMPILED_SHAPES = 64
 
 @dataclass(frozen=True)
 class Kernels:
-    """The two operations that have fast versions, and why these were chosen."""
+    """The operations that have fast versions, and why these were chosen."""
 
     attention: Callable[..., Tensor] = decode_attention
     experts: Callable[..., Tensor] = experts
+    project: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor | None]] = project
+    store: Callable[..., None] = store
+    choose: Callable[..., tuple[Tensor, Tensor]] = choose
     reason: str = "plain PyTorch"
     capturable: bool = False
     """Whether a CUDA graph can hold them: nothing is read back."""
@@ -63,6 +66,7 @@ class Routes:
     """Which experts the rows of one pass use.
 
     Args:
+        kernels: whose ``choose`` chooses.
         rows_per_slot: with shared routing, how many neighbouring rows are loops of one slot; they
             follow the first.
         lent: with shared routing, loop 1's choice [t, j] of each layer, for rows of later loops.
@@ -70,8 +74,13 @@ class Routes:
     """
 
     def __init__(
-        self, rows_per_slot: int = 1, lent: list[Tensor] | None = None, keep: bool = False
+        self,
+        kernels: Kernels,
+        rows_per_slot: int = 1,
+        lent: list[Tensor] | None = None,
+        keep: bool = False,
     ):
+        self._choose = kernels.choose
         self.rows_per_slot, self.lent, self.keep = rows_per_slot, lent, keep
         self.kept: list[Tensor] = []
         self._row_t: Tensor | None = None
@@ -88,15 +97,10 @@ class Routes:
             expert_tj = self.lent[layer]
             expert_tj = expert_tj if self._row_t is None else expert_tj[self._row_t]
             return expert_tj, logits_te.gather(-1, expert_tj).softmax(-1)
-        first_te = logits_te[:: self.rows_per_slot]
-        scores = first_te if bias_e is None else first_te.softmax(-1) + bias_e
-        expert_tj = scores.topk(top_k, dim=-1).indices
+        expert_tj, weight_tj = self._choose(logits_te, bias_e, top_k, self.rows_per_slot)
         if self.keep:
             self.kept.append(expert_tj)
-        if self.rows_per_slot > 1:
-            expert_tj = expert_tj.repeat_interleave(self.rows_per_slot, 0)
-        # Equal to the softmax over all experts, renormalised over the chosen ones.
-        return expert_tj, logits_te.gather(-1, expert_tj).softmax(-1)
+        return expert_tj, weight_tj
 
 
 class PLTDecoder:
@@ -154,7 +158,7 @@ class PLTDecoder:
     def stack(self, h_td: Tensor, rope: Rope, attend: Attend, routes: Routes) -> Tensor:
         """Run all layers over rows; return those that went on to the end."""
         compiled = self._compiled if isinstance(attend, _StepAttention) else None
-        run_project, run_after = compiled or (project, after_attention)
+        run_project, run_after = compiled or (self.kernels.project, after_attention)
         for index, layer in enumerate(self.weights.layers):
             q_thk, k_tgk, v_tgk, gate_th = run_project(
                 h_td,
@@ -198,18 +202,19 @@ class PLTDecoder:
         later_bld = self.between_loops(e_bd[:, None], cache.handed_on_bld)
         h_td = torch.cat([e_bd[:, None], later_bld], 1).flatten(0, 1)
         attend = _StepAttention(self.kernels, cache, slot_b, loops, loop=None)
-        routes = Routes(loops if self.shares_routing else 1)
+        routes = Routes(self.kernels, loops if self.shares_routing else 1)
         rope = self.rope(slot_b.repeat_interleave(loops))
         h_bLd = self.stack(h_td, rope, attend, routes).unflatten(0, (-1, loops))
         cache.handed_on_bld.copy_(self.hand_on(h_bLd[:, :-1]))
         return h_bLd[:, -1]
 
     def _loops_in_turn(self, h_bd: Tensor, slot_b: Tensor, cache: StaticCache) -> Tensor:
-        rope, first = self.rope(slot_b), Routes(keep=self.shares_routing)
+        rope, first = self.rope(slot_b), Routes(self.kernels, keep=self.shares_routing)
         for loop in range(1, self.m.num_loops + 1):
             attend = _StepAttention(self.kernels, cache, slot_b, 1, loop)
             lent = first.kept if loop > 1 and self.shares_routing else None
-            h_bd = self.stack(h_bd, rope, attend, first if loop == 1 else Routes(lent=lent))
+            routes = first if loop == 1 else Routes(self.kernels, lent=lent)
+            h_bd = self.stack(h_bd, rope, attend, routes)
         return h_bd
 
     def _feed_forward(
@@ -229,7 +234,7 @@ class PLTDecoder:
         return self.kernels.experts(
             x_td,
             expert_tj,
-            weight_tj.to(x_td.dtype),
+            weight_tj,
             layer.gate_up_efd,
             layer.down_edf,
             layer.gate_up_scale_ef,
@@ -246,13 +251,13 @@ class _StepAttention:
     def __init__(
         self, kernels: Kernels, cache: StaticCache, slot_b: Tensor, rows: int, loop: int | None
     ):
-        self.attention, self.cache, self.rows, self.loop = kernels.attention, cache, rows, loop
+        self.attention, self.store = kernels.attention, kernels.store
+        self.cache, self.rows, self.loop = cache, rows, loop
         self.slot_b, self.lengths_b = slot_b, slot_b + 1
         self.ring_slot_b = slot_b % cache.window
         self.ring_lengths_b = self.lengths_b.clamp(max=cache.window)
         self.lengths_bL = self.lengths_b.repeat_interleave(rows)
         self.slot_bL = slot_b.repeat_interleave(rows)
-        self.row_t = torch.arange(slot_b.size(0) * rows, device=slot_b.device)
 
     def rows_after(self, layer: int) -> Tensor | None:
         """Return None: every row goes on."""
@@ -273,28 +278,23 @@ class _StepAttention:
         """Every loop has its own full cache: rows are sequences of their own."""
         if self.loop is None:
             all_k, all_v = self.cache.full_of_all_loops(layer)
-            self._write(all_k.flatten(0, 1), k.flatten(0, 1), self.slot_bL)
-            self._write(all_v.flatten(0, 1), v.flatten(0, 1), self.slot_bL)
             all_k, all_v = all_k.flatten(0, 1), all_v.flatten(0, 1)
         else:
             all_k, all_v = self.cache.full(layer, self.loop)
-            self._write(all_k, k[:, 0], self.slot_b)
-            self._write(all_v, v[:, 0], self.slot_b)
-        return self.attention(q.flatten(0, 1)[:, None], all_k, all_v, self.lengths_bL)[:, 0]
+        q, k, v = (x.flatten(0, 1)[:, None] for x in (q, k, v))
+        self.store(k, v, all_k, all_v, self.slot_bL)
+        return self.attention(q, all_k, all_v, self.lengths_bL)[:, 0]
 
     def _all_loops(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None
     ) -> Tensor:
         """Loop 1's keys go in first: every row of the slot sees them."""
         first_k, first_v = self.cache.full(layer, 1)
-        self._write(first_k, k[:, 0], self.slot_b)
-        self._write(first_v, v[:, 0], self.slot_b)
         if gate is None:
+            self.store(k, v, first_k, first_v, self.slot_b)
             return self.attention(q, first_k, first_v, self.lengths_b)
         ring_k, ring_v = self.cache.ring_k[layer], self.cache.ring_v[layer]
-        sequence_b = self.cache.sequence_b
-        ring_k[sequence_b, :, :, self.ring_slot_b] = k[:, 1:]
-        ring_v[sequence_b, :, :, self.ring_slot_b] = v[:, 1:]
+        self.store(k, v, first_k, first_v, self.slot_b, ring_k, ring_v, self.ring_slot_b)
         return self.attention(
             q, first_k, first_v, self.lengths_b, ring_k, ring_v, self.ring_lengths_b, gate
         )
@@ -304,21 +304,16 @@ class _StepAttention:
         assert self.loop is not None
         first_k, first_v = self.cache.full(layer, 1)
         if self.loop == 1:
-            self._write(first_k, k[:, 0], self.slot_b)
-            self._write(first_v, v[:, 0], self.slot_b)
+            self.store(k, v, first_k, first_v, self.slot_b)
         y = self.attention(q, first_k, first_v, self.lengths_b)
         if self.loop == 1 or gate is None:
             return y
         ring_k = self.cache.ring_k[layer][:, self.loop - 2]
         ring_v = self.cache.ring_v[layer][:, self.loop - 2]
-        self._write(ring_k, k[:, 0], self.ring_slot_b)
-        self._write(ring_v, v[:, 0], self.ring_slot_b)
+        self.store(k, v, ring_k, ring_v, self.ring_slot_b)
         return torch.lerp(
             y, self.attention(q, ring_k, ring_v, self.ring_lengths_b), gate[..., None]
         )
-
-    def _write(self, to_bgnk: Tensor, new_bgk: Tensor, slot_b: Tensor) -> None:
-        to_bgnk[self.row_t[: slot_b.size(0)], :, slot_b] = new_bgk
 
 
 def _compile(*functions: Callable[..., Any]) -> list[Callable[..., Any]]:

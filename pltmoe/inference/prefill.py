@@ -265,12 +265,13 @@ class _Prefill:
     def _routes(
         self, loop: int, chunk: list[Span], cut: list[slice], lent: list[Tensor | None]
     ) -> Routes:
+        kernels = self.decoder.kernels
         if not self.decoder.shares_routing:
-            return Routes()
+            return Routes(kernels)
         if loop == 1:
-            return Routes(keep=True)
+            return Routes(kernels, keep=True)
         parts = [lent[s.sequence][c] for s, c in zip(chunk, cut, strict=True)]  # type: ignore[index]
-        return Routes(lent=list(torch.cat(parts).unbind(1)))
+        return Routes(kernels, lent=list(torch.cat(parts).unbind(1)))
 
     def _stack(
         self,

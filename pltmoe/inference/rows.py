@@ -1,10 +1,11 @@
 """What a row computes by itself, between attention and experts: norms, projections, RoPE, gate.
 
 Pure functions of tensors, so that a compiler can fuse what lies between the matrix products; on a
-GPU a decode step is short enough for a dozen small kernels per layer to be seen.
+GPU a decode step is short enough for a dozen small kernels per layer to be seen. kernels/rows.py
+does ``project`` and ``choose`` in Triton.
 
 Letters: t rows, d hidden, o rows of the fused QKV matrix, h query heads, g KV heads, k head size,
-q = h * k, x input of the gate, e experts.
+q = h * k, x input of the gate, e experts, j experts of a row (top-k).
 """
 
 from dataclasses import dataclass
@@ -78,6 +79,26 @@ def after_attention(
     if router_ed is None:
         return h_td, x_td, None
     return h_td, x_td, F.linear(x_td.to(router_ed.dtype), router_ed)
+
+
+def choose(
+    logits_te: Tensor, bias_e: Tensor | None, top_k: int, rows_per_slot: int = 1
+) -> tuple[Tensor, Tensor]:
+    """Return experts [t, j] and weights [t, j] in the logits' precision.
+
+    Args:
+        logits_te: of the router.
+        bias_e: decides with the probabilities which experts are chosen; not their weights.
+        top_k: j.
+        rows_per_slot: so many neighbouring rows are loops of one slot and follow the first.
+    """
+    first_te = logits_te[::rows_per_slot]
+    scores = first_te if bias_e is None else first_te.softmax(-1) + bias_e
+    expert_tj = scores.topk(top_k, dim=-1).indices
+    if rows_per_slot > 1:
+        expert_tj = expert_tj.repeat_interleave(rows_per_slot, 0)
+    # Equal to the softmax over all experts, renormalised over the chosen ones.
+    return expert_tj, logits_te.gather(-1, expert_tj).softmax(-1)
 
 
 def rotate(x_thk: Tensor, rope: Rope) -> Tensor:

@@ -7,13 +7,18 @@ from pltmoe.inference import attention, experts
 from pltmoe.inference.kernels import choose_kernels
 from tests.unit.inference.kernel_cases import (
     ATTENTION,
+    CHOOSE,
     EXPERTS,
+    PROJECT,
     SPLITS,
     attention_error,
     attention_inputs,
+    choose_error,
     expert_error,
     expert_inputs,
+    project_error,
     relative_error,
+    store_error,
 )
 
 # bf16 keeps 8 bits of inputs and outputs; sums are in float32.
@@ -33,6 +38,17 @@ def test_attention_equals_float64(name: str, splits: int, dtype: torch.dtype) ->
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_equal_float64(name: str, dtype: torch.dtype) -> None:
     assert expert_error(name, "cuda", dtype) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", PROJECT)
+def test_projections_equal_float64(name: str, dtype: torch.dtype) -> None:
+    assert project_error(name, "cuda", dtype) < 5 * TOLERANCE[dtype]
+
+
+def test_choice_of_experts_and_stores_equal_the_plain_versions() -> None:
+    assert all(choose_error(name, "cuda") < TOLERANCE[torch.float32] for name in CHOOSE)
+    assert all(store_error(rings, "cuda", torch.bfloat16) == 0 for rings in (False, True))
 
 
 @pytest.mark.parametrize("batch", [1, 16, 128])

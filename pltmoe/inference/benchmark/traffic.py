@@ -5,13 +5,13 @@ Activations are left out: they stay in the device's caches.
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pltmoe.config import ModelConfig
 from pltmoe.inference.engine import Session
-from pltmoe.inference.model import Kernels
 
 OF_AN_EXPERT = ("gate_up_efd", "down_edf", "gate_up_scale_ef", "down_scale_ed")
 
@@ -61,8 +61,7 @@ class ExpertCounter:
         self.calls: list[int] = []
 
     def __enter__(self) -> "ExpertCounter":
-        k = self._kernels
-        self._decoder.kernels = Kernels(k.attention, self._count, k.reason)
+        self._decoder.kernels = replace(self._kernels, experts=self._count, capturable=False)
         return self
 
     def __exit__(self, *_: object) -> None:

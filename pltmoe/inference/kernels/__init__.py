@@ -23,9 +23,12 @@ def choose_kernels(device: torch.device, dtype: torch.dtype) -> Kernels:
         # Triton exists only where it can run: it is imported when it is chosen.
         from pltmoe.inference.kernels.decode_attention import decode_attention
         from pltmoe.inference.kernels.experts import experts
+        from pltmoe.inference.kernels.rows import choose, project, store
 
         reason = f"Triton kernels on {device}, {dtype}"
-        kernels = Kernels(decode_attention, experts, reason, capturable=True)
+        kernels = Kernels(
+            decode_attention, experts, project, store, choose, reason, capturable=True
+        )
     logger.info("decode attention and experts: %s", kernels.reason)
     return kernels
 

@@ -8,8 +8,9 @@ cut into splits (flash-decoding) and every window is a split of its own:
     second kernel:            softmax over the key splits, then g * window + (1 - g) * global
 
 Everything that varies from step to step (lengths) is read on the device: the launch is the same
-for every step, as a CUDA graph needs it. Letters: see ../attention.py. Rows are padded to 16, the
-least that a tensor core takes.
+for every step, as a CUDA graph needs it. The number of splits is no constant of the kernels: every
+batch and cache size has another, and would wait for its own compilation. Letters: see
+../attention.py. Rows are padded to 16, the least that a tensor core takes.
 """
 
 import torch
@@ -107,31 +108,31 @@ def _one_pass(
     tl.store(y_ptr + at_q[:, None] + head[None, :], y_qk.to(y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _split(
     q_ptr, k_ptr, v_ptr, lengths_ptr, wk_ptr, wv_ptr, window_lengths_ptr, acc_ptr,
-    top_ptr, sum_ptr, scale, stride_qb, stride_ql, stride_qh, stride_kb, stride_kg, stride_kn,
-    stride_vb, stride_vg, stride_vn, stride_wb, stride_wl, stride_wg, stride_wn, stride_ub,
-    stride_ul, stride_ug, stride_un, SPLITS: tl.constexpr, PARTS: tl.constexpr, G: tl.constexpr,
-    L: tl.constexpr, PER: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr, ROWS: tl.constexpr, PRECISION: tl.constexpr
+    top_ptr, sum_ptr, splits, scale, stride_qb, stride_ql, stride_qh, stride_kb, stride_kg,
+    stride_kn, stride_vb, stride_vg, stride_vn, stride_wb, stride_wl, stride_wg, stride_wn,
+    stride_ub, stride_ul, stride_ug, stride_un, G: tl.constexpr, L: tl.constexpr,
+    PER: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
-    """One program per KV head and split; parts from SPLITS on are the later loops' windows."""
+    """One program per KV head and split; parts from ``splits`` on are the later loops' windows."""
     sequence, group = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
-    part = tl.program_id(1)
+    part, parts = tl.program_id(1), tl.num_programs(1)
     q_qk, loop, query_head, mask = _load_rows(
         q_ptr, sequence, group, stride_qb, stride_ql, stride_qh, L, PER, K, BLOCK_K, ROWS
     )
-    if part < SPLITS:
+    if part < splits:
         k_at = k_ptr + sequence * stride_kb + group * stride_kg
         v_at = v_ptr + sequence * stride_vb + group * stride_vg
         stride_k, stride_v = stride_kn, stride_vn
         last = tl.load(lengths_ptr + sequence).to(tl.int32)
-        keys = tl.cdiv(tl.cdiv(last, SPLITS), BLOCK_N) * BLOCK_N
+        keys = tl.cdiv(tl.cdiv(last, splits), BLOCK_N) * BLOCK_N
         first = part * keys
         last = tl.minimum(first + keys, last)
     else:
-        later = part - SPLITS
+        later = part - splits
         k_at = wk_ptr + sequence * stride_wb + later * stride_wl + group * stride_wg
         v_at = wv_ptr + sequence * stride_ub + later * stride_ul + group * stride_ug
         stride_k, stride_v = stride_wn, stride_un
@@ -142,19 +143,18 @@ def _split(
         PRECISION
     )  # fmt: skip
     row = tl.arange(0, ROWS)
-    at_q = (tl.program_id(0).to(tl.int64) * PARTS + part) * ROWS + row
+    at_q = (tl.program_id(0).to(tl.int64) * parts + part) * ROWS + row
     tl.store(top_ptr + at_q, top_q)
     tl.store(sum_ptr + at_q, sum_q)
     head = tl.arange(0, BLOCK_K)
-    tl.store(acc_ptr + at_q[:, None] * BLOCK_K + head[None, :], acc_qk)
+    tl.store(acc_ptr + at_q[:, None] * BLOCK_K + head[None, :], acc_qk, (loop < L)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "parts"])
 def _combine(
-    acc_ptr, top_ptr, sum_ptr, gate_ptr, y_ptr, stride_gb, stride_gl, stride_gh,
-    SPLITS: tl.constexpr, BLOCK_S: tl.constexpr, PARTS: tl.constexpr, G: tl.constexpr,
-    L: tl.constexpr, PER: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr, WINDOWS: tl.constexpr
+    acc_ptr, top_ptr, sum_ptr, gate_ptr, y_ptr, splits, parts, stride_gb, stride_gl, stride_gh,
+    BLOCK_S: tl.constexpr, G: tl.constexpr, L: tl.constexpr, PER: tl.constexpr, K: tl.constexpr,
+    BLOCK_K: tl.constexpr, ROWS: tl.constexpr, WINDOWS: tl.constexpr
 ):  # fmt: skip
     """One program per query row: join its splits, then mix in its window."""
     program = tl.program_id(0)
@@ -162,17 +162,17 @@ def _combine(
     loop, query_head = rest // (G * PER), rest % (G * PER)
     row = loop * PER + query_head % PER
     part, head = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_K)
-    base = (sequence * G + query_head // PER) * PARTS
+    base = (sequence * G + query_head // PER) * parts
     at_s = (base + part) * ROWS + row
-    top_s = tl.load(top_ptr + at_s, mask=part < SPLITS, other=float("-inf"))
+    top_s = tl.load(top_ptr + at_s, mask=part < splits, other=float("-inf"))
     scale_s = tl.exp2(top_s - tl.max(top_s, 0))
-    sum_s = tl.load(sum_ptr + at_s, mask=part < SPLITS, other=0.0)
+    sum_s = tl.load(sum_ptr + at_s, mask=part < splits, other=0.0)
     acc_at = acc_ptr + at_s[:, None] * BLOCK_K + head[None, :]
-    acc_sk = tl.load(acc_at, mask=(part < SPLITS)[:, None], other=0.0)
+    acc_sk = tl.load(acc_at, mask=(part < splits)[:, None], other=0.0)
     y_k = tl.sum(acc_sk * scale_s[:, None], 0) / tl.sum(sum_s * scale_s, 0)
     if WINDOWS:
         if loop > 0:
-            at = (base + SPLITS + loop - 1) * ROWS + row
+            at = (base + splits + loop - 1) * ROWS + row
             local_k = tl.load(acc_ptr + at * BLOCK_K + head) / tl.load(sum_ptr + at)
             gate_at = gate_ptr + sequence * stride_gb + loop * stride_gl + query_head * stride_gh
             gate = tl.load(gate_at).to(tl.float32)
@@ -231,12 +231,10 @@ def decode_attention(
     shape = (b * g, parts, sizes["ROWS"])
     top, total = q_bLhk.new_empty((2, *shape), dtype=torch.float32)
     acc = q_bLhk.new_empty((*shape, sizes["BLOCK_K"]), dtype=torch.float32)
-    _split[(b * g, parts)](
-        *inputs, acc, top, total, scale, *strides, SPLITS=splits, PARTS=parts, **sizes, **how
-    )
+    _split[(b * g, parts)](*inputs, acc, top, total, splits, scale, *strides, **sizes, **how)
     _combine[(b * L * h,)](
-        acc, top, total, gate_bLh, y_bLhk, *gate_bLh.stride(), SPLITS=splits,
-        BLOCK_S=triton.next_power_of_2(splits), PARTS=parts, WINDOWS=windows, **sizes, num_warps=2
+        acc, top, total, gate_bLh, y_bLhk, splits, parts, *gate_bLh.stride(),
+        BLOCK_S=triton.next_power_of_2(splits), WINDOWS=windows, **sizes, num_warps=2
     )  # fmt: skip
     return y_bLhk
 

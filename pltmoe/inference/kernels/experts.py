@@ -1,6 +1,7 @@
 """Experts of a decode step in Triton: each expert in use is read once, nothing else is.
 
-Three launches, whose grids depend on shapes only (a CUDA graph can hold them):
+Three launches, whose grids depend on shapes only (a CUDA graph can hold them); what varies with the
+batch (``rows``) is no constant of the kernels, so that batch sizes share what is compiled:
 
     route     one program per expert counts its rows and lists them in blocks of BLOCK_M
     gate_up   silu(x W_gate) * (x W_up), one program per (block, columns)
@@ -25,7 +26,7 @@ MAX_ROUTED_ROWS = 8192
 """More (a long prefill) is bound by arithmetic: a library's grouped product of bf16 takes over."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "max_blocks"])
 def _route(
     expert_ptr, block_expert_ptr, block_row_ptr, rows, max_blocks, EXPERTS: tl.constexpr,
     BINS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr
@@ -62,6 +63,16 @@ def _route(
 
 
 @triton.jit
+def _widen(weight_nk, dtype: tl.constexpr):
+    """Convert FP8 by way of float32: straight to bf16 costs an F2F instruction per number, at
+    which Hopper is slow (triton-lang/triton#4563) beside a memory that brings 21 bytes a cycle.
+    """
+    if weight_nk.dtype != dtype:
+        weight_nk = weight_nk.to(tl.float32).to(dtype)
+    return weight_nk
+
+
+@triton.jit(do_not_specialize=["rows"])
 def _gate_up(
     x_ptr, weight_ptr, scale_ptr, h_ptr, block_expert_ptr, block_row_ptr, rows,
     TOP_K: tl.constexpr, D: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -90,8 +101,9 @@ def _gate_up(
         up_nk = tl.load(
             gate_at + F * D + start, mask=w_in & left, other=0.0, eviction_policy="evict_first"
         )
-        gate_mn = tl.dot(x_mk, tl.trans(gate_nk.to(x_mk.dtype)), gate_mn, input_precision=PRECISION)
-        up_mn = tl.dot(x_mk, tl.trans(up_nk.to(x_mk.dtype)), up_mn, input_precision=PRECISION)
+        gate_nk, up_nk = _widen(gate_nk, x_mk.dtype), _widen(up_nk, x_mk.dtype)
+        gate_mn = tl.dot(x_mk, tl.trans(gate_nk), gate_mn, input_precision=PRECISION)
+        up_mn = tl.dot(x_mk, tl.trans(up_nk), up_mn, input_precision=PRECISION)
     if SCALED:
         scale_at = scale_ptr + expert * (2 * F) + column_n
         gate_mn *= tl.load(scale_at, mask=column_n < F, other=0.0)[None, :]
@@ -101,7 +113,7 @@ def _gate_up(
     tl.store(h_at, h_mn.to(h_ptr.dtype.element_ty), mask=x_in & (column_n < F)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _down(
     h_ptr, weight_ptr, scale_ptr, routing_ptr, y_ptr, block_expert_ptr, block_row_ptr, rows,
     D: tl.constexpr, F: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -125,7 +137,8 @@ def _down(
         down_nk = tl.load(
             down_at + start, mask=w_in & left, other=0.0, eviction_policy="evict_first"
         )
-        y_mn = tl.dot(h_mk, tl.trans(down_nk.to(h_mk.dtype)), y_mn, input_precision=PRECISION)
+        down_nk = _widen(down_nk, h_mk.dtype)
+        y_mn = tl.dot(h_mk, tl.trans(down_nk), y_mn, input_precision=PRECISION)
     if SCALED:
         scale_n = tl.load(scale_ptr + expert * D + column_n, mask=column_n < D, other=0.0)
         y_mn *= scale_n[None, :]
@@ -158,7 +171,8 @@ def experts(
     m, size = tiles.block_m, x_td.element_size()
     blocks = min(e, rows) + rows // m
     index = torch.empty(blocks * (1 + m), dtype=torch.int32, device=x_td.device)
-    listed = index[:blocks], index[blocks:]
+    # Rows lie first, so that both begin at a multiple of 16 bytes whatever the number of blocks.
+    listed = index[blocks * m :], index[: blocks * m]
     # As many entries per chunk as threads or more: a histogram must not see one twice.
     chunk = min(max(triton.next_power_of_2(rows), 128), 1024)
     bins = max(triton.next_power_of_2(e + 1), 128)

@@ -32,15 +32,19 @@ class Tiles:
     down: Tile
 
 
-# Chosen from the sizes of shared memory and registers that the compiler reports for an H200; not
-# tuned by measurements yet. The whole lines of 256 bytes of a weight's row come in one tile.
-GATE_UP = Tile(32, 128, 4, 4)
-DOWN = Tile(64, 128, 4, 4)
+# Chosen from the sizes of shared memory and registers, and the instructions, that the compiler
+# reports for an H200; not tuned by measurements yet. With 16 rows the whole lines of 256 bytes of
+# a weight's row come in one tile. From 32 rows on there are more columns: with 32 rows x 32 columns
+# every warp reads (and widens) every weight of the tile for itself, and with 64 rows a processor
+# has room for one program.
+FEW_ROWS = Tile(32, 128, 4, 4), Tile(64, 128, 4, 4)
+MANY_ROWS = Tile(64, 64, 4, 4), Tile(128, 64, 4, 4)
 
 
 def choose_tiles(rows: int, experts: int) -> Tiles:
     """Return the tiles for ``rows`` routed rows over ``experts`` experts of a layer."""
-    return Tiles(rows_per_block(rows, experts), GATE_UP, DOWN)
+    block_m = rows_per_block(rows, experts)
+    return Tiles(block_m, *(FEW_ROWS if block_m == 16 else MANY_ROWS))
 
 
 def rows_per_block(rows: int, experts: int) -> int:

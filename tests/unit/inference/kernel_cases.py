@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from pltmoe.inference import attention as plain_attention
+from pltmoe.inference import cache as plain_cache
 from pltmoe.inference import experts as plain_experts
+from pltmoe.inference import rows as plain_rows
 
 # b, L, h, g, k, n, w; lengths: unequal, one slot, a full cache; windows: full or not yet.
 ATTENTION: dict[str, dict[str, Any]] = {
@@ -92,7 +94,85 @@ def expert_inputs(
     return (*values, gate_up.to(dtype), down.to(dtype))
 
 
-STEPS = ("plt2", "plt3_normed", "plt2_routing")
+PROJECT: dict[str, dict[str, Any]] = {
+    "gate_of_the_query": {},
+    "gate_of_the_hidden_state": {"hidden": True},
+    "no_norm": {"norm": False},
+    "vanilla_heads": {"gate": False},
+}
+
+
+def project_inputs(
+    device: str, dtype: torch.dtype, norm: bool = True, gate: bool = True, hidden: bool = False
+) -> tuple[Any, ...]:
+    """Random arguments of ``project``: 5 rows, 4 heads (2 KV) of 24."""
+    generator = torch.Generator(device).manual_seed(3)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=device, generator=generator).to(dtype)
+
+    angle = random(5, 1, 12).float().repeat(1, 1, 2)
+    return (
+        random(5, 32), random(32), random(8 * 24, 32) / 4, random(6, 24) if norm else None,
+        random(4, 32 if hidden else 24) / 4 if gate else None, random(4) if gate else None,
+        (angle.cos().to(dtype), angle.sin().to(dtype)), plain_rows.Sizes(4, 24, 1e-6, hidden),
+    )  # fmt: skip
+
+
+def project_error(name: str, device: str, dtype: torch.dtype) -> float:
+    """Compare q, k, v and gate with the plain version's in float64; return the worst."""
+    from pltmoe.inference.kernels.rows import project
+
+    inputs = project_inputs(device, dtype, **PROJECT[name])
+    exact = [x.double() if isinstance(x, Tensor) else x for x in inputs]
+    exact[6] = tuple(x.double() for x in inputs[6])
+    pairs = zip(project(*inputs), plain_rows.project(*exact), strict=True)
+    assert PROJECT[name].get("gate", True) == (project(*inputs)[3] is not None)
+    return max(relative_error(a, b) for a, b in pairs if a is not None)
+
+
+CHOOSE = {
+    "one_loop": (False, 1),
+    "biased": (True, 1),
+    "slots": (False, 3),
+    "biased_slots": (True, 2),
+}
+"""Whether with a bias, and rows of a slot."""
+
+
+def choose_error(name: str, device: str) -> float:
+    """Compare weights with the plain version's; other experts are an infinite error."""
+    from pltmoe.inference.kernels.rows import choose
+
+    biased, rows_per_slot = CHOOSE[name]
+    generator = torch.Generator(device).manual_seed(4)
+    logits_te = torch.randn(6, 20, device=device, generator=generator)
+    bias_e = torch.randn(20, device=device, generator=generator) if biased else None
+    expert_tj, weight_tj = choose(logits_te, bias_e, 3, rows_per_slot)
+    expected_tj, plain_tj = plain_rows.choose(logits_te, bias_e, 3, rows_per_slot)
+    same = torch.equal(expert_tj, expected_tj)
+    return relative_error(weight_tj, plain_tj) if same else float("inf")
+
+
+def store_error(rings: bool, device: str, dtype: torch.dtype) -> float:
+    """Compare caches and rings; k and v are parts of larger tensors, as after a product."""
+    from pltmoe.inference.kernels.rows import store
+
+    loops = 3 if rings else 1
+    generator = torch.Generator(device).manual_seed(5)
+    qkv = torch.randn(2, loops, 8, 24, device=device, generator=generator).to(dtype)
+    slot_b = torch.tensor([0, 6], device=device)
+    written = []
+    for write in (store, plain_cache.store):
+        full = torch.zeros(2, 2, 2, 2, 9, 24, device=device, dtype=dtype)[:, :, 1]
+        ring = torch.zeros(2, 2, 2, 2, 5, 24, device=device, dtype=dtype)
+        into = (*ring, slot_b % 5) if rings else ()
+        write(qkv[..., 4:6, :], qkv[..., 6:, :], *full, slot_b, *into)
+        written.append(torch.cat([full.flatten(), ring.flatten()]))
+    return relative_error(*written)
+
+
+STEPS = ("plt2", "plt3_normed", "plt2_routing", "clp")
 """Models of tests/unit/inference/models.py that decode through the kernels."""
 
 
@@ -101,13 +181,14 @@ def step_error(name: str) -> float:
     from pltmoe.inference.cache import StaticCache
     from pltmoe.inference.kernels.decode_attention import decode_attention
     from pltmoe.inference.kernels.experts import experts
+    from pltmoe.inference.kernels.rows import choose, project, store
     from pltmoe.inference.model import Kernels, PLTDecoder
     from pltmoe.inference.prefill import prefill
     from pltmoe.inference.weights import random_weights
     from tests.unit.inference.models import model
 
     weights, logits = random_weights(model(name), "cpu", torch.float32), []
-    for kernels in (Kernels(), Kernels(decode_attention, experts, "interpreted")):
+    for kernels in (Kernels(), Kernels(decode_attention, experts, project, store, choose)):
         decoder = PLTDecoder(weights, 32, kernels)
         cache = StaticCache(decoder.m, 2, 32, "cpu", torch.float32)
         prefill(PLTDecoder(weights, 32), cache, [[1, 2, 3, 4, 5, 6, 7, 8, 9], [3]])
@@ -166,6 +247,11 @@ def main() -> None:
         for splits in SPLITS
     }
     errors |= {name: expert_error(name, "cpu", torch.float32) for name in EXPERTS}
+    errors |= {name: project_error(name, "cpu", torch.float32) for name in PROJECT}
+    errors |= {name: choose_error(name, "cpu") for name in CHOOSE}
+    errors |= {
+        f"store-{rings}": store_error(rings, "cpu", torch.float32) for rings in (False, True)
+    }
     errors |= {f"step-{name}": step_error(name) for name in STEPS}
     print(json.dumps(errors))
 

@@ -16,7 +16,9 @@ from pltmoe.model.reference import attend
 from tests.contracts.source import REPOSITORY
 from tests.unit.inference.kernel_cases import (
     ATTENTION,
+    CHOOSE,
     EXPERTS,
+    PROJECT,
     SPLITS,
     STEPS,
     attention_inputs,
@@ -44,6 +46,11 @@ def test_attention_kernel_equals_the_plain_version(
 @pytest.mark.parametrize("name", EXPERTS)
 def test_expert_kernels_equal_the_plain_version(name: str, errors: dict[str, float]) -> None:
     assert errors[name] < 2e-6
+
+
+@pytest.mark.parametrize("name", [*PROJECT, *CHOOSE, "store-False", "store-True"])
+def test_row_kernels_equal_the_plain_versions(name: str, errors: dict[str, float]) -> None:
+    assert errors[name] < 1e-6
 
 
 @pytest.mark.parametrize("name", STEPS)

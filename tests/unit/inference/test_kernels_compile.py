@@ -15,8 +15,8 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from pltmoe.inference.kernels import decode_attention, experts  # noqa: E402
-from pltmoe.inference.kernels.tiles import DOWN, GATE_UP, Tile  # noqa: E402
+from pltmoe.inference.kernels import decode_attention, experts, rows  # noqa: E402
+from pltmoe.inference.kernels.tiles import choose_tiles  # noqa: E402
 
 H200 = GPUTarget("cuda", 90, 32)
 L40S = GPUTarget("cuda", 89, 32)
@@ -26,11 +26,11 @@ LEAST_SHARED_MEMORY_BYTES = 99 * 1024
 TYPES = {
     "lengths_ptr": "*i64", "window_lengths_ptr": "*i64", "acc_ptr": "*fp32",
     "top_ptr": "*fp32", "sum_ptr": "*fp32", "expert_ptr": "*i64", "block_expert_ptr": "*i32",
-    "block_row_ptr": "*i32", "scale_ptr": "*fp32", "scale": "fp32",
+    "block_row_ptr": "*i32", "scale_ptr": "*fp32", "scale": "fp32", "eps": "fp32",
+    "logits_ptr": "*fp32", "bias_ptr": "*fp32", "slot_ptr": "*i64", "ring_slot_ptr": "*i64",
 }  # fmt: skip
 HEADS = {"G": 4, "L": 2, "PER": 4, "K": 128, "BLOCK_K": 128, "ROWS": 16}
 ATTEND = HEADS | {"PRECISION": "tf32"}
-PARTS = {"SPLITS": 16, "PARTS": 17}
 
 
 def compiled(
@@ -60,7 +60,7 @@ def attention(
 ) -> Any:
     """Compile a kernel of decode attention with the tile that it is started with."""
     options = decode_attention.tile(head, 4 if dtype == "fp32" else 2)
-    constants = ATTEND | PARTS | {"WINDOWS": True, "K": head, "BLOCK_K": head} | sizes
+    constants = ATTEND | {"WINDOWS": True, "K": head, "BLOCK_K": head} | sizes
     constants |= {"BLOCK_N": options.pop("BLOCK_N")}
     if dtype == "fp32":
         constants["PRECISION"] = "ieee"
@@ -108,11 +108,19 @@ def test_large_heads_fit_devices_with_little_shared_memory(
     assert binary.metadata.shared <= LEAST_SHARED_MEMORY_BYTES
 
 
-@pytest.mark.parametrize("splits", [16, 34, decode_attention.MOST_SPLITS])
+@pytest.mark.parametrize("splits", [16, decode_attention.MOST_SPLITS])
 def test_joining_splits(splits: int, tmp_path: Path) -> None:
-    constants = HEADS | {"SPLITS": splits, "PARTS": splits + 1, "WINDOWS": True}
-    constants["BLOCK_S"] = triton.next_power_of_2(splits)
+    constants = HEADS | {"BLOCK_S": triton.next_power_of_2(splits), "WINDOWS": True}
     assert_fits(compiled(decode_attention._combine, constants, num_warps=2), tmp_path)
+
+
+def test_batch_sizes_share_what_is_compiled() -> None:
+    """Splits follow from batch and cache: as constants they cost a compilation for each pair."""
+    varies = {"splits", "SPLITS", "parts", "PARTS", "rows", "max_blocks"}
+    for kernel in (decode_attention._split, decode_attention._combine, experts._route,
+                   experts._gate_up, experts._down):  # fmt: skip
+        found = [p for p in kernel.params if p.name in varies]
+        assert found and all(p.do_not_specialize and not p.is_constexpr for p in found)
 
 
 def test_routing(tmp_path: Path) -> None:
@@ -120,18 +128,52 @@ def test_routing(tmp_path: Path) -> None:
     assert_fits(compiled(experts._route, sizes, num_warps=4), tmp_path)
 
 
-@pytest.mark.parametrize("weight", ["*bf16", "*fp8e4nv"])
-@pytest.mark.parametrize("block_m", [16, 64])
-@pytest.mark.parametrize("name, tile", [("_gate_up", GATE_UP), ("_down", DOWN)])
-def test_experts(name: str, tile: Tile, block_m: int, weight: str, tmp_path: Path) -> None:
-    constants = tile.arguments() | {"D": 2048, "F": 1024, "TOP_K": 8, "BLOCK_M": block_m}
-    constants |= {"SCALED": weight != "*bf16", "PRECISION": "tf32"}
-    options = {name: constants.pop(name) for name in ("num_warps", "num_stages")}
+@pytest.mark.parametrize(
+    "name, sizes",
+    [
+        ("_heads", {"H": 16, "QK": 20, "HALF": 64, "BLOCK": 64, "NORM": True, "GATE": True}),
+        ("_store", {"L": 2, "G": 4, "K": 128, "BLOCK_K": 128}),
+        ("_choose", {"EXPERTS": 272, "BINS": 512, "TOP_K": 8, "BLOCK_J": 8, "ROWS_PER_SLOT": 2,
+                     "BIAS": True}),
+    ],
+)  # fmt: skip
+def test_row_kernels(name: str, sizes: dict[str, Any], tmp_path: Path) -> None:
+    weight = "*fp32" if name == "_choose" else "*bf16"
+    assert_fits(compiled(getattr(rows, name), sizes, weight, num_warps=1), tmp_path)
+
+
+def expert_kernel(name: str, block_m: int, x: str, weight: str, target: GPUTarget = H200) -> Any:
+    """Compile a kernel of the experts with the tile that it is started with."""
+    tiles = choose_tiles(block_m * 128, 256)  # each expert gets half a block
+    assert tiles.block_m == block_m
+    tile = tiles.gate_up if name == "_gate_up" else tiles.down
+    constants = tile.arguments(4 if x == "*fp32" else 2) | {"BLOCK_M": block_m}
+    constants |= {"D": 2048, "F": 1024, "TOP_K": 8, "SCALED": weight == "*fp8e4nv"}
+    constants["PRECISION"] = "ieee" if x == "*fp32" else "tf32"
+    options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
     kernel = getattr(experts, name)
-    constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-    binary = compiled(kernel, constants, weight, **options)
+    constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    return compiled(kernel, constants, weight, x, target, **options)
+
+
+@pytest.mark.parametrize("weight", ["*bf16", "*fp8e4nv"])
+@pytest.mark.parametrize("block_m", [16, 32, 64])
+@pytest.mark.parametrize("name", ["_gate_up", "_down"])
+def test_experts(name: str, block_m: int, weight: str, tmp_path: Path) -> None:
+    binary = expert_kernel(name, block_m, "*bf16", weight)
     assert_fits(binary, tmp_path)
     assert_streams(binary)
+    assert binary.metadata.shared <= SHARED_MEMORY_BYTES // 2, "two programs per processor"
+    assert "cvt.bf16.f16" not in binary.asm["ptx"], "an F2F for each number"
+
+
+@pytest.mark.parametrize("name", ["_gate_up", "_down"])
+def test_warps_share_the_columns(name: str) -> None:
+    """With 32 x 32 of two products every warp read and widened all weights, and multiplied twice.
+
+    32 rows x 128 columns x 64 inner numbers in pieces of 16 x 8 x 16, over 4 warps: 32.
+    """
+    assert expert_kernel(name, 32, "*bf16", "*bf16").asm["ptx"].count("mma.sync") == 32
 
 
 @pytest.mark.parametrize("name", ["_one_pass", "_split", "_gate_up", "_down"])
@@ -140,11 +182,11 @@ def test_float32_fits_too(name: str) -> None:
     if hasattr(decode_attention, name):
         binary = attention(name, dtype="fp32")
     else:
-        constants = (GATE_UP if name == "_gate_up" else DOWN).arguments(4)
-        constants |= {"D": 2048, "F": 1024, "TOP_K": 8, "BLOCK_M": 64, "SCALED": False}
-        options = {key: constants.pop(key) for key in ("num_warps", "num_stages")}
-        kernel = getattr(experts, name)
-        constants |= {"PRECISION": "ieee"}
-        constants = {key: value for key, value in constants.items() if key in kernel.arg_names}
-        binary = compiled(kernel, constants, "*fp32", "*fp32", **options)
+        binary = expert_kernel(name, 32, "*fp32", "*fp32")
     assert binary.metadata.shared <= SHARED_MEMORY_BYTES // 2
+
+
+@pytest.mark.parametrize("name", ["_gate_up", "_down"])
+def test_experts_fit_devices_with_little_shared_memory(name: str) -> None:
+    binary = expert_kernel(name, 64, "*bf16", "*bf16", L40S)
+    assert binary.metadata.shared <= LEAST_SHARED_MEMORY_BYTES
