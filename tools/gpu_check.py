@@ -8,9 +8,9 @@
 Every part takes less than ten minutes and remembers its result in --work, so a machine that is
 lent for a short while can do them one after another; those that tell most come first, and those
 that failed at this commit are tried again when all others have a result. A part is begun only if
-as much time is left as it is thought to take, and has failed when it takes twice that. After each, the pages docs/gpu_results.md and
-docs/profile.md and the picture docs/gpu_learning.png are made from what was measured; a part that
-was not run is said to be not run.
+as much time is left as it is thought to take; one that takes twice as long has failed. After each,
+the pages docs/gpu_results.md and docs/profile.md and the picture docs/gpu_learning.png are made
+from what was measured; a part that was not run is said to be not run.
 """
 
 import argparse
