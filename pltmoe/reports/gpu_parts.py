@@ -285,7 +285,7 @@ PARTS = (
             "--tokenizer $WORK/learn/tokenizer.model --output $WORK/learn/corpus",
         ),
         ("learn/tokenizer.model", "learn/corpus.bin"),
-        seconds=300,
+        seconds=150,
     ),
     *(_learning(name, SEEDS[0]) for name in LEARNING),
     *(_learning(row, seed) for seed in SEEDS[1:] for row in LEARNING if row.startswith("row")),
