@@ -18,6 +18,7 @@ import os
 import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,6 +38,8 @@ HOST_WAITS: Counter[str] = Counter()
 """Where the host would have waited: ``operation: file:line``."""
 _TAKE_BOTH = {"copy_", "index", "index_put_", "_index_put_impl_"}
 """Operations on a tensor of one side that take others of the other side, and wait."""
+_OF_CUBLAS = {"mm", "addmm", "bmm", "baddbmm", "addmv", "dot"}
+_REPEATS = "CUBLAS_WORKSPACE_CONFIG"
 _READ_BACK = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "bincount", "equal"}
 _GIB = 2**30
 
@@ -66,6 +69,8 @@ class VirtualGPU(TorchDispatchMode):
             takes_both = name == "copy_" or (name in _TAKE_BOTH and lies_on_gpu(args[0]))
             if not takes_both and any(x.any() for x in others):
                 raise RuntimeError(f"{name}: tensors on {GPU} and on {CPU}")
+            if name in _OF_CUBLAS and not _cublas_repeats():
+                raise RuntimeError(f"{name}: deterministic, but {_REPEATS} was not set in time")
             if _waits(name, args, kwargs):
                 _note(name)
         elif name == "copy_" and _waits(name, args, kwargs):
@@ -79,6 +84,16 @@ class VirtualGPU(TorchDispatchMode):
             for x in tree_leaves(out):
                 _mark(x)
         return out
+
+
+@cache
+def _was_set_in_time() -> bool:
+    """Whether cuBLAS was told to repeat; PyTorch looks once, at a process's first product."""
+    return os.environ.get(_REPEATS) in (":4096:8", ":16:8")
+
+
+def _cublas_repeats() -> bool:
+    return _was_set_in_time() or not torch.are_deterministic_algorithms_enabled()
 
 
 def _waits(name: str, args: Any, kwargs: Any) -> bool:

@@ -8,9 +8,9 @@
 Every part takes less than ten minutes and remembers its result in --work, so a machine that is
 lent for a short while can do them one after another; those that tell most come first, and those
 that failed at this commit are tried again when all others have a result. A part is begun only if
-as much time is left as it is thought to take. After each, the pages docs/gpu_results.md and
-docs/profile.md and the picture docs/gpu_learning.png are made from what was measured; a part that
-was not run is said to be not run.
+as much time is left as it is thought to take; one that takes twice as long has failed. After each,
+the pages docs/gpu_results.md and docs/profile.md and the picture docs/gpu_learning.png are made
+from what was measured; a part that was not run is said to be not run.
 """
 
 import argparse
@@ -44,6 +44,8 @@ from pltmoe.reports.gpu_parts import (
 REPOSITORY = Path(__file__).resolve().parents[1]
 LIMIT_S = 510
 """Of a part: of --minutes 9.5 a minute is left to start in."""
+STOPPED = (124, 137)
+"""What timeout(1) returns of what it has ended, or killed."""
 
 
 def main() -> int:
@@ -94,7 +96,7 @@ def main() -> int:
         if left < (wanted := _wanted_s(part, args.work, where["commit"])):
             too_long.append(f"{part.name} (about {wanted:.0f} s)")
             continue
-        _run_part(part, args.work, where, min(LIMIT_S, left))
+        _run_part(part, args.work, where, left)
         written = _write_pages(args.work, args.page, absent)
     if too_long:
         print(f"[gpu_check] no time left for {', '.join(too_long)}; these are guesses. Call again")
@@ -153,9 +155,15 @@ def _wanted_s(part: Part, work: Path, commit: str) -> float:
     return min(LIMIT_S, max(part.seconds, 1.1 * before["seconds"]))
 
 
-def _run_part(part: Part, work: Path, where: dict[str, Any], limit_s: float = LIMIT_S) -> None:
+def _run_part(part: Part, work: Path, where: dict[str, Any], left_s: float = math.inf) -> None:
+    """Run it for ``left_s`` at most, and twice what it wants: one that hangs takes no other's time.
+
+    Stopped for the first reason it has no result; for the second it has failed.
+    """
+    own_limit_s = min(LIMIT_S, 2 * _wanted_s(part, work, where["commit"]))
+    limit_s = min(own_limit_s, left_s)
     print(f"[gpu_check] {part.name}: {part.what}", flush=True)
-    started, output, failure = time.monotonic(), "", ""
+    started, output, failure, code = time.monotonic(), "", "", 0
     log, stopped = work / f"{part.name}.log", work / f"{part.name}.stopped.json"
     log.write_text("")
     for command in part.commands:
@@ -166,6 +174,10 @@ def _run_part(part: Part, work: Path, where: dict[str, Any], limit_s: float = LI
             failure = f"\n[gpu_check] exit code {code}: {command}\n"
             break
     seconds = round(time.monotonic() - started, 1)
+    was_stopped = code in STOPPED and seconds >= limit_s - 1
+    if was_stopped:
+        failure += f"[gpu_check] stopped after {seconds} s\n"
+        _save(stopped, {"commit": where["commit"], "seconds": seconds})
     summary = (output + failure)[-1500:]
     if not failure:
         try:
@@ -173,8 +185,7 @@ def _run_part(part: Part, work: Path, where: dict[str, Any], limit_s: float = LI
         except Exception:  # the parts that follow are worth their time
             failure = summary = f"cannot say what it measured:\n{traceback.format_exc()}"
             print(failure)
-    if failure and limit_s < LIMIT_S and seconds >= limit_s - 1:
-        _save(stopped, {"commit": where["commit"], "seconds": seconds})
+    if was_stopped and limit_s < own_limit_s:
         print(f"[gpu_check] {part.name}: stopped after {seconds} s: no time left")
         return
     result = {
@@ -185,7 +196,6 @@ def _run_part(part: Part, work: Path, where: dict[str, Any], limit_s: float = LI
         "summary": summary,
     }
     _save(work / f"{part.name}.json", result)
-    stopped.unlink(missing_ok=True)
     print(f"[gpu_check] {part.name}: {'FAILED' if failure else 'passed'} in {seconds} s")
 
 
@@ -200,7 +210,7 @@ def _run(command: str, work: Path, limit_s: float, log: Path) -> tuple[int, str]
     with log.open("ab") as written, log.open("rb") as read:
         read.seek(0, os.SEEK_END)
         process = subprocess.Popen(
-            ["timeout", "--kill-after=5", str(max(1, int(limit_s))), "bash", "-c", command],
+            ["timeout", "--kill-after=5", f"{max(1, limit_s):.1f}", "bash", "-c", command],
             cwd=REPOSITORY,
             env=environment,
             stdout=written,
@@ -223,7 +233,7 @@ def _run(command: str, work: Path, limit_s: float, log: Path) -> tuple[int, str]
 def _summary(name: str, work: Path, output: str) -> str:
     """Say in Markdown what a passed part measured."""
     if name.startswith("tests"):
-        closing = re.findall(r"^(?:=+ )?(\d+ passed.*?)(?: =+)?$", output, re.MULTILINE)
+        closing = re.findall(r"^(?:=+ )?(\d+ (?:passed|skipped).*?)(?: =+)?$", output, re.MULTILINE)
         return closing[-1] if closing else "no closing line"
     if name == "train":
         return gpu_tables.training_table(work / "runs", MODELS)

@@ -54,7 +54,11 @@ the loops, weighs no more than beside the sixteen layers of the whole model. The
 more: a step of the whole model has 16 times the tokens for four times the parameters."""
 
 
-PYTEST = "{python} -m pytest -v -rs --durations 5"
+PYTEST = "{python} -m pytest -v -rs --durations 5 -n 4 -o faulthandler_timeout=100"
+"""Four processes share the device: most of the time goes to imports, and to compilers. What one
+breaks on the GPU ends its own tests only. A test that hangs says where."""
+APART = ("test_deepspeed.py", "test_engine.py", "test_inference.py", "test_training.py")
+"""Of tests/gpu: parts of their own."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Part:
     needs: str = ""
     """Software that must be there."""
     seconds: int = 240
-    """About how long it takes on an H200: a guess, until one has run it."""
+    """About how long it takes on an H200: a guess, until one has run it. Twice as long ends it."""
 
 
 def _pretrain(model: str, name: str, more: str = "") -> str:
@@ -101,7 +105,8 @@ def _full(precision: str) -> Part:
     what = f"MFU of PLT-2, ten layers of 1B/7B, {full_name(precision)}"
     more = "set -o pipefail; export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; "
     log = f"$WORK/mfu-{precision}.first"
-    tries = f"{large} 2>&1 | tee {log} || {{{{ grep -qi 'out of memory' {log} && {small}; }}}}"
+    too_large = f"grep -qiE 'out of memory|ALLOC_FAILED' {log}"  # of PyTorch and CUDA, of cuBLAS
+    tries = f"{large} 2>&1 | tee {log} || {{{{ {too_large} && {small}; }}}}"
     needs = "" if precision == "bf16" else TRANSFORMER_ENGINE
     return Part(f"mfu-{precision}", what, (more + tries,), needs=needs, seconds=150)
 
@@ -142,19 +147,7 @@ def decode_folder(name: str) -> str:
 
 
 PARTS = (
-    Part(
-        "tests",
-        "tests/gpu but for decoding and whole runs",
-        (
-            f"{PYTEST} tests/gpu --ignore tests/gpu/test_training.py "
-            "--ignore tests/gpu/test_engine.py --ignore tests/gpu/test_inference.py",
-        ),
-    ),
-    Part(
-        "tests-decode",
-        "decoding: tests/gpu/test_engine.py and test_inference.py",
-        (f"{PYTEST} tests/gpu/test_engine.py tests/gpu/test_inference.py",),
-    ),
+    *(_full(precision) for precision in ("bf16", "tensorwise")),
     Part(
         "speed",
         "PLT-2 step / vanilla step, and our vanilla step / Megatron-core's, four layers of 1B/7B",
@@ -164,7 +157,13 @@ PARTS = (
             for name in ("loops", "megatron")
         ),
     ),
-    *(_full(precision) for precision in ("bf16", "bf16-fused", "tensorwise", "delayed")),
+    Part(
+        "tests",
+        "tests/gpu but for decoding, whole runs and DeepSpeed",
+        (" ".join([f"{PYTEST} tests/gpu", *(f"--ignore tests/gpu/{file}" for file in APART)]),),
+        seconds=200,
+    ),
+    *(_full(precision) for precision in ("delayed", "bf16-fused")),
     Part(
         "train",
         f"{TRAIN_STEPS} steps of the quickstart's three models in bf16 on one GPU",
@@ -192,12 +191,19 @@ PARTS = (
         "headline-vanilla",
         "vanilla 2.5B/60B, batch 1 to 256, prefill",
         "--compare headline --only 'vanilla 2.5B/60B'",
+        seconds=150,
     ),
     _decoding(
         "headline-plt",
         "PLT-2 1.7B/40B, both routings, batch 1 to 256, prefill; the ratios",
         "--compare headline --only 'PLT-2 1.7B/40B' --only 'PLT-2 1.7B/40B, shared routing'",
-        seconds=360,
+        seconds=200,
+    ),
+    Part(
+        "tests-decode",
+        "decoding: tests/gpu/test_engine.py and test_inference.py",
+        (f"{PYTEST} tests/gpu/test_engine.py tests/gpu/test_inference.py",),
+        seconds=150,
     ),
     Part(
         "tests-runs",
@@ -214,6 +220,12 @@ PARTS = (
         ),
         needs=TRANSFORMER_ENGINE,
         seconds=150,
+    ),
+    Part(
+        "tests-deepspeed",
+        "DeepSpeed's engine: tests/gpu/test_deepspeed.py",
+        (f"{PYTEST} tests/gpu/test_deepspeed.py",),
+        seconds=200,
     ),
     Part(
         "decode",
@@ -273,7 +285,7 @@ PARTS = (
             "--tokenizer $WORK/learn/tokenizer.model --output $WORK/learn/corpus",
         ),
         ("learn/tokenizer.model", "learn/corpus.bin"),
-        seconds=300,
+        seconds=150,
     ),
     *(_learning(name, SEEDS[0]) for name in LEARNING),
     *(_learning(row, seed) for seed in SEEDS[1:] for row in LEARNING if row.startswith("row")),

@@ -1,9 +1,15 @@
 """Everything here needs an NVIDIA GPU; without one it is skipped and says so."""
 
+import os
+
 import pytest
 import torch
 
 from pltmoe.runtime import fp8
+
+# PyTorch looks once, at a process's first product: tests that ask for kernels that repeat come
+# after others.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 RECIPES = ("delayed", "tensorwise", "blockwise", "mxfp8")
 

@@ -17,8 +17,7 @@ RUN: dict[str, Any] = {
 
 @pytest.fixture
 def _deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As runtime/seeds.py sets it, and only here."""
-    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    """As runtime/seeds.py sets it, and only here; cuBLAS: conftest.py."""
     monkeypatch.setenv("NVTE_ALLOW_NONDETERMINISTIC_ALGO", "0")
     torch.use_deterministic_algorithms(True)
     yield

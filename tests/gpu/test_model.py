@@ -64,3 +64,14 @@ def test_grouped_experts_equal_experts_one_by_one(groups: Any) -> None:
             found.append([y, *torch.autograd.grad(y.float().square().sum(), inputs)])
         for got, expected in zip(*found, strict=True):
             assert (got - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+def test_products_that_repeat_can_be_asked_for_after_others() -> None:
+    """See conftest.py; a run asks before its first product (runtime/seeds.py)."""
+    x = torch.randn(8, 8, device="cuda")
+    product = x @ x
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.equal(x @ x, product)
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -67,7 +67,7 @@ def test_waits_and_mixed_devices_are_found(waits: dict[str, Counter[str]]) -> No
 
 def test_the_tests_for_gpus_pass_on_it() -> None:
     """Those of the model: what they compare with lies on the same device, and they can pass."""
-    names = "float64 and (row or shared_routing) or bfloat16 and local or grouped"
+    names = "float64 and (row or shared_routing) or bfloat16 and local or grouped or repeat"
     output = run("pytest", "-q", "-n", "0", "-p", "tests.virtual_gpu", "tests/gpu/test_model.py",
                  "-k", names)  # fmt: skip
     assert " passed" in output and "failed" not in output

@@ -1,5 +1,6 @@
 """The comparisons: what is measured against what, and which ratio is wanted."""
 
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,10 +51,19 @@ def in_turn(
         built = build(config, groups)
         times = measure(built, options.rounds, options.warm_up)
         number = options.warm_up + options.rounds + 1
-        profiles = [profile(c, number) for c in built] if options.profile else []
+        profiles = [_profile_or_why_not(c, number) for c in built] if options.profile else []
         return Measured(built, times, profiles)
 
     return measured
+
+
+def _profile_or_why_not(candidate: Candidate, number: int) -> str:
+    """Return a profile; one that fails does not take with it what was measured."""
+    try:
+        return profile(candidate, number)
+    except Exception as error:
+        traceback.print_exc()
+        return f"### {candidate.name}\n\nNot profiled: {type(error).__name__}: {error}\n"
 
 
 def engines(config: RunConfig, groups: ProcessGroupCollection, options: Options) -> Measured:

@@ -3,13 +3,16 @@
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
+from torch.autograd import DeviceType
 
 from pltmoe.config import RunConfig, load_config
 from pltmoe.errors import ConfigError, EngineError
 from pltmoe.parallel.layout import Layout, layout_for
-from pltmoe.train.benchmark import candidates
+from pltmoe.train.benchmark import candidates, compare
 from pltmoe.train.benchmark.compare import Measured, check_losses
 from pltmoe.train.benchmark.configs import ZERO, check
 from pltmoe.train.benchmark.pipeline import ChunkSeconds, predict
@@ -19,6 +22,7 @@ from pltmoe.train.benchmark.timing import (
     Times,
     Work,
     _time_table,
+    device_times,
     measure,
     quartiles,
     ratio,
@@ -91,18 +95,54 @@ def test_one_model_is_held_to_its_mfu(seconds: float, mfu: float, says: str) -> 
     assert f"| {mfu:.1%} |" in markdown(report)
 
 
-def test_kernels_stand_beside_operations() -> None:
-    """What a GPU's profile holds, written down: a table of operations and one of kernels."""
-    operation = SimpleNamespace(key="aten::mm", count=3)
-    kernel = SimpleNamespace(key="gemm|" + "x" * 100, count=3)
-    tiny = [(SimpleNamespace(key=f"k{n}", count=1), 10.0) for n in range(3)]
-    table = _time_table("kernel", [*tiny, (kernel, 60.0), (operation, 0.0)], rows=2)
+def test_a_profiles_table_has_few_rows_and_one_for_the_rest() -> None:
+    tiny = [(f"k{n}", 10.0, 1) for n in range(3)]
+    table = _time_table(
+        "kernel", [*tiny, ("gemm|" + "x" * 100, 60.0, 3), ("aten::mm", 0.0, 3)], rows=2
+    )
     assert table.splitlines()[2:] == [
         "| gemm\\|" + "x" * 71 + "... | 0.06 | 66.7% | 3 |",
         "| k0 | 0.01 | 11.1% | 1 |",
         "| 2 others | 0.02 | 22.2% | 2 |",
         "| together | 0.09 | | |",
     ]
+
+
+def event(name: str, number: int, us: float = 0.0, by: int = 0, gpu: bool = True) -> Any:
+    """One of a profile, as PyTorch's profiler keeps it."""
+    kind = DeviceType.CUDA if gpu else DeviceType.CPU
+    fields = {"name": name, "correlation_id": number, "duration_ns": us * 1e3}
+    fields |= {"linked_correlation_id": by, "device_type": kind}
+    fields["is_user_annotation"] = name == "step"
+    return SimpleNamespace(**{key: lambda value=value: value for key, value in fields.items()})
+
+
+def test_kernels_and_the_operations_that_start_them_are_added_up() -> None:
+    """A call of CUDA's has a number of its own, which may be that of an operation."""
+    found = device_times(
+        [
+            event("gemm", 70, 2.0, by=1), event("gemm", 71, 3.0, by=2), event("sum", 72, 1.0, by=2),
+            event("copy", 73, 4.0), event("step", 74, 99.0, by=1),
+            event("aten::mm", 1, gpu=False), event("_Linear", 2, gpu=False),
+            event("cudaLaunchKernel", 2, by=1, gpu=False), event("cudaMemcpyAsync", 1, gpu=False),
+        ]
+    )  # fmt: skip
+    kernels, operations = found
+    assert kernels == [("gemm", 5.0, 2), ("sum", 1.0, 1), ("copy", 4.0, 1)]
+    assert operations == [("aten::mm", 2.0, 1), ("_Linear", 4.0, 1), ("unknown", 4.0, 1)]
+    with torch.profiler.profile() as profiler:
+        torch.ones(2) + 1
+    events = profiler.profiler.kineto_results.events()
+    assert device_times(events) == ([], [])
+    assert events[0].duration_ns() >= 0 and not events[0].is_user_annotation(), "all that is read"
+
+
+def test_a_profile_that_fails_takes_nothing_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    candidate = Candidate("a", 1, 1.0, lambda number: lambda: float(number))
+    monkeypatch.setattr(compare, "profile", lambda *_: 1 / 0)
+    measured = compare.in_turn(lambda *_: [candidate])(None, None, compare.Options(2, 0, True))
+    assert len(measured.times["a"].seconds) == 2
+    assert measured.profiles == ["### a\n\nNot profiled: ZeroDivisionError: division by zero\n"]
 
 
 def test_prediction_counts_every_pass_and_one_bubble() -> None:
