@@ -77,7 +77,7 @@ def assert_server_has_the_jsonl(run_dir: Path, server: Server) -> None:
         assert sorted(history(run_dir, server, key)) == expected, key
 
 
-def test_a_whole_run(server, tmp_path):
+def test_a_whole_run(server, tmp_path, monkeypatch):
     """Parameters, tags, metrics, artefacts, system metrics, the experiment's kind, FINISHED."""
     run_dir = tmp_path / "run"
     process = job(run_dir, server.uri, "--last", 60, "--pause", 0.02, "--system-metrics")
@@ -107,6 +107,9 @@ def test_a_whole_run(server, tmp_path):
     assert (again.name, again.config, again.status) == (here.name, here.config, "FINISHED")
     with pytest.raises(DataError, match="cannot be read"):
         read_mlflow_run(server.uri, "0" * 32)
+    monkeypatch.setattr(MlflowClient, "get_metric_history", lambda *args: [])  # an empty answer
+    with pytest.raises(DataError, match="the answer holds no points of "):
+        read_mlflow_run(server.uri, run.info.run_id)
     page = f"{server.uri}/#/experiments/{experiment.experiment_id}?workflowType=machine_learning"
     assert how_to_look(run_dir) == page
 
