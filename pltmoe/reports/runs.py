@@ -145,6 +145,8 @@ def read_mlflow_run(uri: str, run_id: str) -> Run:
         histories = {key: client.get_metric_history(run_id, key) for key in run.data.metrics}
     except (MlflowException, OSError) as error:
         raise DataError(f"{where} cannot be read: {one_line(error)}") from None
+    if empty := [key for key, history in histories.items() if not history]:
+        raise DataError(f"{where} cannot be read: the answer holds no points of {empty[0]}")
     per_step = config.train.global_batch_size * config.data.sequence_length
     rows: dict[int, dict[str, Any]] = {}
     branches = json.loads(run.data.tags.get(BRANCHES_TAG, "[]"))

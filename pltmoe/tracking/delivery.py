@@ -3,6 +3,8 @@
 Safe to repeat and to interrupt anywhere:
 
 - the run is found again by its id or, when the answer to "create" was lost, by a key in its tags;
+  an empty double that such a call made after all is deleted when the job ends;
+- after a failure the server is asked again what it has: it may be back with an older database;
 - a point is sent when its step is later than the newest one that the server has of that metric, so
   steps done again after a resume do not double (MLflow keeps what it got first);
 - steps done again with other settings are sent again (legs.py): MLflow keeps both points, and a
@@ -76,9 +78,11 @@ class Delivery:
         self.sent_metrics = 0
         self._client: MlflowClient | None = None
         self._run_id: str | None = None
+        self._asked = False  # what the server has
+        self._state: dict[str, Any] = {}
         self._newest: dict[str, tuple[int, int]] = {}  # metric -> step and ms since 1970
         self._branches: list[tuple[float, int]] = []
-        self._feeds = [_Feed(run_dir / METRICS_FILE), _Feed(run_dir / SYSTEM_METRICS_FILE)]
+        self._feeds = _feeds(run_dir)
         self._events_done = 0
 
     def deliver(self) -> bool:
@@ -88,11 +92,18 @@ class Delivery:
             RunGoneError: the run was deleted on the server.
             Exception: one of UNAVAILABLE; what was acknowledged before is not sent again.
         """
+        try:
+            return self._deliver()
+        except UNAVAILABLE:
+            self._asked = False
+            raise
+
+    def _deliver(self) -> bool:
         events = self.journal.events()  # before the metrics: a finish event comes after the last
         starts = _starts(events)
-        if not starts:
+        if not starts or self._is_of_another_run(starts[0]):
             return False
-        if self._run_id is None:
+        if not self._asked:
             self._open_run(starts[0])
         new = events[self._events_done :]
         moved = self._send_starts(starts, _starts(new))
@@ -104,43 +115,75 @@ class Delivery:
 
     def bytes_waiting(self) -> int:
         """Size of the lines not yet acknowledged (a torn line at the end counts)."""
+        if self._overtaken():
+            return 0  # they are a later job's to send
         return sum(feed.bytes_waiting() for feed in self._feeds)
+
+    def _overtaken(self) -> bool:
+        """Whether the lines are by now those of a later run, or of a job without MLflow."""
+        start = self.journal.last_start()
+        return start is None or self._is_of_another_run(start) or self.journal.overtaken()
+
+    def _is_of_another_run(self, start: dict[str, Any]) -> bool:
+        """Whether a run began in this folder after the one that was sent."""
+        return self._state.get("run_key", start["run_key"]) != start["run_key"]
 
     def _open_run(self, start: dict[str, Any]) -> None:
         if self._client is None:
             self._client = MlflowClient(tracking_uri=self.uri)
-        state = self.journal.state(self.uri)
-        run = self._find(state.get("run_id"), start) or self._create(start)
+        self._state = self.journal.state(self.uri)
+        known = self._state.get("run_id")
+        run = self._find(known, start) or self._create(start)
+        run_id = run.info.run_id
         if run.info.lifecycle_stage != "active":
-            raise RunGoneError(f"run {run.info.run_id} was deleted in MLflow; not sending to it")
-        state |= {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
-        self.journal.save_state(self.uri, state)
-        self._newest = {m.key: (m.step, m.timestamp) for m in run.data.to_proto().metrics}
-        self._run_id = run.info.run_id
-        log.info("run %r: %s", start["run_name"], self.where())
+            raise RunGoneError(f"run {run_id} was deleted in MLflow; not sending to it")
+        if run_id != known:
+            self._state = {}  # of what another run was sent, this one has nothing
+        self._state |= {"run_id": run_id, "experiment_id": run.info.experiment_id}
+        self._state["run_key"] = start["run_key"]
+        self.journal.save_state(self.uri, self._state)
+        has = {m.key: (m.step, m.timestamp) for m in run.data.to_proto().metrics}
+        lost = any(_is_older(has.get(key), sent) for key, sent in self._newest.items())
+        if lost or run_id != self._run_id:
+            self._feeds, self._events_done = _feeds(self.journal.run_dir), 0
+        self._newest, self._asked = has, True
+        if run_id != self._run_id:
+            self._run_id = run_id
+            log.info("run %r: %s", start["run_name"], self.where())
+            if known not in (None, run_id):
+                log.warning("run %s is not on the server any more, hence this one", known)
 
     def where(self) -> str:
         """Return the address of the run (or its id, for a store without a server)."""
-        state = self.journal.state(self.uri)
         uri = without_password(self.uri)
         if not uri.startswith("http"):
-            return f"{uri} run {state['run_id']}"
-        return run_link(uri, state["experiment_id"], state["run_id"])
+            return f"{uri} run {self._state['run_id']}"
+        return run_link(uri, self._state["experiment_id"], self._state["run_id"])
 
     def _find(self, run_id: str | None, start: dict[str, Any]) -> Any:
         if run_id is not None:
             try:
-                return self._client.get_run(run_id)
+                return self._get(run_id)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_DOES_NOT_EXIST":
                     raise
-                log.warning("run %s is not on the server any more: making a new one", run_id)
         experiment = self._client.get_experiment_by_name(start["experiment"])
         if experiment is None:
             return None
+        found = self._same(experiment.experiment_id, start)
+        return self._get(found[0].info.run_id) if found else None
+
+    def _same(self, experiment_id: str, start: dict[str, Any]) -> list[Any]:
+        """Return the runs with this run's key, those with metrics first: one, rarely a double."""
         same = f"tags.`{RUN_KEY_TAG}` = '{start['run_key']}'"
-        found = self._client.search_runs([experiment.experiment_id], same, max_results=1)
-        return self._client.get_run(found[0].info.run_id) if found else None
+        runs = self._client.search_runs([experiment_id], same)
+        return sorted(runs, key=lambda run: not run.data.metrics)
+
+    def _get(self, run_id: str) -> Any:
+        run = self._client.get_run(run_id)
+        if run.info.run_id != run_id:  # what MLflow makes of an answer without content
+            raise MlflowException(f"the server's answer is not run {run_id}")
+        return run
 
     def _create(self, start: dict[str, Any]) -> Any:
         experiment = self._client.get_experiment_by_name(start["experiment"])
@@ -156,7 +199,7 @@ class Delivery:
             tags={RUN_KEY_TAG: start["run_key"]},
             run_name=start["run_name"],
         )
-        return self._client.get_run(run.info.run_id)
+        return self._get(run.info.run_id)
 
     def _send_starts(self, starts: list[dict[str, Any]], new: list[dict[str, Any]]) -> bool:
         if not new:
@@ -181,7 +224,9 @@ class Delivery:
         moved = False
         for feed in self._feeds:
             while lines := feed.read(_LINES_PER_READ):
-                # Read after the lines: a later job may have begun and written them by now.
+                # Asked after the lines: a later job may have begun and written them by now.
+                if self._overtaken():
+                    return moved
                 self._branches = branches(_starts(self.journal.events()))
                 points = [point for line in lines for point in self._points(line)]
                 for chunk in _chunks(points, MAX_METRICS_PER_BATCH):
@@ -222,8 +267,7 @@ class Delivery:
     def _send_artifacts(self, events: list[dict[str, Any]]) -> bool:
         if is_archived(self.journal.run_dir):
             return False  # its files have been written anew by the next run
-        state = self.journal.state(self.uri)
-        done: dict[str, list[list[Any]]] = state.setdefault("artifacts", {})
+        done: dict[str, list[list[Any]]] = self._state.setdefault("artifacts", {})
         moved = False
         for event in events:
             if event["event"] != "artifact":
@@ -237,7 +281,7 @@ class Delivery:
                 continue
             self._send_artifact(path, event.get("folder") or None)
             done[event["path"]] = version
-            self.journal.save_state(self.uri, state)
+            self.journal.save_state(self.uri, self._state)
             moved = True
         return moved
 
@@ -247,6 +291,12 @@ class Delivery:
             self._client.log_artifacts(self._run_id, str(path), inside)
         else:
             self._client.log_artifact(self._run_id, str(path), folder)
+        try:
+            files = self._client.list_artifacts(self._run_id, folder)
+        except ValueError as error:
+            raise MlflowException(f"the server's answer is no list of files: {error}") from error
+        if path.name not in {Path(file.path).name for file in files}:
+            raise MlflowException(f"{path} did not arrive")  # e.g. a login page was the answer
 
     def _set_status(self, events: list[dict[str, Any]], new: list[dict[str, Any]]) -> None:
         if not any(event["event"] in ("start", "finish") for event in new):
@@ -255,6 +305,9 @@ class Delivery:
         if end is None:
             self._client.update_run(self._run_id, status="RUNNING")
             return
+        for double in self._same(self._state["experiment_id"], _starts(events)[0]):
+            if double.info.run_id != self._run_id and not double.data.metrics:
+                self._client.delete_run(double.info.run_id)
         self._client.set_tag(self._run_id, "end_reason", end.get("reason", "as the job said"))
         self._client.set_terminated(self._run_id, end["status"], int(end["time"] * 1000))
 
@@ -310,6 +363,15 @@ class _Feed:
         if status is None or status.st_ino != self._inode or status.st_size < self._offset:
             self._inode = status.st_ino if status else 0
             self._offset = self._read_to = 0
+
+
+def _feeds(run_dir: Path) -> list[_Feed]:
+    return [_Feed(run_dir / METRICS_FILE), _Feed(run_dir / SYSTEM_METRICS_FILE)]
+
+
+def _is_older(has: tuple[int, int] | None, sent: tuple[int, int]) -> bool:
+    """Whether the newest point (step, time) that a server has cannot follow one sent before."""
+    return has is None or has[0] < sent[0] or has[1] < sent[1]
 
 
 def _starts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

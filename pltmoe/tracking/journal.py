@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from pltmoe.config import without_password
-from pltmoe.tracking.jsonl import MLFLOW_FOLDER
+from pltmoe.tracking.jsonl import MLFLOW_FOLDER, read_jobs
 
 EVENTS_FILE = "events.jsonl"
 STATE_FILE = "state.json"
@@ -63,13 +63,22 @@ class Journal:
         start = self.last_start()
         return [job for job in jobs if start is None or job["started"] > start["time"]]
 
+    def overtaken(self) -> bool:
+        """Whether a job without MLflow began since: its lines are not those of the last start."""
+        return bool(self.untracked(read_jobs(self.run_dir)))
+
     def last_end(self) -> dict[str, Any] | None:
         """Return the finish event of the newest start, if it has one."""
         return end_of_last_start(self.events())
 
     def state(self, uri: str) -> dict[str, Any]:
-        """Return what the server at ``uri`` has acknowledged; empty when nothing."""
-        return self._states().get(without_password(uri), {})
+        """Return what the server at ``uri`` has acknowledged of this run; empty when nothing.
+
+        A late sender of the run that was in this folder before may have written another's.
+        """
+        state = self._states().get(without_password(uri), {})
+        key = (self.last_start() or {}).get("run_key")
+        return state if state.get("run_key", key) == key else {}
 
     def save_state(self, uri: str, state: Mapping[str, Any]) -> None:
         """Replace the state of ``uri`` atomically."""

@@ -15,7 +15,8 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +63,12 @@ class MLflowTracker:
         self, params: Mapping[str, Any], tags: Mapping[str, str], resume_step: int | None = None
     ) -> None:
         """Begin a run, or continue the one that this directory belongs to."""
-        self.record_start(params, tags, resume_step)
-        self._open = True
-        atexit.register(self.finish, "FAILED")  # left without finish(): not a finished run
-        self._spawn()
-        log.info("MLflow: sending to %s", without_password(self._uri))
+        with self._going_on():
+            self.record_start(params, tags, resume_step)
+            self._open = True
+            atexit.register(self.finish, "FAILED")  # left without finish(): not a finished run
+            self._spawn()
+            log.info("MLflow: sending to %s", without_password(self._uri))
 
     def record_start(
         self,
@@ -98,12 +100,14 @@ class MLflowTracker:
         self._look_again = now + _LOOK_AFTER_SENDER_S
         if self._sender.poll() is not None:
             self._sender = None
-            again = SYNC_COMMAND.format(self._run_dir)
-            log.warning("MLflow: the sending process ended. Training goes on; later: %s", again)
+            log.warning(
+                "MLflow: the sending process ended. Training goes on; later: %s", self._later
+            )
 
     def artifact(self, path: Path) -> None:
         """Note a file or directory; it is read when it is sent."""
-        self._journal.append("artifact", path=str(path.absolute()))
+        with self._going_on():
+            self._journal.append("artifact", path=str(path.absolute()))
 
     def finish(self, status: EndStatus) -> None:
         """Note how the run ended and give the sender a limited time to deliver the rest."""
@@ -111,20 +115,33 @@ class MLflowTracker:
             return
         self._open = False
         atexit.unregister(self.finish)
-        self._journal.append("finish", status=status, attempt=self.attempt)
-        if self._sender is None:
-            self._spawn()
-        assert self._sender is not None
+        with self._going_on():
+            self._journal.append("finish", status=status, attempt=self.attempt)
+            sender = self._sender or self._spawn()
+            self._wait(sender, status)
+
+    def _wait(self, sender: "subprocess.Popen[bytes]", status: EndStatus) -> None:
         # After SIGTERM a scheduler kills everything within half a minute or so.
         patience_s = self._give_up_s * (1 if status == "KILLED" else 4)
         try:
-            unsent = self._sender.wait(timeout=patience_s) != 0
+            unsent = sender.wait(timeout=patience_s) != 0
         except subprocess.TimeoutExpired:
-            log.warning("MLflow: still sending in the background (process %d)", self._sender.pid)
+            log.warning("MLflow: still sending in the background (process %d)", sender.pid)
             return
         if unsent:
-            again = SYNC_COMMAND.format(self._run_dir)
-            log.warning("MLflow: not everything was sent. Nothing is lost; later: %s", again)
+            log.warning("MLflow: not everything was sent. Nothing is lost; later: %s", self._later)
+
+    @contextmanager
+    def _going_on(self) -> Iterator[None]:
+        """Turn what the machine refuses (a full disk, no more processes) into a warning."""
+        try:
+            yield
+        except OSError as error:
+            log.warning("MLflow: %s. Training goes on; later: %s", error, self._later)
+
+    @property
+    def _later(self) -> str:
+        return SYNC_COMMAND.format(self._run_dir)
 
     def _append_start(
         self,
@@ -162,7 +179,7 @@ class MLflowTracker:
             found["mlflow.source.git.commit"] = tags["commit"]
         return found | dict(tags) | self._config.tracking.tags
 
-    def _spawn(self) -> None:
+    def _spawn(self) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "-m", "pltmoe.tracking.sender", str(self._run_dir)]
         command += ["--attempt", self.attempt, "--give-up-after", str(self._give_up_s)]
         if self._config.tracking.system_metrics:
@@ -179,6 +196,7 @@ class MLflowTracker:
             stdout=subprocess.DEVNULL,
             start_new_session=True,
         )
+        return self._sender
 
 
 def _about(config: RunConfig) -> dict[str, str]:

@@ -18,16 +18,18 @@ from typing import TYPE_CHECKING
 
 from pltmoe.config import without_password
 from pltmoe.errors import PLTMoEError
-from pltmoe.tracking.journal import VANISHED, Journal, vanished
+from pltmoe.tracking.journal import Journal, vanished
 from pltmoe.tracking.jsonl import SYNC_COMMAND, SYSTEM_METRICS_FILE, archived
 from pltmoe.tracking.store import one_line, quick_to_fail
-from pltmoe.tracking.sync import sync
+from pltmoe.tracking.sync import close, sync
 
 if TYPE_CHECKING:
     from pltmoe.tracking.delivery import Delivery
 
 _POLL_S = 0.5
 _LONGEST_PAUSE_S = 30.0
+_BLIP_S = 10.0
+"""A shorter failure is not worth a line of the log: a busy server may have one every minute."""
 _LOCK_WAIT_S = 120.0
 ALL_SENT, NOT_ALL_SENT, RUN_GONE = 0, 1, 2
 
@@ -44,6 +46,7 @@ class Sender:
         self._give_up_s = give_up_s
         self._pause_s = 0.0
         self._failing_since: float | None = None
+        self._told = False
         self._previous_done = False
 
     def run(self, on_drain: Callable[[], None]) -> int:
@@ -56,7 +59,7 @@ class Sender:
                 ended_at = time.monotonic()
                 on_drain()
             try:
-                progress = self._try()
+                progress = self._try(hurry=ended_at is not None)
             except RunGoneError as error:
                 log.warning("%s", error)
                 return RUN_GONE
@@ -72,22 +75,27 @@ class Sender:
             self._wait(hurry=ended_at is not None)
         return ALL_SENT
 
-    def _try(self) -> bool | None:
-        """Deliver once: whether there was something, or None when the server did not answer."""
+    def _try(self, hurry: bool) -> bool | None:
+        """Deliver once: whether there was something, or None when the server did not answer.
+
+        Says so when that lasts, or when the job has ended (``hurry``).
+        """
         from pltmoe.tracking.delivery import UNAVAILABLE
 
         try:
             progress = self._delivery.deliver()
         except UNAVAILABLE as error:
-            if self._failing_since is None:
-                self._failing_since = time.monotonic()
+            now = time.monotonic()
+            self._failing_since = self._failing_since or now
+            if not self._told and (hurry or now - self._failing_since >= _BLIP_S):
+                self._told = True
                 uri = without_password(self._delivery.uri)
                 log.warning("%s: %s. Training goes on, will try again", uri, one_line(error, 200))
             self._pause_s = min(max(1.0, 2 * self._pause_s), _LONGEST_PAUSE_S)
             return None
-        if self._failing_since is not None:
+        if self._told and self._failing_since is not None:
             log.warning("answers again after %.0f s", time.monotonic() - self._failing_since)
-        self._failing_since, self._pause_s = None, 0.0
+        self._failing_since, self._told, self._pause_s = None, False, 0.0
         return progress
 
     def _wait(self, hurry: bool) -> None:
@@ -108,7 +116,7 @@ class Sender:
         start = self._journal.last_start()
         if start is None or start["attempt"] != self._attempt or not vanished(start):
             return False
-        self._journal.append("finish", status="FAILED", reason=VANISHED, attempt=self._attempt)
+        close(self._journal)  # run.json may say how it ended: a full disk took no event of it
         return True
 
 
@@ -148,7 +156,11 @@ def main(arguments: list[str] | None = None) -> int:
             from pltmoe.tracking.delivery import Delivery
 
             delivery = Delivery(args.run_dir, os.environ["PLTMOE_MLFLOW_URI"])
-            return Sender(delivery, args.attempt, args.give_up_after).run(stop_sampling)
+            try:
+                return Sender(delivery, args.attempt, args.give_up_after).run(stop_sampling)
+            except OSError as error:  # e.g. a full disk: the end of the job cannot be written
+                log.error("%s; later: %s", error, SYNC_COMMAND.format(args.run_dir))
+                return NOT_ALL_SENT
 
 
 @contextmanager

@@ -54,7 +54,7 @@ def sync(
         if not mine:
             raise DataError(f"{run_dir}: a running job is sending this run now; nothing to do")
         _add_untracked_jobs(journal, target)
-        _close(journal, status)
+        close(journal, status)
         return _deliver(run_dir, target, on_progress)
 
 
@@ -82,8 +82,12 @@ def _add_untracked_jobs(journal: Journal, uri: str) -> None:
     tracker.record_start({}, newest["tags"], newest["resume_step"], **where)
 
 
-def _close(journal: Journal, status: EndStatus | None) -> None:
-    """Write how the newest job ended, if it is known and not yet written."""
+def close(journal: Journal, status: EndStatus | None = None) -> None:
+    """Write how the newest job ended, if it is known and not yet written.
+
+    Raises:
+        OSError: it cannot be written, e.g. to a full disk.
+    """
     start, jobs = journal.last_start(), read_jobs(journal.run_dir)
     assert start is not None
     end: dict[str, Any] = {}

@@ -10,11 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pltmoe.config import write_config
 from pltmoe.errors import ConfigError, DataError
 from pltmoe.reports.runs import read_mlflow_run, read_run
 from pltmoe.tracking import build_tracker
@@ -79,7 +77,7 @@ def assert_server_has_the_jsonl(run_dir: Path, server: Server) -> None:
         assert sorted(history(run_dir, server, key)) == expected, key
 
 
-def test_a_whole_run(server, tmp_path):
+def test_a_whole_run(server, tmp_path, monkeypatch):
     """Parameters, tags, metrics, artefacts, system metrics, the experiment's kind, FINISHED."""
     run_dir = tmp_path / "run"
     process = job(run_dir, server.uri, "--last", 60, "--pause", 0.02, "--system-metrics")
@@ -109,6 +107,9 @@ def test_a_whole_run(server, tmp_path):
     assert (again.name, again.config, again.status) == (here.name, here.config, "FINISHED")
     with pytest.raises(DataError, match="cannot be read"):
         read_mlflow_run(server.uri, "0" * 32)
+    monkeypatch.setattr(MlflowClient, "get_metric_history", lambda *args: [])  # an empty answer
+    with pytest.raises(DataError, match="the answer holds no points of "):
+        read_mlflow_run(server.uri, run.info.run_id)
     page = f"{server.uri}/#/experiments/{experiment.experiment_id}?workflowType=machine_learning"
     assert how_to_look(run_dir) == page
 
@@ -260,144 +261,25 @@ def test_a_run_never_tracked_is_sent_from_its_config(server, tmp_path):
     assert run.data.tags["resumed_from_step"] == "12"
 
 
-def leg(
-    run_dir: Path,
-    uri: str,
-    first: int,
-    last: int,
-    loss: float,
-    sent: bool = True,
-    every: int = 1,
-    tracked: bool = True,
-    **changes: Any,
-) -> None:
-    """Steps ``first`` to ``last`` after a resume before them; ``sent``: then delivered.
+def test_only_a_failure_that_lasts_is_told_and_once(tmp_path, caplog, monkeypatch):
+    """A busy server may have a short one every minute of a run of weeks."""
+    delivery = Delivery(tmp_path, "http://127.0.0.1:9")
+    sender = Sender(delivery, "attempt", 1.0)
+    answers = iter([OSError(), True, OSError(), OSError(), OSError(), True])
 
-    Logged are the multiples of ``every``; not ``tracked``: without MLflow.
-    """
-    resume = first - 1 or None
-    lines = JsonlTracker(run_dir, lambda step: step)
-    lines.start({}, {}, resume_step=resume)
-    config = run_config(run_dir, uri, **changes)
-    write_config(config, run_dir / "config.yaml")
-    if tracked:
-        MLflowTracker(config, run_dir).record_start({"note": "x" * 7000}, {}, resume_step=resume)
-    time.sleep(0.005)  # a point of the same millisecond as the start would be of the leg before
-    for step in range(-(-first // every) * every, last + 1, every):
-        odd = {"odd [name]": float("nan"), "optim/grad_norm": float("-inf")}
-        lines.log(step, {"train/loss": loss + step, **odd})
-    lines.finish("FINISHED")
-    if tracked and sent:
-        Delivery(run_dir, uri).deliver()
+    def deliver() -> bool:
+        answer = next(answers)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
 
-
-def test_steps_done_again_with_other_settings_replace_those_given_up(server, tmp_path):
-    """MLflow keeps parameters and points as they were first; tags and later points say better."""
-
-    def losses() -> list[tuple[int, float]]:
-        run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
-        return [(point.step, point.value) for point in run.series("train/loss")]
-
-    def expected() -> list[tuple[int, float]]:
-        return [(m["step"], m["train/loss"]) for m in read_lines(tmp_path / "metrics.jsonl")]
-
-    def changed() -> str | None:
-        return run_of(tmp_path, server).data.tags.get("changed.optimizer.lr")
-
-    leg(tmp_path, server.uri, 1, 8, 0.0)
-    leg(tmp_path, server.uri, 6, 8, 0.0)
-    assert len(history(tmp_path, server, "train/loss")) == 8  # the same settings: the same points
-    assert changed() is None
-    leg(tmp_path, server.uri, 5, 6, 0.5, optimizer__lr=5e-4)
-    assert losses() == expected() and len(expected()) == 6  # 7 and 8 were given up
-    sync(tmp_path, server.uri)
-    assert len(history(tmp_path, server, "train/loss")) == 10  # 5 and 6 twice, and no more
-    leg(tmp_path, server.uri, 7, 12, 0.5, optimizer__lr=5e-4)
-    assert losses() == expected() and len(expected()) == 12
-    assert changed() == "0.0005 since step 4"
-    assert sync(tmp_path, server.uri).sent_metrics == 0
-    leg(tmp_path, server.uri, 11, 13, 0.0)
-    assert losses() == expected()
-    assert changed() == "0.0005 since step 4, then 0.001 since step 10"
-    leg(tmp_path, server.uri, 3, 4, 0.0)  # back to before the change
-    assert losses() == expected()
-    assert changed() is None
-    leg(tmp_path, server.uri, 3, 12, 0.7, every=4, optimizer__lr=5e-4)  # not all steps given up
-    assert losses() == expected() == [(1, 1.0), (2, 2.0), (4, 4.7), (8, 8.7), (12, 12.7)]
-    leg(tmp_path, server.uri, 7, 8, 0.9, every=8, optimizer__lr=1e-4)
-    assert losses() == expected() == [(1, 1.0), (2, 2.0), (4, 4.7), (8, 8.9)]
-    run = run_of(tmp_path, server)
-    branches = json.loads(run.data.tags["pltmoe.branches"])
-    assert [step for _, step in branches] == [2, 6]  # not those before that go back as far
-    assert run.data.params["optimizer.lr"] == "0.001"
-    assert len(run.data.params["note"]) == 6000
-    assert str(run.data.metrics["odd _name_"]) == "nan"
-
-
-def test_what_was_not_sent_of_a_branch_is_sent_with_the_next(server, tmp_path):
-    """The server was away for the whole leg that changed a setting."""
-    leg(tmp_path, server.uri, 1, 8, 0.0)
-    leg(tmp_path, server.uri, 4, 6, 0.5, sent=False, optimizer__lr=5e-4)
-    leg(tmp_path, server.uri, 6, 7, 0.7, optimizer__lr=1e-4)
-    run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
-    assert [p.value for p in run.series("train/loss")] == [1, 2, 3, 4.5, 5.5, 6.7, 7.7]
-    assert [p.value for p in run.series("optim/grad_norm")] == 7 * [float("-inf")]
-
-
-def test_a_job_without_mlflow_between_two_with_it_is_a_branch_as_well(server, tmp_path):
-    def losses() -> list[float]:
-        run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
-        return [point.value for point in run.series("train/loss")]
-
-    leg(tmp_path, server.uri, 1, 8, 0.0)
-    leg(tmp_path, server.uri, 4, 6, 0.5, tracked=False, optimizer__lr=5e-4)
-    leg(tmp_path, server.uri, 6, 7, 0.0)
-    assert losses() == [1, 2, 3, 4.5, 5.5, 6, 7]
-    leg(tmp_path, server.uri, 3, 6, 0.7, tracked=False, optimizer__lr=5e-4)
-    leg(tmp_path, server.uri, 5, 6, 0.0, tracked=False)
-    sync(tmp_path, server.uri)
-    assert losses() == [1, 2, 3.7, 4.7, 5, 6]
-
-
-def test_a_job_that_begins_while_the_one_before_is_sent(server, tmp_path):
-    """The sender of a killed job is at work on a long file when the next one writes it anew."""
-    leg(tmp_path, server.uri, 1, 8, 0.0, sent=False)
-    late = Delivery(tmp_path, server.uri, on_batch=lambda size: meanwhile and meanwhile.pop()())
-    meanwhile = [lambda: leg(tmp_path, server.uri, 4, 9, 0.5, sent=False, optimizer__lr=5e-4)]
-    late.deliver()
-    sync(tmp_path, server.uri)
-    run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
-    assert [p.value for p in run.series("train/loss")] == [1, 2, 3, 4.5, 5.5, 6.5, 7.5, 8.5, 9.5]
-
-
-def test_a_run_begun_from_scratch_ends_the_one_that_was_there(server, tmp_path):
-    """It was killed with its sender before its first checkpoint: nobody else would end it."""
-    from mlflow.tracking import MlflowClient
-
-    trackers = []
-    for seed in (1, 2):
-        lines = JsonlTracker(tmp_path, lambda step: step)
-        lines.start({}, {})
-        config = run_config(tmp_path, server.uri, train__seed=seed)
-        write_config(config, tmp_path / "config.yaml")
-        trackers.append(MLflowTracker(config, tmp_path))
-        trackers[-1].record_start({}, {}, None)
-        lines.log(1, {"train/loss": float(seed)})
-        if seed == 1:
-            Delivery(tmp_path, server.uri).deliver()
-            lines.log(2, {"train/loss": 1.0})
-            old = run_of(tmp_path, server).info
-            assert old.status == "RUNNING"
-            lines._file.close()  # as it is when the process is gone
-    lines.finish("FINISHED")
-    Journal(tmp_path).append("finish", status="FINISHED", attempt=trackers[-1].attempt)
-    assert Sender(Delivery(tmp_path, server.uri), trackers[-1].attempt, 1.0).run(lambda: None) == 0
-    client = MlflowClient(server.uri)
-    assert run_of(tmp_path, server).info.run_id != old.run_id
-    assert client.get_run(old.run_id).info.status == "FAILED"
-    assert len(client.get_metric_history(old.run_id, "train/loss")) == 2  # also what was waiting
-    file = client.download_artifacts(old.run_id, "config.yaml", str(tmp_path))
-    assert "seed: 1\n" in Path(file).read_text()  # config.yaml here is of the new run by now
+    monkeypatch.setattr(delivery, "deliver", deliver)
+    assert [sender._try(hurry=False) for _ in range(3)] == [None, True, None]
+    assert not caplog.messages
+    monkeypatch.setattr("pltmoe.tracking.sender._BLIP_S", 0.0)
+    assert [sender._try(hurry=False) for _ in range(3)] == [None, None, True]
+    assert len(caplog.messages) == 2
+    assert "will try again" in caplog.messages[0] and "answers again" in caplog.messages[1]
 
 
 def test_a_run_deleted_in_mlflow_is_left_alone(server, tmp_path):
@@ -428,6 +310,17 @@ def test_sync_names_what_is_wrong(tmp_path):
         assert "secret" not in str(caught.value)
     with pytest.raises(DataError, match=r"127\.0\.0\.1:9 does not take the run"):
         sync(tmp_path, "http://127.0.0.1:9")
+
+
+def test_a_job_whose_end_no_event_tells_ended_as_run_json_says(tmp_path):
+    """The disk was full when MLflow's event of the end was to be written, and is not any more."""
+    lines = JsonlTracker(tmp_path, lambda step: step)
+    lines.start({}, {})
+    tracker = MLflowTracker(run_config(tmp_path, "http://127.0.0.1:9"), tmp_path)
+    tracker.record_start({}, {}, None, pid_started="0")  # as if its process were gone
+    lines.finish("FINISHED")
+    assert Sender(Delivery(tmp_path, "http://127.0.0.1:9"), tracker.attempt, 1.0)._has_ended()
+    assert Journal(tmp_path).last_end()["status"] == "FINISHED"
 
 
 def test_a_feed_goes_on_where_it_was_and_starts_over_when_the_file_was_replaced(tmp_path):

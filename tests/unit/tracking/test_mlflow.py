@@ -1,5 +1,8 @@
 """The training side alone: what is written down for MLflow, and what is refused."""
 
+import errno
+import subprocess
+
 import pytest
 
 from pltmoe.config import config_to_dict, without_password
@@ -101,6 +104,35 @@ def test_a_torn_event_does_not_spoil_those_after_it(tmp_path):
     assert journal.state("http://host") == {}
     journal.save_state("http://host", {"run_id": "abc"})
     assert journal.state("http://host") == {"run_id": "abc"}
+
+
+def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch, caplog):
+    """Nor one process too many. What is missing can be sent later: metrics.jsonl has it."""
+
+    def full(*args: object, **fields: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "events.jsonl")
+
+    def warned() -> bool:
+        text, _ = caplog.text, caplog.clear()
+        return "No space left on device" in text and f"sync_mlflow.py {tmp_path}" in text
+
+    config = run_config(tmp_path, "http://127.0.0.1:9")
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "append", full)
+        tracker = MLflowTracker(config, tmp_path)
+        tracker.start({}, {})
+        assert warned()
+        tracker.artifact(tmp_path)
+        tracker.log(1, {})
+        tracker.finish("FINISHED")
+        assert warned()
+    monkeypatch.setattr(subprocess, "Popen", full)
+    tracker = MLflowTracker(config, tmp_path)
+    tracker.start({}, {})
+    assert warned()
+    monkeypatch.setattr(Journal, "append", full)
+    tracker.finish("FINISHED")
+    assert warned()
 
 
 def test_links_open_the_training_view():
