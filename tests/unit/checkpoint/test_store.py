@@ -8,8 +8,9 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from pltmoe.checkpoint import folders, saving, store
-from pltmoe.checkpoint.manifest import Manifest, file_hash, read_manifest
+from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.errors import CheckpointError
+from pltmoe.runtime.files import sha256_of
 from tests.distributed.tiny import tiny_config
 
 
@@ -41,7 +42,7 @@ def test_saved_state_loads_back_and_latest_names_it(saved, tmp_path):
     loaded = store.load_state(folder, state())
     assert loaded["weight"].tolist() == [1, 2, 3, 4] and loaded["plain"] == 3
     assert (folder / "tokenizer.model").read_bytes() == b"pieces"
-    assert read_manifest(folder).tokenizer_sha256 == file_hash(tmp_path / "some.model")
+    assert read_manifest(folder).tokenizer_sha256 == sha256_of(tmp_path / "some.model")
     names = {"latest", "step_00000005"}
     assert {path.name for path in directory.iterdir()} == names, "nothing temporary is left"
 
