@@ -8,7 +8,6 @@ The thread calls no collective. What could fail on one rank alone is told to ran
 is completed, and every rank raises the same error.
 """
 
-import logging
 import os
 import shutil
 import threading
@@ -28,8 +27,6 @@ from pltmoe.checkpoint.manifest import TOKENIZER, Manifest, write_manifest
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.distributed import highest, on_main
 from pltmoe.runtime.files import flush_to_disk, sha256_of
-
-logger = logging.getLogger(__name__)
 
 _PATIENCE_S = 30.0
 
