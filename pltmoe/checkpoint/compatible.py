@@ -22,10 +22,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pltmoe.checkpoint.manifest import Manifest, file_hash
+from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.config import RunConfig, config_to_dict
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.devices import precision_name
+from pltmoe.runtime.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +185,7 @@ def _decisive(config: RunConfig, manifest: Manifest | None) -> dict[str, Any]:
         fields["data.tokenizer"] = manifest.tokenizer_sha256
         fields["train.precision"] = manifest.precision
     else:
-        fields["data.tokenizer"] = file_hash(config.data.tokenizer)
+        fields["data.tokenizer"] = sha256_of(config.data.tokenizer)
         fields["train.precision"] = precision_name(config.train.precision)
     is_fp8 = fields["train.precision"] == "fp8"
     fields |= {f"train.{name}": tree["train"][name] if is_fp8 else None for name in _FP8}

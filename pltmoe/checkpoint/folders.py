@@ -17,6 +17,7 @@ import shutil
 from pathlib import Path
 
 from pltmoe.checkpoint.manifest import MANIFEST
+from pltmoe.runtime.files import flush_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -104,18 +105,9 @@ def point_to(folder: Path) -> None:
     """Let ``latest`` beside ``folder`` name it, from one moment to the next."""
     part = folder.with_name(f".{LATEST}.part")
     part.write_text(folder.name + "\n")
-    sync(part)
+    flush_to_disk(part)
     os.replace(part, folder.with_name(LATEST))
-    sync(folder.parent)
-
-
-def sync(path: Path) -> None:
-    """Put a file, or the names in a folder, on disk for good."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    flush_to_disk(folder.parent)
 
 
 def _remove(path: Path) -> None:

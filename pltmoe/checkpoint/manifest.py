@@ -111,12 +111,6 @@ def read_manifest(directory: Path | str) -> Manifest:
     return manifest
 
 
-def file_hash(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
 def _read_json(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not directory.is_dir():

@@ -8,7 +8,6 @@ The thread calls no collective. What could fail on one rank alone is told to ran
 is completed, and every rank raises the same error.
 """
 
-import logging
 import os
 import shutil
 import threading
@@ -21,14 +20,13 @@ import torch.distributed as dist
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch.distributed.checkpoint.api import CheckpointException
 
-from pltmoe.checkpoint.folders import OLD, WRITING, point_to, sync
+from pltmoe.checkpoint.folders import OLD, WRITING, point_to
 from pltmoe.checkpoint.in_process import ShardWriter
 from pltmoe.checkpoint.integrity import checksums
-from pltmoe.checkpoint.manifest import TOKENIZER, Manifest, file_hash, write_manifest
+from pltmoe.checkpoint.manifest import TOKENIZER, Manifest, write_manifest
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.distributed import highest, on_main
-
-logger = logging.getLogger(__name__)
+from pltmoe.runtime.files import flush_to_disk, sha256_of
 
 _PATIENCE_S = 30.0
 
@@ -127,7 +125,7 @@ class Save:
         self._shards.complete([results for _, results, _ in reports])
         if self._tokenizer is not None:
             shutil.copyfile(self._tokenizer, writing / TOKENIZER)
-            more["tokenizer_sha256"] = file_hash(self._tokenizer)
+            more["tokenizer_sha256"] = sha256_of(self._tokenizer)
         known = {name: value for _, _, sums in reports for name, value in sums.items()}
         written = {p.relative_to(writing).as_posix(): p for p in writing.rglob("*") if p.is_file()}
         rest = [path for name, path in sorted(written.items()) if name not in known]
@@ -177,8 +175,8 @@ def _put_on_disk(writing: Path) -> None:
     """Put everything in ``writing`` on disk for good."""
     for path in writing.rglob("*"):
         if path.is_file():
-            sync(path)
-    sync(writing)
+            flush_to_disk(path)
+    flush_to_disk(writing)
 
 
 def _appear(writing: Path, final: Path) -> None:
@@ -186,7 +184,7 @@ def _appear(writing: Path, final: Path) -> None:
     if final.exists():  # the same step again, after a resume from an older one
         os.rename(final, final.with_name(OLD + final.name))
     os.rename(writing, final)
-    sync(final.parent)
+    flush_to_disk(final.parent)
     shutil.rmtree(final.with_name(OLD + final.name), ignore_errors=True)
 
 

@@ -39,7 +39,7 @@ def begin_save(
     manifest: Manifest,
     tokenizer: Path | None = None,
     *,
-    background: bool,
+    background: bool = False,
 ) -> Save:
     """Begin to write ``state`` as ``directory/step_...``; all ranks call it, and later ``finish``.
 
@@ -55,19 +55,6 @@ def begin_save(
     """
     final = directory / step_folder(manifest.step)
     return Save(final, state, manifest, tokenizer, background=background)
-
-
-def save_checkpoint(
-    directory: Path, state: dict[str, Any], manifest: Manifest, tokenizer: Path | None = None
-) -> Path:
-    """Write ``state`` as ``directory/step_...`` and point ``latest`` to it; all ranks call it.
-
-    Returns the finished folder; see ``begin_save``.
-
-    Raises:
-        CheckpointError: it cannot be written.
-    """
-    return begin_save(directory, state, manifest, tokenizer, background=False).finish()
 
 
 def write_folder(

@@ -25,7 +25,7 @@ def count_parameters(m: ModelConfig) -> ParameterCount:
     return ParameterCount(total, fixed + m.num_layers * (m.moe_top_k or 0) * expert)
 
 
-def flops_per_token(m: ModelConfig, sequence_length: int, backward: bool = True) -> float:
+def flops_per_token(m: ModelConfig, sequence_length: int) -> float:
     """FLOPs the model must compute per trained token: matrix products and attention, L loops.
 
     A multiply-add is two FLOPs; backward costs twice the forward pass. Causal attention counts the
@@ -44,7 +44,7 @@ def flops_per_token(m: ModelConfig, sequence_length: int, backward: bool = True)
     attention = (
         m.num_layers * m.num_attention_heads * m.head_dim * 2 * _visible_keys(m, sequence_length)
     )
-    return 2 * (linear + attention) * (3 if backward else 1)
+    return 2 * (linear + attention) * 3
 
 
 def kv_cache_bytes(m: ModelConfig, sequence_length: int, bytes_per_element: int = 2) -> int:

@@ -155,6 +155,11 @@ class TrainConfig(Section):
     """Minutes without progress on a rank after which all ranks write their stacks and the job ends.
     Three times that for the first step, a save and the end. Collectives give up after 30."""
 
+    @property
+    def keeps_fp8_scales(self) -> bool:
+        """Whether FP8 scales come of earlier passes, and so are part of a checkpoint."""
+        return self.precision == "fp8" and self.fp8_recipe == "delayed"
+
 
 class CheckpointConfig(Section):
     """When checkpoints are written and which are kept."""

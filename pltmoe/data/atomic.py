@@ -1,12 +1,11 @@
 """Files that appear complete or not at all: written under a temporary name, then renamed."""
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_COPY_BYTES = 8 << 20
+from pltmoe.runtime.files import flush_to_disk
 
 
 @contextmanager
@@ -39,21 +38,3 @@ def naming(path: Path) -> Iterator[None]:
         if error.filename is None:
             error.filename = str(path)
         raise
-
-
-def flush_to_disk(path: Path) -> None:
-    """Ask the kernel to write ``path`` out, so that a rename cannot outlive its contents."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256_of(path: Path) -> str:
-    """Return the hexadecimal SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(_COPY_BYTES):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,8 +16,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from pltmoe.data.atomic import complete_file, sha256_of
+from pltmoe.data.atomic import complete_file
 from pltmoe.errors import DataError
+from pltmoe.runtime.files import sha256_of
 
 log = logging.getLogger(__name__)
 

@@ -22,7 +22,7 @@ from typing import IO
 import numpy as np
 from tqdm import tqdm
 
-from pltmoe.data.atomic import complete_file, flush_to_disk, naming, sha256_of
+from pltmoe.data.atomic import complete_file, naming
 from pltmoe.data.fingerprint import fingerprint_of_files
 from pltmoe.data.indexed import (
     bin_path,
@@ -56,6 +56,7 @@ from pltmoe.data.sources import InputFile, find_inputs, reading_of
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.data.workers import Workers
 from pltmoe.errors import DataError
+from pltmoe.runtime.files import flush_to_disk, sha256_of
 
 log = logging.getLogger(__name__)
 

@@ -13,10 +13,11 @@ from typing import Any
 import sentencepiece
 from tqdm import tqdm
 
-from pltmoe.data.atomic import complete_file, sha256_of
+from pltmoe.data.atomic import complete_file
 from pltmoe.data.sources import FileSlice, InputFile, find_inputs, read_documents, reading_of
 from pltmoe.data.tokenizer import SPACE_MARK, Tokenizer
 from pltmoe.errors import DataError
+from pltmoe.runtime.files import sha256_of
 
 log = logging.getLogger(__name__)
 

@@ -23,7 +23,6 @@ from pltmoe.engines.step_guard import StepGuard
 from pltmoe.model.fp8_scales import (
     forget_what_was_not_trained,
     fp8_scales,
-    has_scales,
     restore_fp8_scales,
 )
 from pltmoe.model.loop_diagnostics import diagnostic_metrics
@@ -80,7 +79,7 @@ class SteppingEngine:
         """Return summed loss and loss tokens of one global batch; see the protocol."""
         with torch.no_grad():
             local = self._forward_backward(batches, forward_only=True)
-        if has_scales(self.model):
+        if self.config.train.keeps_fp8_scales:
             forget_what_was_not_trained(self.model)
         loss_sum, tokens = sum_over_ranks(local)
         return loss_sum, int(tokens)
@@ -94,7 +93,7 @@ class SteppingEngine:
             "random": sharded_state.rank_object("random", random_state()),
             "guard": sharded_state.guard_object(self._guard.state()),
         }
-        if has_scales(self.model):
+        if self.config.train.keeps_fp8_scales:
             scales = fp8_scales(self.model)
             state["fp8_scales"] = sharded_state.rank_object("fp8_scales", scales)
         return state
@@ -182,7 +181,7 @@ class SteppingEngine:
 
     def _skip(self, step: int, reason: str) -> None:
         """Count and tell; raises EngineError after too many in a row."""
-        if has_scales(self.model):
+        if self.config.train.keeps_fp8_scales:
             forget_what_was_not_trained(self.model)
         self._guard.skip(step, reason)
         if is_main():

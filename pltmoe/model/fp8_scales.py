@@ -21,11 +21,6 @@ _DIRECTIONS = ("scaling_fwd", "scaling_bwd")
 _TENSORS = ("scale", "amax_history")
 
 
-def has_scales(model: PLTModel) -> bool:
-    """Whether the model computes in FP8 with scales of earlier passes."""
-    return bool(model.config.fp8) and model.config.fp8_recipe == "delayed"
-
-
 def fp8_scales(model: PLTModel) -> dict[str, Any]:
     """Return the scales of every module that has run, by its name in the whole model.
 

@@ -10,7 +10,6 @@ wrapper for every chunk would point the shared weights at different gradient buf
     layers, loop 2 -> layers, loop 2 -> head -> loss
 """
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -35,8 +34,6 @@ class Event:
     loop: int
     chunk: int
     micro_batch: int
-    begin_s: float
-    """``time.perf_counter()`` when it began."""
 
 
 class LoopChunk(MegatronModule):
@@ -136,5 +133,4 @@ class LoopChunk(MegatronModule):
         ]
 
     def _note(self, kind: str, micro_batch: int) -> None:
-        begin = time.perf_counter()
-        self._record(Event(kind, self._loop, self._chunk, micro_batch, begin))
+        self._record(Event(kind, self._loop, self._chunk, micro_batch))

@@ -229,12 +229,3 @@ def bubble_fraction(stages: int, loops: int, chunks: int, micro_batches: int) ->
 def naive_bubble_fraction(stages: int, chunks: int, micro_batches: int) -> float:
     """Return the same for L pipelines one after another, each paying its own: (P-1)/(v M + P-1)."""
     return (stages - 1) / (chunks * micro_batches + stages - 1)
-
-
-def in_flight(order: list[Operation]) -> int:
-    """Return the most loop chunks whose activations a stage keeps at a time (from F to B)."""
-    now = most = 0
-    for op in order:
-        now += 1 if op.kind == "F" else -1
-        most = max(most, now)
-    return most

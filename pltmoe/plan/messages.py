@@ -70,7 +70,7 @@ def step_messages(
     kinds: list[Callable[[], Iterator[Message]]] = [
         lambda: _tensor(z, layout, layer_passes, again, a),
         lambda: _expert(z, layout, layer_passes, again, a),
-        lambda: _context(z, layout, layer_passes, 0 if recompute == "none" else 1, a),
+        lambda: _context(z, layer_passes, 0 if recompute == "none" else 1, a),
         lambda: _stages(z, layout, a),
         lambda: _data(z, layout, weights, a),
         lambda: _tied(z.m, layout, a),
@@ -100,9 +100,7 @@ def _expert(z: Sizes, layout: Layout, passes: int, again: int, a: Assumptions) -
     yield Group(z.etp, 1).gather("ETP", copies * z.etp * times, a)
 
 
-def _context(
-    z: Sizes, layout: Layout, passes: int, again: int, a: Assumptions
-) -> Iterator[Message]:
+def _context(z: Sizes, passes: int, again: int, a: Assumptions) -> Iterator[Message]:
     """Each rank fetches the K and V before its two chunks: 1.5 (CP - 1) chunks on average."""
     chunk = z.s * z.b / 2 * 2 * z.g * z.m.head_dim * z.e
     fetched = 1.5 * (z.cp - 1) * chunk * passes * (2 + again)

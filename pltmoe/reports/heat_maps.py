@@ -42,7 +42,8 @@ def plot_heat_maps(runs: Sequence[Run], path: Path) -> list[list[Any]]:
     strips = _packed(panels, width)
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(0.8 + 3.7 * width, 2.6 * len(strips)), layout="constrained")
-        for area, strip in zip(_areas(figure, len(strips), 1), strips, strict=True):
+        areas = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
+        for area, strip in zip(areas, strips, strict=True):
             counts = [len(panels[heat]) for heat in strip]
             spare = width - sum(counts)
             parts = area.subfigures(
@@ -86,10 +87,6 @@ def _packed(panels: Mapping[Heat, Sequence[Run]], width: int) -> list[list[Heat]
             strips.append([])
         strips[-1].append(heat)
     return strips
-
-
-def _areas(figure: Figure, rows: int, columns: int) -> list[Any]:
-    return list(figure.subfigures(rows, columns, squeeze=False)[:, 0])
 
 
 def _heat_group(part: Any, having: Sequence[Run], heat: Heat) -> None:

@@ -1,11 +1,10 @@
-"""A run as tables: from its directory, or from MLflow."""
+"""A run's configuration and logged lines: from its directory, or from MLflow."""
 
 import json
 import math
 import re
 import sys
 import tempfile
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from pltmoe.config import RunConfig, load_config, without_password
 from pltmoe.config.counts import flops_per_token
 from pltmoe.errors import DataError
-from pltmoe.tracking.jsonl import METRICS_FILE, NOT_METRICS, read_jobs, read_lines
+from pltmoe.tracking.jsonl import METRICS_FILE, read_jobs, read_lines
 from pltmoe.tracking.legs import BRANCHES_TAG
 
 MLFLOW_PREFIX = "mlflow:"
@@ -182,13 +181,3 @@ def _add_tokens(rows: dict[int, dict[str, Any]], per_step: int) -> None:
     for step, row in rows.items():
         beyond = max(0, step - steps[-1]) * per_step
         row["tokens"] = round(float(np.interp(step, steps, tokens))) + beyond
-
-
-def table(run: Run, metrics: Iterable[str] | None = None) -> list[list[Any]]:
-    """Return a header row and one row per line: step, tokens, time and the metrics (None: all).
-
-    A metric that a line does not have is an empty string.
-    """
-    names = list(metrics or sorted({key for line in run.lines for key in line} - NOT_METRICS))
-    rows = [[m["step"], m["tokens"], m["time"], *(m.get(n, "") for n in names)] for m in run.lines]
-    return [["step", "tokens", "time", *names], *rows]

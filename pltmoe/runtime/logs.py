@@ -7,7 +7,7 @@ import warnings
 _THIRD_PARTY = ("megatron", "torch.distributed", "torch.utils.cpp_extension", "alembic", "urllib3")
 
 
-def configure_logging(rank: int, level: int = logging.INFO) -> None:
+def configure_logging(rank: int) -> None:
     """Log to standard error as ``12:30:01 rank 0 INFO message``; call it once per process.
 
     Warnings that other packages give at import, about libraries that are not there, are left out:
@@ -18,7 +18,7 @@ def configure_logging(rank: int, level: int = logging.INFO) -> None:
     handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(level if rank == 0 else logging.WARNING)
+    root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     for name in _THIRD_PARTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")

@@ -169,7 +169,7 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
             parts.append("random")
         if "guard" in start.manifest.contains:  # written since steps can be skipped
             parts.append("guard")
-        if config.train.precision == "fp8" and config.train.fp8_recipe == "delayed":
+        if config.train.keeps_fp8_scales:
             same_layout = same_ranks and start.manifest.config.parallel == config.parallel
             if same_layout and "fp8_scales" in start.manifest.contains:
                 parts.append("fp8_scales")

@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "parallel": {"config", "errors", "model"},
     "plan": {"config", "errors", "parallel"},
     "engines": {"config", "errors", "model", "parallel", "runtime"},
-    "data": {"config", "errors"},
+    "data": {"config", "errors", "runtime"},
     "runtime": {"config", "errors"},
     "checkpoint": {"config", "errors", "runtime"},
     "tracking": {"config", "errors"},

@@ -63,12 +63,14 @@ def curve(
         wanted = engine.placeholders(*parts)
         engine.restore(store.load_state(load_from, wanted), start)
     if copy_to:
-        store.save_checkpoint(copy_to, engine.state(), Manifest(config=config, step=start))
+        store.begin_save(copy_to, engine.state(), Manifest(config=config, step=start)).finish()
     data = batches(engine.capabilities.layout, skip_steps=start)
     results = [engine.train_step(data, start + k, watch=k == steps) for k in range(1, steps + 1)]
     valid = engine.eval_step(data)
     if save_to:
-        store.save_checkpoint(save_to, engine.state(), Manifest(config=config, step=start + steps))
+        store.begin_save(
+            save_to, engine.state(), Manifest(config=config, step=start + steps)
+        ).finish()
     report = {
         "losses": [r.loss for r in results],
         "norms": [r.grad_norm for r in results],

@@ -49,14 +49,14 @@ def train(
         parts = ("model", "optimizer")
         engine.restore(store.load_state(load_from, engine.placeholders(*parts)), start)
     if copy_to:
-        store.save_checkpoint(copy_to, engine.state(), Manifest(config=config, step=start))
+        store.begin_save(copy_to, engine.state(), Manifest(config=config, step=start)).finish()
     loaded = {"weights": weights(engine), "moments": moments(engine)}
     data = batches(engine.capabilities.layout, skip_steps=start)
     results = [engine.train_step(data, start + k + 1, watch=True) for k in range(steps)]
     valid = engine.eval_step(data)
     if save_to:
         manifest = Manifest(config=config, step=start + steps)
-        store.save_checkpoint(save_to, engine.state(), manifest)
+        store.begin_save(save_to, engine.state(), manifest).finish()
     report = {
         "losses": [r.loss for r in results],
         "norms": [r.grad_norm for r in results],
@@ -136,7 +136,7 @@ def random_numbers(folder: Path) -> tuple[list[float], list[float]]:
     config = tiny_config()
     engine = build_engine(config)
     random.seed(100 + dist.get_rank())  # so that every rank has its own state
-    saved = store.save_checkpoint(folder, engine.state(), Manifest(config=config, step=0))
+    saved = store.begin_save(folder, engine.state(), Manifest(config=config, step=0)).finish()
     draws = []
     for _ in range(2):
         draws.append([random.random(), float(np.random.rand()), torch.rand(()).item()])
@@ -152,7 +152,7 @@ def weights_without_bias(folder: Path) -> dict[str, Any]:
     engine = build_engine(config)
     engine.train_step(batches(engine.capabilities.layout), 1, watch=False)
     engine.train_step(batches(engine.capabilities.layout), 2, watch=False)
-    saved = store.save_checkpoint(folder, engine.state(), Manifest(config=config, step=2))
+    saved = store.begin_save(folder, engine.state(), Manifest(config=config, step=2)).finish()
     before = weights(engine)
     drop_engine()
     engine = build_engine(tiny_config(train__seed=5, **bf16))

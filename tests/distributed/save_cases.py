@@ -26,7 +26,7 @@ def save_while_training(folder: Path, **changes: Any) -> dict[str, Any]:
     for step in (1, 2):
         engine.train_step(data, step, watch=False)
     manifest = Manifest(config=config, step=2)
-    store.save_checkpoint(folder / "waiting", engine.state(), manifest)
+    store.begin_save(folder / "waiting", engine.state(), manifest).finish()
     write, gate = in_process._write_file, threading.Event()
     in_process._write_file = lambda *a, **k: (gate.wait(60), write(*a, **k))[1]
     try:
@@ -93,7 +93,7 @@ def damaged_on_a_rank(folder: Path) -> list[str]:
     engine = build_engine(config)
     for step in (1, 2):
         manifest = Manifest(config=config, step=step)
-        store.save_checkpoint(folder / "checkpoints", engine.state(), manifest)
+        store.begin_save(folder / "checkpoints", engine.state(), manifest).finish()
     drop_engine()
     if dist.get_rank() == 0:
         path = folder / "checkpoints/step_00000002/__1_0.distcp"
@@ -112,7 +112,7 @@ def folder_of_its_own(folder: Path) -> str:
     engine = build_engine(config)
     manifest = Manifest(config=config, step=1)
     try:
-        store.save_checkpoint(folder / f"node{dist.get_rank()}", engine.state(), manifest)
+        store.begin_save(folder / f"node{dist.get_rank()}", engine.state(), manifest).finish()
     except CheckpointError as error:
         return str(error)
     finally:

@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 
 from pltmoe.checkpoint.compatible import check_resume, check_weights
-from pltmoe.checkpoint.manifest import Manifest, file_hash
+from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.errors import CheckpointError
+from pltmoe.runtime.files import sha256_of
 from tests.distributed.tiny import MOE, tiny_config
 
 FOLDER = Path("run/checkpoints/step_00000005")
@@ -36,7 +37,7 @@ def check(tokenizer):
             step=5,
             train_samples=80,
             precision=(old or {}).get("train__precision", "fp32"),
-            tokenizer_sha256=file_hash(tokenizer),
+            tokenizer_sha256=sha256_of(tokenizer),
         )
         check_resume(FOLDER, manifest, tiny_config(model, **path, **changes))
 
@@ -123,7 +124,7 @@ def test_other_text_behind_the_same_path(tokenizer, caplog):
         config=tiny_config(data__tokenizer=str(tokenizer)),
         step=5,
         train_samples=80,
-        tokenizer_sha256=file_hash(tokenizer),
+        tokenizer_sha256=sha256_of(tokenizer),
         data={"text": "1" * 64, "gone": "3" * 64},
     )
 

@@ -24,7 +24,7 @@ def run(groups, tmp_path):
     for step in (5, 6, 7):
         state = {"weight": ShardedTensor.from_rank_offsets("model.weight", torch.full((9,), step))}
         manifest = Manifest(config=tiny_config(), step=step)
-        store.save_checkpoint(tmp_path / "checkpoints", state, manifest, tokenizer)
+        store.begin_save(tmp_path / "checkpoints", state, manifest, tokenizer).finish()
     return tmp_path
 
 

@@ -8,8 +8,9 @@ import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
 from pltmoe.checkpoint import folders, saving, store
-from pltmoe.checkpoint.manifest import Manifest, file_hash, read_manifest
+from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.errors import CheckpointError
+from pltmoe.runtime.files import sha256_of
 from tests.distributed.tiny import tiny_config
 
 
@@ -29,7 +30,7 @@ def saved(groups, tmp_path):
     tokenizer = tmp_path / "some.model"
     tokenizer.write_bytes(b"pieces")
     directory = tmp_path / "checkpoints"
-    folder = store.save_checkpoint(directory, state([1.0, 2, 3, 4]), manifest(5), tokenizer)
+    folder = store.begin_save(directory, state([1.0, 2, 3, 4]), manifest(5), tokenizer).finish()
     return directory, folder
 
 
@@ -41,14 +42,14 @@ def test_saved_state_loads_back_and_latest_names_it(saved, tmp_path):
     loaded = store.load_state(folder, state())
     assert loaded["weight"].tolist() == [1, 2, 3, 4] and loaded["plain"] == 3
     assert (folder / "tokenizer.model").read_bytes() == b"pieces"
-    assert read_manifest(folder).tokenizer_sha256 == file_hash(tmp_path / "some.model")
+    assert read_manifest(folder).tokenizer_sha256 == sha256_of(tmp_path / "some.model")
     names = {"latest", "step_00000005"}
     assert {path.name for path in directory.iterdir()} == names, "nothing temporary is left"
 
 
 def test_the_same_step_again_replaces_the_folder(saved):
     directory, folder = saved
-    store.save_checkpoint(directory, state([9.0, 9, 9, 9]), manifest(5))
+    store.begin_save(directory, state([9.0, 9, 9, 9]), manifest(5)).finish()
     assert store.load_state(folder, state())["weight"].tolist() == [9, 9, 9, 9]
     assert {path.name for path in directory.iterdir()} == {"latest", "step_00000005"}
 
@@ -61,7 +62,7 @@ def test_a_crash_before_the_end_leaves_the_older_one(saved, tmp_path, monkeypatc
 
     monkeypatch.setattr(saving, "write_manifest", crash)
     with pytest.raises(KeyboardInterrupt):
-        store.save_checkpoint(directory, state([0.0] * 4), manifest(6))
+        store.begin_save(directory, state([0.0] * 4), manifest(6)).finish()
     assert folders.latest_checkpoint(tmp_path) == folder
     assert folders.complete_checkpoints(directory) == [folder]
     assert [path.name for path in folders.clean_unfinished(directory)] == [".writing_step_00000006"]
@@ -76,7 +77,7 @@ def test_a_disk_that_cannot_be_written(saved, tmp_path, monkeypatch):
 
     monkeypatch.setattr(saving, "write_manifest", full)
     with pytest.raises(CheckpointError, match="cannot be written .No space left on device.; older"):
-        store.save_checkpoint(directory, state([0.0] * 4), manifest(6))
+        store.begin_save(directory, state([0.0] * 4), manifest(6)).finish()
     assert folders.latest_checkpoint(tmp_path) == folder
 
 

@@ -473,3 +473,10 @@ def test_what_the_rules_must_let_pass():
     config_from_dict(fp8(parallel__recompute="full", parallel__pipeline_parallel_size=2))
     gate = {"gate_use_hidden_states": True, "normalize_per_loop": True, "emb_scale": 0.5}
     config_from_dict(model(**LOOP_ROWS["5 plt2"], **gate))
+
+
+def test_only_fp8_with_the_delayed_recipe_keeps_scales():
+    for recipe, expected in (("delayed", True), ("tensorwise", False)):
+        assert config_from_dict(fp8(train__fp8_recipe=recipe)).train.keeps_fp8_scales is expected
+    bf16 = run_tree(train__precision="bf16", train__fp8_recipe="delayed")
+    assert not config_from_dict(bf16).train.keeps_fp8_scales

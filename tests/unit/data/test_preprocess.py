@@ -12,7 +12,6 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 
 from pltmoe.data import parts
 from pltmoe.data import preprocess as module
-from pltmoe.data.atomic import sha256_of
 from pltmoe.data.indexed import bin_path, idx_path, index_cache, parts_folder
 from pltmoe.data.manifest import manifest_path, read_manifest
 from pltmoe.data.parts import write_part
@@ -20,6 +19,7 @@ from pltmoe.data.preprocess import PreprocessOptions, preprocess
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
 from pltmoe.errors import DataError
+from pltmoe.runtime.files import sha256_of
 from tests.small_disk import fill_disk
 from tests.unit.data.odd_text import ODD_TEXTS
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from pltmoe.checkpoint.manifest import Manifest
-from pltmoe.checkpoint.store import save_checkpoint
+from pltmoe.checkpoint.store import begin_save
 from pltmoe.config import ModelConfig, RunConfig, config_from_dict
 from pltmoe.engines.sharded_state import model_state
 from pltmoe.model.megatron_config import transformer_config
@@ -60,7 +60,7 @@ def write_checkpoint(
         tokens = torch.randint(0, m.vocab_size, (2, 24))
         with torch.no_grad():
             torch.save({"tokens": tokens, "logits": model.eval()(tokens)}, run / "logits.pt")
-        return save_checkpoint(folder, model_state(model, groups), manifest, tokenizer)
+        return begin_save(folder, model_state(model, groups), manifest, tokenizer).finish()
     finally:
         destroy_groups()
         distributed.stop()

@@ -12,7 +12,6 @@ import torch
 from pltmoe.model.fp8_scales import (
     forget_what_was_not_trained,
     fp8_scales,
-    has_scales,
     restore_fp8_scales,
 )
 from tests.single_process import build_model
@@ -71,10 +70,3 @@ def test_validation_and_skipped_steps_are_forgotten(groups: Any) -> None:
     history[1, 0], history[2, 1] = torch.inf, torch.nan  # of a step that was skipped
     forget_what_was_not_trained(plt)
     assert history.tolist() == [[0.0, 0.0], [0.0, 6.0], [6.0, 0.0]]
-
-
-def test_only_the_delayed_recipe_has_scales() -> None:
-    for fp8, recipe, expected in ((None, "delayed", False), ("hybrid", "tensorwise", False),
-                                  ("hybrid", "delayed", True)):  # fmt: skip
-        config = SimpleNamespace(fp8=fp8, fp8_recipe=recipe)
-        assert has_scales(SimpleNamespace(config=config)) is expected

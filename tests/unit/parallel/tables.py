@@ -1,6 +1,15 @@
 """What tests count in the tables of parallel/schedule.py."""
 
-from pltmoe.parallel.schedule import Operation, Timed, group_size, in_flight
+from pltmoe.parallel.schedule import Operation, Timed, group_size
+
+
+def in_flight(order: list[Operation]) -> int:
+    """Return the most loop chunks whose activations a stage keeps at a time (from F to B)."""
+    now = most = 0
+    for op in order:
+        now += 1 if op.kind == "F" else -1
+        most = max(most, now)
+    return most
 
 
 def most_lent(order: list[Operation], loops: int) -> int:

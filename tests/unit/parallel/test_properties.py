@@ -8,14 +8,13 @@ from pltmoe.parallel.layout import Layout
 from pltmoe.parallel.schedule import (
     Operation,
     build_schedule,
-    in_flight,
     measured_bubble,
     naive_bubble_fraction,
     naive_schedule,
     simulate,
     step_time,
 )
-from tests.unit.parallel.tables import lent_times
+from tests.unit.parallel.tables import in_flight, lent_times
 
 PIPELINES = st.tuples(
     st.integers(2, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 6)

@@ -12,14 +12,13 @@ from pltmoe.parallel.schedule import (
     bubble_fraction,
     build_schedule,
     group_size,
-    in_flight,
     measured_bubble,
     naive_bubble_fraction,
     naive_schedule,
     simulate,
     step_time,
 )
-from tests.unit.parallel.tables import in_flight_bound, most_lent
+from tests.unit.parallel.tables import in_flight, in_flight_bound, most_lent
 
 SHAPES = st.tuples(st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 7)).map(
     lambda x: (x[0], x[1], x[2] if x[0] > 1 else 1, x[0] + x[3])

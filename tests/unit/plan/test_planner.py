@@ -9,7 +9,7 @@ from pltmoe.config import RunConfig, config_from_dict, config_to_dict, load_conf
 from pltmoe.config.counts import count_parameters
 from pltmoe.errors import ConfigError
 from pltmoe.parallel.layout import layout_for
-from pltmoe.parallel.schedule import build_schedule, in_flight
+from pltmoe.parallel.schedule import build_schedule
 from pltmoe.plan import check_fits, make_plan
 from pltmoe.plan.activations import sizes_for
 from pltmoe.plan.in_flight import peak_bytes
@@ -21,6 +21,7 @@ from pltmoe.plan.search import candidates, search
 from pltmoe.plan.weights import stage_weights, zero_bytes
 from pltmoe.runtime.devices import peak_flops
 from tests.distributed.tiny import DENSE, MOE, tiny_config
+from tests.unit.parallel.tables import in_flight
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 

@@ -22,7 +22,7 @@ from pltmoe.reports import numbers, runs
 from pltmoe.reports.done import what_was_done
 from pltmoe.reports.glance import Extras, final_loss, in_a_line
 from pltmoe.reports.plots import Bars, _running_mean, plot_costs
-from pltmoe.reports.runs import Run, read_run, table
+from pltmoe.reports.runs import Run, read_run
 from pltmoe.reports.summary import read_decode, read_generated, tell_apart, write_report
 from pltmoe.tracking.jsonl import JsonlTracker
 from tests.unit.tracking.runs import LOOPED, PLT, metrics_of, run_config
@@ -280,14 +280,6 @@ def test_a_run_that_never_validated_or_looped_still_has_a_report(tmp_path):
     assert "**Not finished:** bare (2 of 1,000 steps)." in text
     assert "an unknown device" in text and "Decoding was not measured:" in text
     assert not (tmp_path / "report" / "loops.png").exists()
-
-
-def test_table_has_one_row_per_line(run_dirs):
-    rows = table(read_run(run_dirs[0]), ["train/loss", "valid/loss"])
-    assert rows[0] == ["step", "tokens", "time", "train/loss", "valid/loss"]
-    lines = raw_lines(run_dirs[0])
-    assert [row[0] for row in rows[1:]] == [line["step"] for line in lines]
-    assert [row[4] for row in rows[1:]] == [line.get("valid/loss", "") for line in lines]
 
 
 def test_errors_say_what_is_wrong(run_dirs, tmp_path):
