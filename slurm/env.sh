@@ -12,8 +12,8 @@ CPU_OPTIONS=() # e.g. (--partition=cpu)
 
 # GPU that tools/plan.py checks memory for; `python tools/plan.py --help` lists them. Empty: no check.
 GPU_TYPE=${GPU_TYPE-H200}
-# yes: `bash slurm/X.sh` looks whether tokenizer and data sets exist before it submits. no: where the
-# login node does not see their file system.
+# yes: `bash slurm/X.sh` looks before it submits whether data sets and tokenizer exist, and whether the
+# model has a row for each piece. no: where the login node does not see their file system.
 CHECK_DATA=${CHECK_DATA:-yes}
 
 # Python of the environment (tools/setup_env.sh makes .venv). In a container: python.

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pltmoe.config import ModelConfig
-from pltmoe.hf.mapping import check_names, rows, without_tied_head
+from pltmoe.hf.mapping import check_names, rows
 
 
 def megatron_to_hf(
@@ -40,7 +40,9 @@ def hf_to_megatron(
     the embedding.
     """
     table = list(rows(model))
-    given = {name: name_to_tensor[name] for name in without_tied_head(name_to_tensor, model)}
+    given = dict(name_to_tensor)
+    if model.tied_embeddings:
+        given.pop("lm_head.weight", None)
     check_names("Hugging Face", given, [name for row in table for name in row.hf], partial)
     present = [row for row in table if any(name in given for name in row.hf)]
     return {row.megatron: row.join(given) for row in present}

@@ -77,7 +77,9 @@ def _arguments() -> argparse.Namespace:
         help="also draw the pipeline's schedule, in the terminal and as PNG (timeline.png)",
     )
     parser.add_argument(
-        "--data", action="store_true", help="refuse files of the run that are missing here"
+        "--data",
+        action="store_true",
+        help="refuse files of the run that are missing here, and a tokenizer that does not fit",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the page of docs/")

@@ -42,6 +42,7 @@ _DECIDED_ELSEWHERE = {
     "wandb": "tracking.*",
     "comet": "tracking.*",
     "csv_monitor": "tracking.*",
+    "steps_per_print": "train.log_interval",
 }
 """DeepSpeed's key -> what decides that here."""
 _SAME = {
@@ -54,34 +55,33 @@ _SAME = {
     "data_types.grad_accum_dtype": "precision of gradients",
 }
 """DeepSpeed's key -> what says the same here."""
-_STAGE_3 = (
-    "prefetch_bucket_size",
-    "param_persistence_threshold",
-    "model_persistence_threshold",
-    "max_live_parameters",
-    "max_reuse_distance",
-    "module_granularity_threshold",
-)
-_ZERO = (
-    "stage",
-    "reduce_bucket_size",
-    "allgather_bucket_size",
-    "sub_group_size",
-    "use_multi_rank_bucket_allreduce",
-    *(f"offload_optimizer.{key}" for key in ("device", "pin_memory", "nvme_path", "buffer_count")),
-    *_STAGE_3,
-    *(f"stage3_{key}" for key in _STAGE_3),
+_ACTS_AT: dict[str, tuple[int, ...]] = {
+    "reduce_bucket_size": (1, 2, 3),
+    "allgather_bucket_size": (1, 2),
+    "use_multi_rank_bucket_allreduce": (1, 2),
+    "sub_group_size": (3,),
+    "stage3_prefetch_bucket_size": (3,),
+    "stage3_param_persistence_threshold": (3,),
+    "stage3_model_persistence_threshold": (3,),
+    "stage3_max_live_parameters": (3,),
+    "stage3_max_reuse_distance": (3,),
+}
+"""Key of zero_optimization -> the stages that look at it."""
+_NOT_IN_BF16_OPTIMIZER = ("reduce_bucket_size", "use_multi_rank_bucket_allreduce")
+"""At stage 1 DeepSpeed's optimizer for bf16 is another one."""
+_OFFLOAD = tuple(
+    f"offload_optimizer.{key}" for key in ("device", "pin_memory", "nvme_path", "buffer_count")
 )
 _AIO = ("block_size", "queue_depth", "intra_op_parallelism", "single_submit", "overlap_events")
 _FREE = {
-    *(f"zero_optimization.{key}" for key in _ZERO),
+    *(f"zero_optimization.{key}" for key in ("stage", *_ACTS_AT, *_OFFLOAD)),
     *(f"aio.{key}" for key in _AIO),
-    "steps_per_print",
     "wall_clock_breakdown",
     "memory_breakdown",
 }
 """Keys that are handed on. Others would break what the engine counts on (a second optimizer, steps
-that cannot be skipped, other gradients), be ignored by DeepSpeed without a word, or change where
+that cannot be skipped, other gradients), end in errors in the middle of a step
+(stage3_module_granularity_threshold), be ignored by DeepSpeed without a word, or change where
 its stages 1 and 2 keep a weight's state without telling (round_robin_gradients,
 parameter_alignment): checkpoints would hold the moments of other weights."""
 _FLAGS = (
@@ -283,6 +283,31 @@ def _section(c: RunConfig) -> Iterator[str]:
             )
         else:
             yield from _has_its_type(path, value)
+            yield from _acts(c, path, value)
+
+
+def _acts(c: RunConfig, path: str, value: Any) -> Iterator[str]:
+    """Yield why DeepSpeed would not look at a key."""
+    key = path.removeprefix("zero_optimization.")
+    stage, device = zero_stage(c), offload_device(c)
+    where = f"deepspeed.{path} ({value}) would be ignored"
+    stages = _ACTS_AT.get(key, range(4))
+    if stage in range(4) and stage not in stages:
+        at = " or ".join(map(str, stages))
+        yield f"{where} at deepspeed.zero_optimization.stage {stage}: it is for stage {at}"
+    elif key in _NOT_IN_BF16_OPTIMIZER and (stage, device) == (1, None):
+        if c.train.precision != "fp32":
+            yield (
+                f"{where} at deepspeed.zero_optimization.stage 1 unless train.precision is fp32 "
+                f"(it is {c.train.precision}): remove it, or use stage 2"
+            )
+    elif device != "nvme" and (path.startswith("aio.") or key == "offload_optimizer.buffer_count"):
+        yield (
+            f"{where}: it is for deepspeed.zero_optimization.offload_optimizer.device nvme "
+            f"(it is {device})"
+        )
+    elif key == "offload_optimizer.pin_memory" and value is True and device is None:
+        yield f"{where}: deepspeed.zero_optimization.offload_optimizer has no device"
 
 
 def _instead(path: str) -> str:

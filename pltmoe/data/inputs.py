@@ -1,15 +1,20 @@
-"""Files that a run reads: are they there before it waits for a machine?"""
+"""Files that a run reads: are they there, and usable, before it waits for a machine?"""
 
 from pltmoe.config.run import RunConfig
 from pltmoe.data.indexed import bin_path, idx_path
+from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.verify import verify_vocabulary
 from pltmoe.errors import DataError
 
 
 def check_inputs(config: RunConfig) -> None:
-    """Look for the tokenizer and for both files of every dataset; what is in them is not looked at.
+    """Look for the tokenizer and both files of every dataset; does the model fit the tokenizer?
+
+    What is in the datasets is not looked at.
 
     Raises:
-        DataError: all files that are missing, with the fields that name them.
+        DataError: all files that are missing, with the fields that name them; a file that is no
+            tokenizer, or one with more pieces than ``model.vocab_size``.
     """
     data = config.data
     named = [(data.tokenizer, "data.tokenizer")]
@@ -23,3 +28,4 @@ def check_inputs(config: RunConfig) -> None:
             "tools/train_tokenizer.py and tools/preprocess_data.py, and name them: "
             "data.tokenizer=FILE 'data.train=[{path: PREFIX}]'"
         )
+    verify_vocabulary(config, Tokenizer(data.tokenizer))

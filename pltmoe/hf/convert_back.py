@@ -4,7 +4,6 @@ The checkpoint holds the model only (no optimizer, step 0): start a run from it 
 ``checkpoint.load_weights``. Bit for bit the same tensors when the dtype is kept.
 """
 
-import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from pltmoe.config import ModelConfig, RunConfig
 from pltmoe.errors import ConversionError
 from pltmoe.hf.checkpoint_tensors import stored_key
 from pltmoe.hf.fields import from_hf_fields
-from pltmoe.hf.folder_tensors import FolderTensors
-from pltmoe.hf.mapping import Row, check_names, rows, without_tied_head
+from pltmoe.hf.folder_tensors import FolderTensors, read_json
+from pltmoe.hf.mapping import Row, check_names, rows
 from pltmoe.runtime import distributed
 
 _TRAINING_ONLY = {"init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"}
@@ -54,8 +53,10 @@ def import_folder(
     with ExitStack() as stack:
         tensors = FolderTensors(folder, stack)
         table = list(rows(model))
-        names = without_tied_head(tensors.names(), model)
+        names = tensors.names(tied_head=model.tied_embeddings)
         check_names(f"{folder}: Hugging Face", names, [name for row in table for name in row.hf])
+        if dtype is None:
+            _check_one_dtype(folder, tensors, table)
         state: dict[str, Any] = {}
         for row in tqdm(table, desc="weights", disable=not progress):
             tensor = tensors.read(row)
@@ -74,11 +75,7 @@ def import_folder(
 
 def _read_model(folder: Path, config: RunConfig) -> ModelConfig:
     path = folder / "config.json"
-    try:
-        fields = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: cannot be read ({error})") from None
-    found, wanted = from_hf_fields(fields, str(path)), config.model
+    found, wanted = from_hf_fields(read_json(path), str(path)), config.model
     if differ := _differences(found, wanted):
         raise ConversionError(
             f"{path} does not fit the model section of the configuration: {'; '.join(differ)}"
@@ -99,6 +96,15 @@ def _differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
         if name not in ignored and a != b:
             differ.append(f"model.{name}: folder {a}, config {b}")
     return differ
+
+
+def _check_one_dtype(folder: Path, tensors: FolderTensors, table: list[Row]) -> None:
+    first: dict[str, str] = {}
+    for name in (name for row in table if not row.float32 for name in row.hf):
+        first.setdefault(tensors.dtype(name), name)
+    if len(first) > 1:
+        found = ", ".join(f"{name} is {dtype}" for dtype, name in first.items())
+        raise ConversionError(f"{folder}: {found}; a checkpoint has one type: choose with --dtype")
 
 
 def _stored_dtype(row: Row, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:

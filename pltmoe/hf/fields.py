@@ -128,9 +128,9 @@ def from_hf_fields(fields: Mapping[str, Any], where: str = "config.json") -> Mod
     if missing := [hf for hf in names.values() if hf not in fields and hf not in optional]:
         raise ConversionError(f"{where}: field missing: {missing[0]}")
     tree = {ours: fields[hf] for ours, hf in names.items() if hf in fields}
-    tree["rope_theta"] = _rope_theta(fields, where)
+    tree["rope_theta"] = rope_theta(fields, where)
     if kind == "plt_moe":
-        tree["window_keys"] = fields["plt_window_size"][0] + 1
+        tree["window_keys"] = _window_keys(fields, where)
         extra = ROUTER_TRAINING_FIELDS.items() if is_moe else ()
         tree |= {ours: fields[hf] for ours, hf in extra if hf in fields}
     try:
@@ -151,6 +151,41 @@ def _plt_fields(m: ModelConfig) -> dict[str, Any]:
     return fields
 
 
+def rope_theta(fields: Mapping[str, Any], where: str) -> float:
+    """Return the base of the only kind of RoPE that there is here.
+
+    Raises:
+        ConversionError: there is none, or RoPE of another kind or with options.
+    """
+    rope: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        given = fields.get(name) or {}
+        if not isinstance(given, Mapping):
+            raise ConversionError(f"{where}: {name} is {given!r}; it must be a section")
+        rope |= {key: value for key, value in given.items() if value is not None}
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
+    theta = rope.pop("rope_theta", fields.get("rope_theta"))
+    part = rope.pop("partial_rotary_factor", fields.get("partial_rotary_factor"))
+    if kind != "default" or part not in (None, 1) or rope:
+        others = {"rope_type": kind, "partial_rotary_factor": part} | rope
+        raise ConversionError(
+            f"{where}: only the default rope_type can be converted, without options ({others})"
+        )
+    if theta is None:
+        raise ConversionError(f"{where}: field missing: rope_parameters.rope_theta")
+    return theta
+
+
+def _window_keys(fields: Mapping[str, Any], where: str) -> int:
+    match fields.get("plt_window_size"):
+        case [int(left), 0] if left >= 0:
+            return left + 1
+        case window:
+            raise ConversionError(
+                f"{where}: plt_window_size is {window!r}; only [left, 0] can be converted"
+            )
+
+
 def _refuse_options(fields: Mapping[str, Any], where: str) -> None:
     refused: dict[str, Any] = {
         "hidden_act": "silu",
@@ -161,8 +196,15 @@ def _refuse_options(fields: Mapping[str, Any], where: str) -> None:
         "mlp_only_layers": [],
         "norm_topk_prob": True,
         "plt_gate_norm": False,
+        "quantization_config": None,
     }
+    known = {*LOOP_FIELDS.values(), "plt_window_size", *refused}
+    refused |= {name: None for name in fields if name.startswith("plt_") and name not in known}
     given = dict(fields)
+    layers = given.get("layer_types") or []
+    if not isinstance(layers, list) or any(kind != "full_attention" for kind in layers):
+        raise ConversionError(f"{where}: layer_types is {layers!r}; only full_attention can be "
+                              "converted")  # fmt: skip
     if fields["model_type"] == "qwen3_moe":
         given.setdefault("norm_topk_prob", False)  # its default; ours is true
     for name, only in refused.items():
@@ -170,13 +212,3 @@ def _refuse_options(fields: Mapping[str, Any], where: str) -> None:
             raise ConversionError(
                 f"{where}: {name} is {given[name]!r}; only {only!r} can be converted"
             )
-
-
-def _rope_theta(fields: Mapping[str, Any], where: str) -> float:
-    rope = fields.get("rope_parameters") or {}
-    if rope.get("rope_type", "default") != "default" or fields.get("rope_scaling"):
-        raise ConversionError(f"{where}: only the default rope_type can be converted")
-    theta = rope.get("rope_theta", fields.get("rope_theta"))
-    if theta is None:
-        raise ConversionError(f"{where}: field missing: rope_parameters.rope_theta")
-    return theta

@@ -23,13 +23,14 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from tqdm import tqdm
 
 from pltmoe.errors import ConversionError
 from pltmoe.hf.configuration_plt_moe import PLTMoEConfig
 from pltmoe.hf.convert import copy_model_code, whole_folder
-from pltmoe.hf.fields import ARCHITECTURES, AUTO_MAP
-from pltmoe.hf.folder_tensors import FolderTensors
+from pltmoe.hf.fields import ARCHITECTURES, AUTO_MAP, from_hf_fields, rope_theta, to_hf_fields
+from pltmoe.hf.folder_tensors import FolderTensors, read_json
 from pltmoe.hf.mapping import check_names
 from pltmoe.hf.modeling_plt_moe import PLTMoEForCausalLM
 from pltmoe.hf.shards import ShardWriter, num_bytes
@@ -45,17 +46,12 @@ _SAME = (
     "intermediate_size", "rms_norm_eps", "max_position_embeddings", "plt_num_loops",
     "plt_window_size", "plt_normalize_per_loop", "plt_gate_use_hidden_states",
 )  # fmt: skip
-_OPTIONAL = {
-    "hidden_act": "silu",
-    "initializer_range": 0.02,
-    "tie_word_embeddings": False,
-    "bos_token_id": None,
-    "eos_token_id": None,
-    "pad_token_id": None,
-}
+_OPTIONAL = {"hidden_act": "silu", "initializer_range": 0.02, "tie_word_embeddings": False}
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SCALES = ("plt_emb_scale", "plt_hidden_scale")
 """May be null, which is 1; not to be there would be another layout."""
-_REFUSED = ("attention_bias", "mlp_bias", "rope_scaling")
+_REFUSED = ("attention_bias", "mlp_bias", "use_sliding_window", "layer_types")
+_FLAGS = ("plt_cross_loop_shift", "plt_share_first_loop_kv", "plt_gated_swa")
 _NOT_COPIED = {"config.json", "README.md"}
 _NOT_COPIED_SUFFIXES = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
 
@@ -66,8 +62,8 @@ def is_loopcoder(folder: Path) -> bool:
     Raises:
         ConversionError: no readable config.json.
     """
-    names = _fields(folder).get("architectures") or []
-    return bool({ARCHITECTURE, WITHOUT_SHIFT} & set(names))
+    names = read_json(folder / "config.json").get("architectures")
+    return isinstance(names, list) and (ARCHITECTURE in names or WITHOUT_SHIFT in names)
 
 
 def convert_loopcoder(
@@ -85,14 +81,13 @@ def convert_loopcoder(
         ConversionError: another model, an option or a tensor that ours does not have; nothing is
             left behind.
     """
-    fields = _fields(folder)
+    fields = read_json(folder / "config.json")
     with ExitStack() as stack:
         tensors = FolderTensors(folder, stack)
-        names = [name for name in tensors.names() if not name.endswith("rotary_emb.inv_freq")]
+        names = tensors.names(tied_head=fields.get("tie_word_embeddings") is True)
+        names = [name for name in names if not name.endswith("rotary_emb.inv_freq")]
         config = loopcoder_config(fields, names, str(folder / "config.json"))
         shapes = _shapes(config)
-        if config.tie_word_embeddings:
-            names = [name for name in names if name != "lm_head.weight"]
         check_names(f"{folder}: Hugging Face", names, list(shapes))
         _check_shapes(folder, tensors, shapes)
         with whole_folder(output) as writing:
@@ -114,25 +109,37 @@ def loopcoder_config(
         raise ConversionError(f"{where}: field missing: {missing[0]}")
     tree = {name: fields[name] for name in _SAME}
     tree |= {name: fields.get(name, default) for name, default in _OPTIONAL.items()}
-    heads = fields["num_attention_heads"]
-    tree["head_dim"] = fields.get("head_dim") or fields["hidden_size"] // heads
-    rope = fields.get("rope_parameters") or {}
-    theta = rope.get("rope_theta", fields.get("rope_theta"))
-    if theta is None or rope.get("rope_type", "default") != "default":
-        raise ConversionError(f"{where}: rope_theta must be given, and the default kind of RoPE")
-    tree["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    tree["head_dim"] = fields.get("head_dim") or _head_dim(fields, where)
+    tree["rope_theta"] = rope_theta(fields, where)
     tree |= {name: 1.0 if fields[name] is None else fields[name] for name in _SCALES}
-    tree |= {"num_experts": 0, "moe_intermediate_size": None}
-    tree["plt_gate_norm"] = bool(tree["plt_gate_use_hidden_states"])
     tree["use_qk_norm"] = any(name.endswith("self_attn.q_norm.weight") for name in names)
+    if has_later_loops := fields["plt_num_loops"] != 1:
+        tree |= dict.fromkeys(_FLAGS, True)
+    else:  # nothing is between loops
+        tree |= dict.fromkeys(_FLAGS, False) | {"plt_normalize_per_loop": False}
+        tree |= dict.fromkeys(_SCALES, 1.0) | {"plt_gate_use_hidden_states": False}
+    model = from_hf_fields(tree | {"model_type": "plt_moe", "num_experts": 0}, where)
+    if not isinstance(slots := fields["max_position_embeddings"], int) or slots < 1:
+        raise ConversionError(f"{where}: max_position_embeddings is {slots!r}, no number of slots")
+    own = to_hf_fields(model, slots, "plt_moe") | {name: fields.get(name) for name in _IDS}
+    own["plt_gate_norm"] = has_later_loops and model.gate_use_hidden_states
     try:
-        return PLTMoEConfig(**tree)
-    except ValueError as error:
-        raise ConversionError(f"{where}: {error}") from None
+        return PLTMoEConfig(**own)
+    except (ValueError, StrictDataclassError) as error:
+        raise ConversionError(f"{where}: {' '.join(str(error).split())}") from None
+
+
+def _head_dim(fields: Mapping[str, Any], where: str) -> int:
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    if not (isinstance(width, int) and isinstance(heads, int) and heads > 0):
+        raise ConversionError(f"{where}: no head_dim, hidden_size {width!r}, num_attention_heads "
+                              f"{heads!r}")  # fmt: skip
+    return width // heads
 
 
 def _refuse(fields: Mapping[str, Any], where: str) -> None:
-    architectures = fields.get("architectures") or []
+    architectures = fields.get("architectures")
+    architectures = architectures if isinstance(architectures, list) else []
     if WITHOUT_SHIFT in architectures:
         raise ConversionError(
             f"{where}: {WITHOUT_SHIFT} (IQuest-Coder-V1-Loop) runs its loops without the "
@@ -146,14 +153,10 @@ def _refuse(fields: Mapping[str, Any], where: str) -> None:
     for name in _REFUSED:
         if fields.get(name):
             raise ConversionError(f"{where}: {name} is {fields[name]!r}; our model has none")
-
-
-def _fields(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ConversionError(f"{path}: cannot be read ({error})") from None
+    known = {*_SAME, *_SCALES}
+    for name, value in fields.items():
+        if (name.startswith("plt_") and name not in known) or name == "quantization_config":
+            raise ConversionError(f"{where}: {name} is {value!r}; this layout is not known")
 
 
 def _shapes(config: PLTMoEConfig) -> dict[str, tuple[int, ...]]:

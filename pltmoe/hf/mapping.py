@@ -202,12 +202,6 @@ def rows(model: ModelConfig) -> Iterator[Row]:
                     yield from _fill(rule, layer, model, sizes)
 
 
-def without_tied_head(names: Collection[str], model: ModelConfig) -> list[str]:
-    """Leave out the head of a tied model: it is the embedding, which some files repeat."""
-    tied = model.tied_embeddings
-    return [name for name in names if not (tied and name == "lm_head.weight")]
-
-
 def check_names(
     side: str, given: Collection[str], known: Collection[str], partial: bool = False
 ) -> None:

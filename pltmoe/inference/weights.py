@@ -12,7 +12,6 @@ Letters: v vocabulary, d hidden, o = Q, K and V rows together, q = query heads *
 size, h query heads, f feed-forward width, e experts, x input of the gate.
 """
 
-import json
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -21,17 +20,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pltmoe.config import ModelConfig
 from pltmoe.errors import ConversionError
 from pltmoe.hf.fields import from_hf_fields
-from pltmoe.hf.mapping import Row, check_names, rows, without_tied_head
-from pltmoe.hf.shards import INDEX
+from pltmoe.hf.folder_tensors import FolderTensors, read_json
+from pltmoe.hf.mapping import Row, check_names, rows
 from pltmoe.inference.experts import FP8, quantize
 
-SINGLE_FILE = "model.safetensors"
 SCALES = {"gate_up_efd": "gate_up_scale_ef", "down_edf": "down_scale_ed"}
 """Experts, nearly all weights of a large model, may be kept in FP8 (e4m3) with a factor per row."""
 
@@ -139,7 +136,7 @@ def read_fields(folder: Path) -> dict[str, Any]:
         raise ConversionError(
             f"{folder} holds no exported model (no config.json): run tools/convert_to_hf.py"
         )
-    return _read_json(path)
+    return read_json(path)
 
 
 def describe_folder(folder: Path) -> Description:
@@ -155,7 +152,7 @@ def describe_folder(folder: Path) -> Description:
             "have; transformers runs the folder (tools/generate.py --engine transformers)"
         )
     generation = folder / "generation_config.json"
-    stop = (_read_json(generation) if generation.is_file() else {}).get("eos_token_id")
+    stop = (read_json(generation) if generation.is_file() else {}).get("eos_token_id")
     stop = given.get("eos_token_id") if stop is None else stop
     return Description(
         model=from_hf_fields(given, str(path)),
@@ -183,23 +180,11 @@ def load_weights(
         ConversionError: not such a folder, or tensors that do not fit its config.json.
     """
     about = describe_folder(folder)
-    file_of = _file_of_tensor(folder)
-    names = without_tied_head(file_of, about.model)
-    check_names(str(folder), names, [name for row in rows(about.model) for name in row.hf])
     with ExitStack() as stack:
-        files: dict[str, Any] = {}
-        try:
-            for file in sorted({file_of[name] for name in names}):
-                files[file] = stack.enter_context(safe_open(folder / file, framework="pt"))
-            return pack(
-                about.model,
-                lambda name: files[file_of[name]].get_tensor(name),
-                torch.device(device),
-                dtype or about.dtype,
-                fp8,
-            )
-        except (SafetensorError, OSError) as error:
-            raise ConversionError(f"{folder}: the weights cannot be read: {error}") from None
+        tensors = FolderTensors(folder, stack)
+        names = tensors.names(tied_head=about.model.tied_embeddings)
+        check_names(str(folder), names, [name for row in rows(about.model) for name in row.hf])
+        return pack(about.model, tensors.tensor, torch.device(device), dtype or about.dtype, fp8)
 
 
 def random_weights(
@@ -301,29 +286,6 @@ def _allocate(model: ModelConfig, device: torch.device, dtype: torch.dtype, fp8:
 def _field(row: Row) -> str:
     name = re.sub(r"^layers\.\d+\.", "", row.megatron)
     return _FIELDS[re.sub(r"local_experts\.\d+", "local_experts", name)]
-
-
-def _file_of_tensor(folder: Path) -> dict[str, str]:
-    """Return tensor name -> file name."""
-    if (folder / INDEX).is_file():
-        file_of = _read_json(folder / INDEX)["weight_map"]
-        if missing := sorted({f for f in file_of.values() if not (folder / f).is_file()}):
-            raise ConversionError(f"{folder}: a file of the index is missing: {missing[0]}")
-        return file_of
-    if not (folder / SINGLE_FILE).is_file():
-        raise ConversionError(f"{folder} holds no weights: neither {INDEX} nor {SINGLE_FILE}")
-    try:
-        with safe_open(folder / SINGLE_FILE, framework="pt") as file:
-            return dict.fromkeys(file.keys(), SINGLE_FILE)
-    except SafetensorError as error:
-        raise ConversionError(f"{folder}: the weights cannot be read: {error}") from None
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(f"{path} is not JSON: {error}") from None
 
 
 def _dtype(name: str, path: Path) -> torch.dtype:

@@ -37,7 +37,7 @@ def with_stage(stage: int | None) -> dict[str, Any]:
         return {}
     zero: dict[str, Any] = {"stage": stage}
     if stage == 3:
-        zero["param_persistence_threshold"] = 0  # else small weights stay whole
+        zero["stage3_param_persistence_threshold"] = 0  # else small weights stay whole
     return {"engine": "deepspeed", "deepspeed__zero_optimization": zero}
 
 

@@ -62,24 +62,24 @@ def test_bytes_of_an_engine(warm_ranks, case):
     assert expected / ranks == pytest.approx(optimizer, rel=0.05)
 
 
-SMALL_BUCKETS = {"reduce_bucket_size": 1000, "allgather_bucket_size": 1000}
+REDUCE, GATHER = {"reduce_bucket_size": 1000}, {"allgather_bucket_size": 1000}
+WHOLE = {"stage3_param_persistence_threshold": 0}  # else small weights stay whole
 EP2_BF16 = {"parallel__expert_parallel_size": 2, "train__precision": "bf16"}
 ZERO = {
-    "0": (0, WIDE_MOE, {}),
-    "1": (1, WIDE_MOE, {}),
-    "1-ep2-bf16": (1, WIDE_MOE, EP2_BF16),
-    "2-ep2-bf16": (2, WIDE_MOE, EP2_BF16),
-    "3-bf16": (3, WIDE_DENSE, {"train__precision": "bf16"}),
+    "0": (0, {}, WIDE_MOE, {}),
+    "1": (1, REDUCE | GATHER, WIDE_MOE, {}),
+    "1-ep2-bf16": (1, GATHER, WIDE_MOE, EP2_BF16),
+    "2-ep2-bf16": (2, REDUCE | GATHER, WIDE_MOE, EP2_BF16),
+    "3-bf16": (3, REDUCE | WHOLE, WIDE_DENSE, {"train__precision": "bf16"}),
 }
 
 
 @pytest.mark.parametrize("case", ZERO)
 def test_bytes_of_deepspeed(warm_ranks, case):
-    stage, model, changes = ZERO[case]
-    more = {"param_persistence_threshold": 0} if stage == 3 else {}
+    stage, zero, model, changes = ZERO[case]
     changes = {
         **{"engine": "deepspeed", "train__precision": "fp32"},
-        **{"deepspeed__zero_optimization": {"stage": stage, **SMALL_BUCKETS, **more}},
+        **{"deepspeed__zero_optimization": {"stage": stage, **zero}},
         **changes,
     }
     config = tiny_config(model, **changes)

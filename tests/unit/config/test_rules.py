@@ -161,7 +161,7 @@ BROKEN = {
         ),
         (
             deepspeed(more={"xyzzy": 1}),
-            "there are aio, memory_breakdown, steps_per_print, wall_clock_breakdown, zero_optim",
+            "there are aio, memory_breakdown, wall_clock_breakdown, zero_optimization",
         ),
         (
             deepspeed(more={"gradient_clipping": 0.5}),

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pltmoe.checkpoint.compatible import check_weights
@@ -21,10 +22,11 @@ from pltmoe.hf import convert, shards, verify
 from pltmoe.hf.checkpoint_tensors import CheckpointTensors
 from pltmoe.hf.convert import ExportOptions, export_checkpoint, verify_folder
 from pltmoe.hf.convert_back import import_folder
+from pltmoe.hf.fields import to_hf_fields
 from pltmoe.hf.mapping import rows
 from pltmoe.hf.verify import Verification
 from tests.unit.hf.checkpoints import model_of, run_config, write_checkpoint
-from tests.unit.hf.models import small_model
+from tests.unit.hf.models import random_reference, small_model
 
 QUIET = ExportOptions(progress=False)
 UNCHECKED = ExportOptions(progress=False, verify=False)
@@ -405,6 +407,14 @@ def test_a_folder_that_does_not_fit_the_run(plt_export, tmp_path):
     assert "model.num_loops: folder 2, config 3" in str(error.value)
 
 
+def _store_twice(folder):
+    index = folder / "model.safetensors.index.json"
+    tree = json.loads(index.read_text())
+    tree["weight_map"]["other"] = "z.safetensors"
+    index.write_text(json.dumps(tree))
+    save_file({"model.norm.weight": torch.zeros(16)}, folder / "z.safetensors")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -414,6 +424,9 @@ def test_a_folder_that_does_not_fit_the_run(plt_export, tmp_path):
             lambda f: (f / "model.safetensors.index.json").write_text("{}"),
             "not a safetensors index",
         ),
+        (lambda f: (f / "model.safetensors.index.json").write_text("[]"), "not a JSON object"),
+        (lambda f: (f / "config.json").write_text("null"), "not a JSON object: None"),
+        (_store_twice, "norm.weight is in another file of the folder, too"),
         (lambda f: next(f.glob("*.safetensors")).write_bytes(b"123"), "cannot be read"),
     ],
 )
@@ -426,9 +439,36 @@ def test_a_broken_folder_is_reported(damage, message, plt_export, tmp_path):
     assert not (tmp_path / "back").exists()
 
 
-def test_missing_and_unknown_tensors_of_a_folder(plt_export, tmp_path):
-    from safetensors.torch import save_file
+@pytest.mark.parametrize(
+    ("name", "edit", "message"),
+    [
+        ("plt2", lambda x: x.to(torch.int8), "is I8; only F64, .* .quantised weights cannot"),
+        ("plt2", lambda x: x.bfloat16(), "experts.1.*is BF16; a checkpoint has one type: choose"),
+        ("tied", None, "lm_head.weight is not model.embed_tokens.weight, but tie_word_embeddings"),
+    ],
+)
+def test_what_a_checkpoint_cannot_hold(name, edit, message, tmp_path):
+    """Expert 1 of another type than the rest; a tied model with a head of its own."""
+    m, folder = model_of(name), tmp_path / "hf"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_fields(m)))
+    weights = dict(random_reference(m, dtype=torch.float32).state_dict())
+    for key, value in weights.items():
+        weights[key] = edit(value) if edit and "experts.1." in key else value.clone()
+    if edit is None:
+        save_file(weights, folder / "model.safetensors")  # before any index, as transformers
+        (folder / "model.safetensors.index.json").write_text("{}")
+        import_folder(folder, tmp_path / "repeated", run_config(m))
+        weights["lm_head.weight"] += 1
+    save_file(weights, folder / "model.safetensors")
+    with pytest.raises(ConversionError, match=message):
+        import_folder(folder, tmp_path / "back", run_config(m))
+    assert not (tmp_path / "back").exists()
+    if "type" in message:
+        import_folder(folder, tmp_path / "back", run_config(m), torch.bfloat16)
 
+
+def test_missing_and_unknown_tensors_of_a_folder(plt_export, tmp_path):
     folder = tmp_path / "hf"
     folder.mkdir()
     shutil.copy(plt_export.folder / "config.json", folder)

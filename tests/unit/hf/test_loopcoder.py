@@ -175,10 +175,17 @@ def test_what_is_written(tmp_path):
     [
         ({"architectures": ["IQuestLoopCoderForCausalLM"]}, "V1-Loop. runs its loops without the"),
         ({"architectures": ["LlamaForCausalLM"]}, "only IQuestPLTCoderForCausalLM has this layout"),
-        ({"rope_scaling": {"type": "yarn"}}, "rope_scaling is .* our model has none"),
+        ({"rope_scaling": {"type": "yarn"}}, "only the default rope_type can be converted"),
         ({"mlp_bias": True}, "mlp_bias is True; our model has none"),
-        ({"rope_theta": None}, "rope_theta must be given, and the default kind of RoPE"),
-        ({"num_key_value_heads": 3}, "must be a multiple of num_key_value_heads"),
+        ({"rope_theta": None}, "field missing: rope_parameters.rope_theta"),
+        ({"num_key_value_heads": 3}, "must be a multiple of model.num_kv_heads"),
+        ({"num_attention_heads": 0, "head_dim": None}, "no head_dim, hidden_size 24, num_att"),
+        ({"vocab_size": "many"}, "vocab_size: Input should be a valid integer"),
+        ({"plt_window_size": [4.5, 0]}, r"plt_window_size is \[4.5, 0\]; only \[left, 0\]"),
+        ({"max_position_embeddings": None}, "max_position_embeddings is None, no number"),
+        ({"plt_cross_loop_shift": False}, "plt_cross_loop_shift is False; this layout is not"),
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantization_config is .* not known"),
+        ({"tie_word_embeddings": True}, "lm_head.weight is not model.embed_tokens.weight, but"),
         ({"hidden_size": 32}, r"has shape \[47, 24\], but config.json says \[47, 32\]"),
         ({"plt_gate_use_hidden_states": False}, "unknown to the model configuration"),
     ],
@@ -189,6 +196,19 @@ def test_what_cannot_be_converted_is_named(changes, message, tmp_path):
     with pytest.raises(ConversionError, match=message):
         convert_loopcoder(tmp_path / "theirs", tmp_path / "ours", progress=False)
     assert not (tmp_path / "ours").exists()
+
+
+def test_with_one_loop_it_is_a_plain_decoder(tmp_path):
+    """The released R = 1 keeps the fields of what is between loops; they mean nothing there."""
+    fields = FIELDS | {"plt_num_loops": 1}
+    weights = {name: x for name, x in random_weights(fields).items() if "plt_gate" not in name}
+    write_folder(tmp_path / "theirs", fields, weights)
+    convert_loopcoder(tmp_path / "theirs", tmp_path / "ours", progress=False)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "ours", trust_remote_code=True, dtype=torch.float64
+    )
+    ids = torch.randint(4, 47, (1, 30))
+    assert (model(ids).logits[0] - described_model(weights, fields, ids[0])).abs().max() < 1e-10
 
 
 def test_missing_fields_and_tensors_are_named(tmp_path):

@@ -120,19 +120,19 @@ def test_refused_by_name(folder):
     shard = sorted(folder.glob("model-*.safetensors"))[0]
     kept = folder / "kept"
     shutil.move(shard, kept)
-    with pytest.raises(ConversionError, match=f"a file of the index is missing: {shard.name}"):
+    with pytest.raises(ConversionError, match=f"{shard.name}: cannot be read .No such file"):
         load_weights(folder)
     shard.write_bytes(kept.read_bytes()[:100])
-    with pytest.raises(ConversionError, match="the weights cannot be read"):
+    with pytest.raises(ConversionError, match="safetensors: cannot be read"):
         load_weights(folder)
     (folder / "model.safetensors.index.json").write_text("{")
-    with pytest.raises(ConversionError, match="json is not JSON"):
+    with pytest.raises(ConversionError, match="index.json: cannot be read"):
         load_weights(folder)
     (folder / "model.safetensors.index.json").unlink()
-    with pytest.raises(ConversionError, match="holds no weights: neither"):
+    with pytest.raises(ConversionError, match="neither .* nor model.safetensors"):
         load_weights(folder)
     (folder / "model.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(ConversionError, match="the weights cannot be read"):
+    with pytest.raises(ConversionError, match="safetensors: cannot be read"):
         load_weights(folder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sentencepiece import SentencePieceTrainer
 
 from tests.launch import REPOSITORY
 
@@ -88,7 +89,7 @@ def test_a_setting_behind_timeline_is_not_taken_for_its_picture():
     assert "'parallel.pipeline_parallel_size=2' is no picture: write --timeline" in done.stderr
 
 
-def test_missing_files_of_a_run_are_one_error(tmp_path: Path):
+def test_files_of_a_run_that_are_missing_or_do_not_fit_are_one_error(tmp_path: Path):
     data = (f"data.tokenizer={tmp_path}/t.model", f"data.train=[{{path: {tmp_path}/a.v1}}]")
     done = plan("--config", PLT, "--data", *data)
     assert done.returncode == 2 and not done.stdout
@@ -98,7 +99,15 @@ def test_missing_files_of_a_run_are_one_error(tmp_path: Path):
     for name in ("t.model", "a.v1.bin", "a.v1.idx"):
         (tmp_path / name).write_text("")
     done = plan("--config", PLT, "--data", *data)
+    assert f"{tmp_path}/t.model: not a sentencepiece model" in done.stderr
+    (tmp_path / "text").write_text("".join(map(chr, range(33, 127))))
+    SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "t"),
+                               vocab_size=100, model_type="char", minloglevel=2)  # fmt: skip
+    done = plan("--config", PLT, "--data", *data)
     assert done.returncode == 0, done.stderr
     done = plan("--config", PLT, "--data", *data, f"data.valid=[{{path: {tmp_path}/b}}]",
                 "data.split=null")  # fmt: skip
     assert f"no such file: {tmp_path}/b.bin (data.valid)" in done.stderr
+    done = plan("--config", PLT, "--data", *data, "model.vocab_size=64")
+    message = f"(64) is smaller than the vocabulary (98) of data.tokenizer {tmp_path}/t.model"
+    assert done.returncode == 2 and f"model.vocab_size {message}" in done.stderr
