@@ -9,10 +9,12 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorProperties
 
 from pltmoe.checkpoint.folders import step_folder
 from pltmoe.checkpoint.manifest import Manifest
@@ -80,3 +82,20 @@ def load_state(directory: Path, state: dict[str, Any]) -> dict[str, Any]:
         )
     except _UNREADABLE as error:
         raise CheckpointError(f"{directory}: cannot be loaded: {reason(error)}") from error
+
+
+def check_torch() -> None:
+    """Refuse a PyTorch with which Megatron-core writes checkpoints that it cannot read.
+
+    It makes a tensor of each one's properties; 0.19.2 with PyTorch 2.15: they have ``strides``.
+
+    Raises:
+        CheckpointError: this is one.
+    """
+    try:
+        torch.empty(1, **vars(TensorProperties()), device="meta")
+    except TypeError as error:
+        raise CheckpointError(
+            f"torch {torch.__version__} is too new: Megatron-core could not read the checkpoints "
+            f"it writes with it ({error}); pip install 'torch<2.15'"
+        ) from error

@@ -146,6 +146,7 @@ def _find_start(config: RunConfig) -> Start:
 
 def _prepare_folder(config: RunConfig) -> None:
     """Delete what a crash left half-written in the output folder; look where MLflow is to be."""
+    store.check_torch()
     if config.tracking.mlflow_uri is not None:
         usable_uri(config.tracking.mlflow_uri)
     folder = config.train.output_dir

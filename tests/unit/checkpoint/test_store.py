@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,13 @@ def test_another_shape_and_a_missing_tensor(saved):
     other = {"gate": ShardedTensor.from_rank_offsets("model.gate", torch.zeros(4))}
     with pytest.raises(CheckpointError, match="cannot be loaded: .*model.gate"):
         store.load_state(folder, other)
+
+
+def test_a_torch_whose_checkpoints_cannot_be_read(monkeypatch):
+    store.check_torch()
+    monkeypatch.setattr(store, "TensorProperties", lambda: SimpleNamespace(strides=(1,)))
+    with pytest.raises(CheckpointError, match="Megatron-core could not read the checkpoints"):
+        store.check_torch()
 
 
 def test_latest_that_names_nothing_falls_back(fake_checkpoint, tmp_path, caplog):
