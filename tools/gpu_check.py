@@ -11,6 +11,16 @@ that failed at this commit are tried again when all others have a result. A part
 as much time is left as it is thought to take; one that takes twice as long has failed. After each,
 the pages docs/gpu_results.md and docs/profile.md and the picture docs/gpu_learning.png are made
 from what was measured; a part that was not run is said to be not run.
+
+A machine without a network needs as wheels what it lacks of the packages in setup.py (MLflow,
+nvidia-ml-py and backports.zstd may be missing: no part needs them), pytest and pytest-xdist; for
+Transformer Engine transformer-engine, transformer-engine-cu13, transformer-engine-torch (built
+against its PyTorch), einops and onnxscript; for DeepSpeed hjson, msgpack and py-cpuinfo. There:
+
+    python -m pip install --no-index --no-deps --target SITE *.whl
+    PYTHONPATH=SITE:. PLTMOE_COMMIT=$COMMIT python tools/gpu_check.py --minutes 9.5
+
+PLTMOE_COMMIT names the sources where they came without their repository.
 """
 
 import argparse

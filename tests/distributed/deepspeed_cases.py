@@ -185,7 +185,7 @@ def refused(case: str) -> str:
     """Try to build an engine that cannot be; return what it says."""
     zero = {"stage": 1}
     if case == "wrong value":
-        zero["reduce_bucket_size"] = 0.5
+        zero |= {"stage": 2, "reduce_bucket_size": 0.5}
     if case == "no compiler":
         zero["offload_optimizer"] = {"device": "cpu"}
     if case == "bf16 by itself":
