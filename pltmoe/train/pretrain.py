@@ -133,7 +133,7 @@ class Data:
 
 def _find_start(config: RunConfig) -> Start:
     """Prepare the output folder and look for a checkpoint in it; the same answer on all ranks."""
-
+    distributed.on_main(store.check_torch)
     distributed.on_main(lambda: _prepare_folder(config))
     fingerprints = distributed.on_main(lambda: fingerprints_of(config.data.train))
     newest = newest_intact(config.train.output_dir, config.checkpoint.verify)
@@ -146,7 +146,6 @@ def _find_start(config: RunConfig) -> Start:
 
 def _prepare_folder(config: RunConfig) -> None:
     """Delete what a crash left half-written in the output folder; look where MLflow is to be."""
-    store.check_torch()
     if config.tracking.mlflow_uri is not None:
         usable_uri(config.tracking.mlflow_uri)
     folder = config.train.output_dir

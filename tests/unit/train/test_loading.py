@@ -1,4 +1,4 @@
-"""Which parts of a checkpoint a run asks for."""
+"""Where a run starts, and which parts of a checkpoint it asks for."""
 
 import logging
 from pathlib import Path
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from pltmoe.checkpoint.manifest import Manifest
+from pltmoe.errors import CheckpointError
 from pltmoe.train import pretrain
 from tests.distributed.tiny import tiny_config
 
@@ -48,3 +49,19 @@ def test_scales_of_fp8_come_back_in_the_same_layout(
     assert found["asked"] == asked
     message = f"FP8 scales begin anew: {start.folder} has none for this layout"
     assert (message in caplog.text) == warned
+
+
+def test_a_torch_that_cannot_read_its_checkpoints_ends_the_run_before_anything_is_touched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    half_written = tmp_path / "checkpoints" / ".writing_step_00000002"
+    half_written.mkdir(parents=True)
+
+    def refuse() -> None:
+        raise CheckpointError("torch 2.15.0 is too new")
+
+    monkeypatch.setattr(pretrain.distributed, "on_main", lambda call: call())
+    monkeypatch.setattr(pretrain.store, "check_torch", refuse)
+    with pytest.raises(CheckpointError, match="torch 2.15.0 is too new"):
+        pretrain._find_start(tiny_config(train__output_dir=tmp_path))
+    assert half_written.exists()
