@@ -175,8 +175,9 @@ install_uv() {
 install_with_uv() (
     eval "$(pip_settings_for_uv)"
     export UV_HTTP_TIMEOUT=${UV_HTTP_TIMEOUT:-300}
-    # Like pip: the best version of all indexes, not all versions of the first index.
-    retry "uv" "$VENV/bin/uv" pip install --python "$VENV/bin/python" \
+    # Like pip: the best version of all indexes, not all versions of the first index; and compiled,
+    # for where each process would else do it again (PYTHONDONTWRITEBYTECODE, read-only disks).
+    retry "uv" "$VENV/bin/uv" pip install --python "$VENV/bin/python" --compile-bytecode \
         --index-strategy unsafe-best-match -c "$LOCK" -b "$LOCK" -e '.[test,eval,deepspeed]'
 )
 
