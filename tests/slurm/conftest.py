@@ -1,5 +1,6 @@
 """One real Slurm cluster and one tiny run's files for all tests of this folder."""
 
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pltmoe.tracking.legs import BRANCHES_TAG
 from tests.launch import REPOSITORY
 from tests.slurm.cluster import Cluster, wait_until, why_not
 
@@ -122,7 +124,10 @@ class Site:
         return "\n".join(f"{p.name}\n{p.read_text()[-6000:]}" for p in self.folder.glob("job-*"))
 
     def mlflow_runs(self) -> dict[str, tuple[str, list[int]]]:
-        """Runs in the store: name -> (status, steps of train/loss in the order of logging)."""
+        """Runs in the store: name -> (status, steps of train/loss, sorted, of no branch given up).
+
+        A leg that crashed may have sent steps which the next one, with other settings, did again.
+        """
         from mlflow import MlflowClient
 
         client = MlflowClient(self.store)
@@ -131,8 +136,10 @@ class Site:
         assert len(names) == len(set(names)), f"a run was begun twice: {names}"
         found = {}
         for run in runs:
-            history = client.get_metric_history(run.info.run_id, "train/loss")
-            found[run.info.run_name] = (run.info.status, sorted(m.step for m in history))
+            points = client.get_metric_history(run.info.run_id, "train/loss")
+            for time_s, step in json.loads(run.data.tags.get(BRANCHES_TAG, "[]")):
+                points = [m for m in points if m.step <= step or m.timestamp >= 1000 * time_s]
+            found[run.info.run_name] = (run.info.status, sorted(m.step for m in points))
         return found
 
 
