@@ -14,7 +14,7 @@
 schedule unless ``optimizer.decay_steps`` is given; another end is another learning rate at every
 step, so it counts as a change of ``optimizer.decay_steps``. Where the schedule stays the same, a
 run may be made longer or shorter. (*) Expert biases are part of the function: that they are left
-behind (a rate of 0) must be accepted, too.
+behind (a rate of 0) must be accepted, too; so must another tokenizer, whose ids are other text.
 """
 
 import logging
@@ -22,7 +22,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pltmoe.checkpoint.manifest import Manifest
+from pltmoe.checkpoint.manifest import TOKENIZER, Manifest
 from pltmoe.config import RunConfig, config_to_dict
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.devices import precision_name
@@ -120,8 +120,8 @@ def check_weights(directory: Path, manifest: Manifest, config: RunConfig) -> Non
     """Check that the weights in ``directory`` have the shapes of ``config.model``.
 
     Raises:
-        CheckpointError: fields differ, or expert biases, by which the model chooses its experts,
-            would be left behind.
+        CheckpointError: fields differ, expert biases, by which the model chooses its experts,
+            would be left behind, or the tokenizer is another one.
     """
     changed = _changed(_shapes(manifest.config), _shapes(config))
     if changed:
@@ -135,6 +135,13 @@ def check_weights(directory: Path, manifest: Manifest, config: RunConfig) -> Non
             f"the model in {directory} chooses its experts with biases (checkpoint {_BIAS} "
             f"{theirs.moe_expert_bias_update_rate}, config {rate}): set the same rate or another, "
             "or leave the biases behind with checkpoint.accept_changes=[" + _BIAS + "]"
+        )
+    trained, used = manifest.tokenizer_sha256, config.data.tokenizer
+    if trained and trained != sha256_of(used) and not _accepts(config, "data.tokenizer"):
+        raise CheckpointError(
+            f"the model in {directory} was trained with another tokenizer than data.tokenizer "
+            f"({used}), whose ids are other text: use {directory / TOKENIZER} and data made with "
+            "it, or accept the change with checkpoint.accept_changes=[data.tokenizer]"
         )
 
 

@@ -199,3 +199,14 @@ def test_weights_do_not_lose_expert_biases_unnoticed():
         check_weights(FOLDER, Manifest(config=tiny_config(), step=5), tiny_config(without))
     accepts = tiny_config(without, checkpoint__accept_changes=[path])
     check_weights(FOLDER, Manifest(config=tiny_config(), step=5), accepts)
+
+
+def test_weights_are_not_used_with_another_tokenizer_unnoticed(tokenizer):
+    config = tiny_config(data__tokenizer=str(tokenizer))
+    same, other = (Manifest(config=config, tokenizer_sha256=it) for it in
+                   (sha256_of(tokenizer), "0" * 64))  # fmt: skip
+    check_weights(FOLDER, same, config)
+    with pytest.raises(CheckpointError, match="was trained with another tokenizer than data.token"):
+        check_weights(FOLDER, other, config)
+    accepts = {"checkpoint__accept_changes": ["data.tokenizer"]}
+    check_weights(FOLDER, other, tiny_config(data__tokenizer=str(tokenizer), **accepts))
