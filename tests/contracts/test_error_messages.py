@@ -43,7 +43,7 @@ def raise_sites() -> Iterator[tuple[str, list[str]]]:
 
 
 @cache
-def tested() -> str:
+def strings_of_tests() -> str:
     """All strings of all tests, as words."""
     texts = []
     for path in sorted((REPOSITORY / "tests").rglob("*.py")):
@@ -64,6 +64,6 @@ def test_message_is_met_by_a_test(where: str, pieces: list[str]):
         size = min(3, len(parts))
         for start in range(len(parts) - size + 1):
             chunk = " ".join(parts[start : start + size])
-            if size >= 2 and f" {chunk} " in tested():
+            if size >= 2 and f" {chunk} " in strings_of_tests():
                 return
     raise AssertionError(f"{where}: no test quotes {[p for p in pieces if p]}")
