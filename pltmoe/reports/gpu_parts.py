@@ -7,14 +7,33 @@ MODELS = ("vanilla", "loop2", "plt2")
 RECIPES = ("tensorwise", "delayed", "blockwise")
 """Of FP8, on Hopper."""
 TRANSFORMER_ENGINE = "Transformer Engine"
-FULL = {
+PRECISIONS = {
     "bf16": "train.precision=bf16",
     "bf16-fused": "train.precision=bf16 train.gradient_accumulation_fusion=true",
     "tensorwise": "train.precision=fp8 train.fp8_recipe=tensorwise",
     "delayed": "train.precision=fp8 train.fp8_recipe=delayed",
     "blockwise": "train.precision=fp8 train.fp8_recipe=blockwise",
 }
-"""What the model that fills the device is timed in."""
+"""What the models that fill the device are timed in."""
+FULL = {
+    "fine": ("ten layers of 1B/7B", "model.num_layers=10"),
+    "wide": (
+        "four layers as wide as Phi-3.5-MoE's",
+        "model.num_layers=4 model.hidden_size=4096 model.num_attention_heads=32 "
+        "model.num_kv_heads=8 model.num_experts=16 model.moe_top_k=2 "
+        "model.moe_ffn_hidden_size=6400",
+    ),
+}
+"""Two PLT-2 that fill 139 GiB, in words and as changes of configs/plt_moe_1b_7b.yaml. The paper's
+layers, 8 of 64 experts: 4.33B parameters, 0.81B active. And layers of a public model, 2 of 16
+experts: 5.47B, 1.07B active. There a token's products are larger beside what only moves."""
+FULL_SIZES = (
+    "--config configs/plt_moe_1b_7b.yaml --rounds 8 --profile parallel.expert_parallel_size=1 "
+    "train.global_batch_size=32"
+)
+FULL_MICRO_BATCHES = (4, 2)
+"""The first that fits is measured. tools/plan.py expects of 4 at most 120 GiB in bf16 and 130 GiB
+in FP8, of 130 GiB that are usable."""
 LEARN_STEPS = 150
 SEEDS = (1, 2)
 NORMED = "model.normalize_per_loop=true model.hidden_scale=0.053"
@@ -38,13 +57,6 @@ LEARN_SIZES = (
     "parallel.expert_parallel_size=1 optimizer.lr=0.001 optimizer.min_lr=0.0001"
 )
 """100M active of 0.7B parameters."""
-FULL_SIZES = (
-    "--config configs/plt_moe_1b_7b.yaml --rounds 8 --profile parallel.expert_parallel_size=1 "
-    "model.num_layers=10 train.global_batch_size=32"
-)
-"""One model that fills 139 GiB: 4.33B parameters of 18 bytes, 0.81B active."""
-FULL_MICRO_BATCHES = (4, 2)
-"""The first that fits is measured. tools/plan.py expects of 4 118 GiB in bf16, 126 GiB in FP8."""
 SPEED_SIZES = (
     "--config configs/plt_moe_1b_7b.yaml --rounds 10 parallel.expert_parallel_size=1 "
     "model.num_layers=4 model.vocab_size=8192 train.micro_batch_size=2 train.global_batch_size=64"
@@ -89,26 +101,27 @@ def _pretrain(model: str, name: str, more: str = "") -> str:
     ).strip()
 
 
-def full_name(precision: str) -> str:
-    """Return a precision of FULL in words."""
+def precision_words(precision: str) -> str:
+    """Return one of PRECISIONS in words."""
     in_words = {"bf16": "bf16", "bf16-fused": "bf16, weight gradients added inside the products"}
     return in_words.get(precision, f"FP8 {precision}")
 
 
-def _full(precision: str) -> Part:
+def _full(model: str, precision: str) -> Part:
     """Time one model that fills the device, in a process of its own."""
-    command = "{python} tools/benchmark_train.py --compare mfu --output $WORK/mfu-" + precision
+    name, (words, sizes) = f"mfu-{model}-{precision}", FULL[model]
     large, small = (
-        f"{command} {FULL_SIZES} train.micro_batch_size={size} {FULL[precision]}"
+        f"{{python}} tools/benchmark_train.py --compare mfu --output $WORK/{name} {FULL_SIZES} "
+        f"{sizes} train.micro_batch_size={size} {PRECISIONS[precision]}"
         for size in FULL_MICRO_BATCHES
     )
-    what = f"MFU of PLT-2, ten layers of 1B/7B, {full_name(precision)}"
+    what = f"MFU of PLT-2, {words}, {precision_words(precision)}"
     more = "set -o pipefail; export PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True; "
-    log = f"$WORK/mfu-{precision}.first"
+    log = f"$WORK/{name}.first"
     too_large = f"grep -qiE 'out of memory|ALLOC_FAILED' {log}"  # of PyTorch and CUDA, of cuBLAS
     tries = f"{large} 2>&1 | tee {log} || {{{{ {too_large} && {small}; }}}}"
     needs = "" if precision == "bf16" else TRANSFORMER_ENGINE
-    return Part(f"mfu-{precision}", what, (more + tries,), needs=needs, seconds=150)
+    return Part(name, what, (more + tries,), needs=needs, seconds=150)
 
 
 def _learning(name: str, seed: int) -> Part:
@@ -147,7 +160,8 @@ def decode_folder(name: str) -> str:
 
 
 PARTS = (
-    *(_full(precision) for precision in ("bf16", "tensorwise")),
+    _full("fine", "bf16"),
+    *(_full("wide", precision) for precision in ("bf16", "tensorwise")),
     Part(
         "speed",
         "PLT-2 step / vanilla step, and our vanilla step / Megatron-core's, four layers of 1B/7B",
@@ -163,7 +177,7 @@ PARTS = (
         (" ".join([f"{PYTEST} tests/gpu", *(f"--ignore tests/gpu/{file}" for file in APART)]),),
         seconds=200,
     ),
-    *(_full(precision) for precision in ("delayed", "bf16-fused")),
+    *(_full("wide", precision) for precision in ("delayed", "bf16-fused")),
     Part(
         "train",
         f"{TRAIN_STEPS} steps of the quickstart's three models in bf16 on one GPU",
@@ -210,7 +224,9 @@ PARTS = (
         "tests/gpu/test_training.py: runs that resume, repeat, or began on a CPU",
         (f"{PYTEST} tests/gpu/test_training.py",),
     ),
-    _full("blockwise"),
+    _full("fine", "tensorwise"),
+    _full("wide", "blockwise"),
+    *(_full("fine", precision) for precision in ("delayed", "bf16-fused", "blockwise")),
     Part(
         "speed-fp8",
         "a step of the same PLT-2 in FP8 / in bf16",
@@ -296,8 +312,9 @@ PROFILES = (
     ("PLT-2 and vanilla, four layers of 1B/7B", "speed", "loops"),
     ("Our vanilla model and Megatron-core's, four layers", "speed", "megatron"),
     *(
-        (f"PLT-2, ten layers of 1B/7B, {full_name(precision)}", f"mfu-{precision}", "mfu")
-        for precision in FULL
+        (f"PLT-2, {words}, {precision_words(precision)}", f"mfu-{model}-{precision}", "mfu")
+        for model, (words, _) in FULL.items()
+        for precision in PRECISIONS
     ),
     ("PLT-2 in FP8 and in bf16, four layers", "speed", "precision"),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
-from pltmoe.reports.gpu_parts import FULL, RECIPES, TRAIN_STEPS, full_name
+from pltmoe.reports.gpu_parts import FULL, PRECISIONS, RECIPES, TRAIN_STEPS, precision_words
 from pltmoe.reports.markdown import table
 from pltmoe.reports.runs import read_run
 
@@ -63,18 +63,8 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _targets() -> list[Target]:
-    mfu = ("mfu-bf16/mfu.json",)
     return [
-        *(
-            Target(f"MFU, {full_name(precision)}", "at least 45 %", (f"mfu-{precision}/mfu.json",),
-                   _mfu, lambda x: x >= 0.45, ".1%")
-            for precision in FULL if precision.startswith("bf16")
-        ),
-        *(
-            Target(f"{full_name(recipe)} / bf16, tokens per second", "at least 1.25",
-                   (f"mfu-{recipe}/mfu.json", *mfu), _faster, lambda x: x >= 1.25)
-            for recipe in FULL if not recipe.startswith("bf16")
-        ),
+        *(target for model, (words, _) in FULL.items() for target in _full_targets(model, words)),
         *(
             Target(f"FP8 {recipe}, loss curve of {TRAIN_STEPS} steps beside bf16's",
                    "within 1 %", (f"runs/plt2-{recipe}/metrics.jsonl", "runs/plt2/metrics.jsonl"),
@@ -85,6 +75,19 @@ def _targets() -> list[Target]:
                lambda x: x <= 2.05),
         Target("our vanilla step / Megatron-core's", "at most 1.0", ("speed/megatron.json",),
                _ratio, lambda x: x <= 1.0),
+    ]  # fmt: skip
+
+
+def _full_targets(model: str, words: str) -> list[Target]:
+    """Return those of one model that fills the device."""
+    file = {precision: f"mfu-{model}-{precision}/mfu.json" for precision in PRECISIONS}
+    return [
+        Target(f"MFU, {words}, {precision_words(precision)}", "at least 45 %", (path,), _mfu,
+               lambda x: x >= 0.45, ".1%")
+        if precision.startswith("bf16")
+        else Target(f"{precision_words(precision)} / bf16, {words}, tokens per second",
+                    "at least 1.25", (path, file["bf16"]), _faster, lambda x: x >= 1.25)
+        for precision, path in file.items()
     ]  # fmt: skip
 
 

@@ -97,8 +97,8 @@ def test_what_tells_most_comes_first_and_data_before_their_use(gpu_check: Module
     names = [part.name for part in gpu_parts.PARTS]
     assert len(set(names)) == len(names)
     kinds = [
-        "mfu-bf16",
-        "mfu-tensorwise",
+        "mfu-wide-bf16",
+        "mfu-wide-tensorwise",
         "speed",
         "tests",
         "train",
@@ -219,8 +219,8 @@ def test_files_of_older_sources_cost_their_text_alone(
     logged(tmp_path / "learn", {"row1": 3.0})
     for file in (tmp_path / "learn").glob("*/config.yaml"):
         file.write_text(file.read_text().replace("num_loops:", "number_of_loops:", 1))
-    (tmp_path / "mfu-bf16").mkdir()
-    (tmp_path / "mfu-bf16/mfu.json").write_text("{}")
+    (tmp_path / "mfu-fine-bf16").mkdir()
+    (tmp_path / "mfu-fine-bf16/mfu.json").write_text("{}")
     page = suite(noted("a"), noted("b"))
     assert "## Learning\n\nCannot say what was measured: ConfigError: " in page
     assert "## Targets\n\nCannot say what was measured: KeyError: " in page
@@ -239,8 +239,9 @@ def test_what_needs_software_that_is_not_there_is_not_run(
     assert "Passed in" in suite(part), "it is there now"
     assert "Passed in" in suite(part, **{engine: why}), "what was measured stays"
     needed = {part.name for part in gpu_parts.PARTS if part.needs == engine}
-    fp8 = {f"mfu-{name}" for name in ("bf16-fused", *gpu_parts.RECIPES)}
-    assert needed == fp8 | {"fp8", "speed-fp8"}
+    mfu = {f"mfu-{model}-{name}" for model in gpu_parts.FULL for name in gpu_parts.PRECISIONS}
+    plain = {f"mfu-{model}-bf16" for model in gpu_parts.FULL}
+    assert needed == (mfu - plain) | {"fp8", "speed-fp8"}
 
 
 def test_a_part_that_cannot_say_what_it_measured_failed(
@@ -277,7 +278,7 @@ def test_only_what_does_not_fit_is_tried_with_a_smaller_micro_batch(
     gpu_check: ModuleType, tmp_path: Path
 ) -> None:
     """Any other failure would come again, and hide the first one's message."""
-    part = next(part for part in gpu_parts.PARTS if part.name == "mfu-bf16")
+    part = next(part for part in gpu_parts.PARTS if part.name == "mfu-wide-bf16")
     fake = tmp_path / "python"
     fake.write_text('#!/bin/sh\necho "$@" >> $WORK/calls; echo "$SAYS"; exit 1\n')
     fake.chmod(0o755)
@@ -347,8 +348,9 @@ def report(folder: Path, name: str, ratio: float | None, mfu: float | None, spee
 
 
 def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path: Path) -> None:
-    report(tmp_path / "mfu-bf16", "mfu", None, 0.43, 1000.0)
-    report(tmp_path / "mfu-blockwise", "mfu", None, 0.55, 1300.0)
+    report(tmp_path / "mfu-fine-bf16", "mfu", None, 0.43, 1000.0)
+    report(tmp_path / "mfu-wide-bf16", "mfu", None, 0.5, 1000.0)
+    report(tmp_path / "mfu-wide-blockwise", "mfu", None, 0.55, 1300.0)
     report(tmp_path / "speed", "loops", 2.01, None, 1.0)
     runs = logged(
         tmp_path / "runs", {"plt2": 3.0, "plt2-delayed": 3.02, "plt2-blockwise": 3.5}, (1,)
@@ -356,15 +358,23 @@ def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path:
     for folder in list(runs.iterdir()):
         folder.rename(folder.with_name(folder.name.removesuffix("-seed1")))
     curve = ", loss curve of 200 steps beside bf16's"
-    fused = "MFU, bf16, weight gradients added inside the products"
+    fine, wide = (words for words, _ in gpu_parts.FULL.values())
+    inside = "bf16, weight gradients added inside the products"
     text = gpu_check._page(tmp_path, {}).split("## Targets\n\n")[1].split("\n\n")[0]
+    faster = "tokens per second"
     assert cells(text) == [
         ["what", "wanted", "measured", "", "commit"],
-        ["MFU, bf16", "at least 45 %", "43.0%", "MISSED", "abc"],
-        [fused, "at least 45 %", "not run", "", ""],
-        ["FP8 tensorwise / bf16, tokens per second", "at least 1.25", "not run", "", ""],
-        ["FP8 delayed / bf16, tokens per second", "at least 1.25", "not run", "", ""],
-        ["FP8 blockwise / bf16, tokens per second", "at least 1.25", "1.300", "met", "abc"],
+        [f"MFU, {fine}, bf16", "at least 45 %", "43.0%", "MISSED", "abc"],
+        [f"MFU, {fine}, {inside}", "at least 45 %", "not run", "", ""],
+        *(
+            [f"FP8 {recipe} / bf16, {fine}, {faster}", "at least 1.25", "not run", "", ""]
+            for recipe in gpu_parts.RECIPES
+        ),
+        [f"MFU, {wide}, bf16", "at least 45 %", "50.0%", "met", "abc"],
+        [f"MFU, {wide}, {inside}", "at least 45 %", "not run", "", ""],
+        [f"FP8 tensorwise / bf16, {wide}, {faster}", "at least 1.25", "not run", "", ""],
+        [f"FP8 delayed / bf16, {wide}, {faster}", "at least 1.25", "not run", "", ""],
+        [f"FP8 blockwise / bf16, {wide}, {faster}", "at least 1.25", "1.300", "met", "abc"],
         [f"FP8 tensorwise{curve}", "within 1 %", "not run", "", ""],
         [f"FP8 delayed{curve}", "within 1 %", "0.65%", "met", "unknown"],
         [f"FP8 blockwise{curve}", "within 1 %", "16.22%", "MISSED", "unknown"],
@@ -373,11 +383,11 @@ def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path:
     ]
     lines = (runs / "plt2-delayed/metrics.jsonl").read_text().splitlines()
     (runs / "plt2-delayed/metrics.jsonl").write_text("\n".join(lines[:-1]))
-    report(tmp_path / "mfu-bf16", "mfu", None, None, 1000.0)
+    report(tmp_path / "mfu-fine-bf16", "mfu", None, None, 1000.0)
     page = gpu_check._page(tmp_path, {})
     assert "| unknown  | a run ended early |" in page, "nobody knows what it would have come to"
     assert "| unknown  | no listed peak " in page
-    assert gpu_check._summary("mfu-bf16", tmp_path, "") == "### mfu: text\n"
+    assert gpu_check._summary("mfu-fine-bf16", tmp_path, "") == "### mfu: text\n"
 
 
 def test_targets_are_the_benchmarks_goals() -> None:
@@ -401,7 +411,7 @@ def test_pages_and_picture_are_made_from_what_was_measured(
     profiles = (tmp_path / "docs/profile.md").read_text()
     assert not_run(profiles) == [title for title, _, _ in gpu_parts.PROFILES]
     assert not (tmp_path / "docs/gpu_learning.png").exists()
-    report(tmp_path / "mfu-bf16", "mfu", None, 0.43, 1000.0)
+    report(tmp_path / "mfu-fine-bf16", "mfu", None, 0.43, 1000.0)
     logged(tmp_path / "learn", {"row1": 3.0, "row4": 2.9, "plt2-normed": 2.8})
     gpu_check._write_pages(tmp_path, page)
     profiles = (tmp_path / "docs/profile.md").read_text()
@@ -420,7 +430,7 @@ def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
     from pltmoe.config import load_config
     from pltmoe.train.benchmark.configs import check
 
-    seen, sizes = 0, set()
+    seen, sizes = 0, {model: set() for model in gpu_parts.FULL}
     for part in gpu_parts.PARTS:
         for command in [
             one
@@ -449,25 +459,28 @@ def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
                 assert str(config.train.output_dir).endswith(part.name.removeprefix("learn-"))
                 assert config.train.steps % config.train.eval_interval == 0, "ends validated"
             if part.name.startswith("mfu-"):
-                is_bf16 = part.name.startswith("mfu-bf16")
+                is_bf16 = "-bf16" in part.name
                 assert config.train.precision == ("bf16" if is_bf16 else "fp8")
                 assert is_bf16 or part.name.endswith(config.train.fp8_recipe)
                 assert config.train.gradient_accumulation_fusion == part.name.endswith("fused")
                 assert "--profile" in words
-                sizes.add((config.train.global_batch_size, config.model.num_layers))
+                size = (config.train.global_batch_size, config.model)
+                sizes[part.name.split("-")[1]].add(str(size))
             seen += 1
-    mfu = 2 * len(gpu_parts.FULL)
+    mfu = 2 * len(gpu_parts.FULL) * len(gpu_parts.PRECISIONS)
     assert seen >= 3 + len(gpu_parts.RECIPES) + 3 + mfu + len(gpu_parts.LEARNING) + 6
-    assert len(sizes) == 1, "the same model and the same tokens in all precisions"
+    for of_model in sizes.values():
+        assert len(of_model) == 1, "the same model and the same tokens in all precisions"
 
 
-def test_the_model_that_fills_the_device_fits_it(gpu_check: ModuleType) -> None:
+@pytest.mark.parametrize("model", gpu_parts.FULL)
+def test_the_models_that_fill_the_device_fit_it(model: str) -> None:
     """As far as tools/plan.py knows; the larger micro batch in FP8 is the tightest."""
     from pltmoe.config import load_config
     from pltmoe.plan import check_fits
 
     for precision in ("bf16", "fp8"):
-        words = gpu_parts.FULL_SIZES.split()
+        words = f"{gpu_parts.FULL_SIZES} {gpu_parts.FULL[model][1]}".split()
         overrides = [word for word in words if "=" in word]
         overrides.append(f"train.micro_batch_size={gpu_parts.FULL_MICRO_BATCHES[0]}")
         config = load_config(words[1], [*overrides, f"train.precision={precision}"])
