@@ -90,7 +90,7 @@ def export_checkpoint(checkpoint: Path, output: Path, options: ExportOptions) ->
             checked = verify_export(folder, tensors, model, dtype)
         name = str(dtype).removeprefix("torch.")
         card = model_card(manifest, fields, name, transformers.__version__, str(checked))
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return Export(checkpoint, output, fields["architectures"][0], checked)
 
 

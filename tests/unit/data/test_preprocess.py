@@ -57,6 +57,9 @@ def test_documents_come_back_each_ended(tmp_path: Path, tokenizer: Tokenizer):
 
 
 def test_manifest_tells_counts_and_hashes(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.jsonl")  # a name in Latin-1
+    odd.write_bytes(jsonl.read_bytes())
+    jsonl = odd
     prefix = tmp_path / "out.v1"
     manifest = preprocess([jsonl], prefix, tokenizer.model_path, _options())
     assert manifest == read_manifest(prefix)
