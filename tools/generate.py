@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from pltmoe.errors import ConfigError, ConversionError, DataError
+from pltmoe.hf.code_cache import check_code_cache
 from pltmoe.inference.engine import Engine, Timing
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.text import TextStream
@@ -256,6 +257,7 @@ def _transformers(args: argparse.Namespace) -> Run:
 
     if args.stop or args.fp8:
         raise ConfigError("--stop and --fp8 are for --engine pltmoe, not for transformers")
+    check_code_cache(read_fields(args.model))
     tokenizer = _tokenizer(args.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(
         args.model, trust_remote_code=True, dtype=args.dtype or "auto"

@@ -89,7 +89,8 @@ class MLflowTracker:
             where = {"host": "unknown", "time": job["started"]}
             self._append_start({}, job["tags"], job["resume_step"], **where)
         settings = flatten(config_to_dict(self._config)) | flatten(params)
-        known_better = {"time": job["started"] for job in jobs[-1:]} | known_better
+        if jobs:
+            known_better = {"time": jobs[-1]["started"]} | known_better
         self._append_start(settings, tags, resume_step, **known_better)
         config_file = self._run_dir / "config.yaml"
         if config_file.exists():
