@@ -61,6 +61,16 @@ def output_file(text: str) -> Path:
         raise ConfigError(f"{path}: cannot be written ({why})") from error
 
 
+def open_closed_streams() -> None:
+    """Put /dev/null where a standard stream is closed (``2>&-``): Python has None there, and the
+    next file that is opened would take its number, and all that libraries write to it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, mode))
+
+
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and leave the process with its exit code (None: 0).
 
@@ -68,6 +78,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     line and 130; no reader of the output (``| head``) is 141. Anything else is a defect and keeps
     its traceback.
     """
+    open_closed_streams()
     faulthandler.enable(2)  # a crash in C code shows the stack of every thread
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if isinstance(sys.stdout, io.TextIOWrapper):

@@ -5,6 +5,7 @@ process runs alone, and no port is opened. NCCL carries GPU tensors and gloo car
 the same group.
 """
 
+import logging
 import os
 import resource
 import socket
@@ -23,6 +24,8 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 # Slurm's numbers for what is no step of srun: the batch script, the shell of salloc, ...
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _MANY_FILES = 65536
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
     if dist.is_initialized():
         return
     _allow_many_connections()
+    _leave_collectives_unchecked()
     backend = "gloo"
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -117,6 +121,17 @@ def _allow_many_connections() -> None:
     enough = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < enough:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+
+
+def _leave_collectives_unchecked() -> None:
+    """Take TORCH_DISTRIBUTED_DEBUG=DETAIL as INFO: the groups that check every call have no
+    reduce-scatter of several tensors."""
+    if dist.get_debug_level() == dist.DebugLevel.DETAIL:
+        logger.warning(
+            "TORCH_DISTRIBUTED_DEBUG=DETAIL counts as INFO: with it PyTorch's groups lack a "
+            "collective that Megatron-core needs"
+        )
+        dist.set_debug_level(dist.DebugLevel.INFO)
 
 
 def require_like_devices(has_gpu: bool) -> None:

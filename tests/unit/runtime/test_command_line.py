@@ -86,6 +86,15 @@ def test_what_is_printed_need_not_be_read_nor_fit_the_terminal() -> None:
         assert ascii(show)[1:-1].encode() in done.stdout
 
 
+def test_streams_may_be_closed(tmp_path: Path) -> None:
+    """Each tool ended at its start, without a word; a file would have got what is printed."""
+    body = f"file = open({str(tmp_path / 'x')!r}, 'w'); print(file.fileno() > 2, file=file)"
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    command = [*shell, sys.executable, "-c", TOOL.format(body=body)]
+    assert subprocess.run(command, cwd=REPOSITORY).returncode == 0
+    assert (tmp_path / "x").read_text() == "True\n"
+
+
 def test_a_tool_needs_no_docstrings() -> None:
     """PYTHONOPTIMIZE=2 takes them away."""
     command = [sys.executable, "-OO", "tools/plan.py", "--help"]

@@ -50,6 +50,20 @@ def test_many_peers_may_be_connected(monkeypatch):
     assert not given
 
 
+def test_checks_that_lack_a_collective_are_turned_down(monkeypatch, caplog):
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL: the first step ended in "does not support reduce_scatter"."""
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
+    before = distributed.dist.get_debug_level()
+    distributed.dist.set_debug_level(distributed.dist.DebugLevel.DETAIL)
+    try:
+        distributed.start(Processes(0, 1, 0))
+        assert distributed.dist.get_debug_level() == distributed.dist.DebugLevel.INFO
+    finally:
+        distributed.dist.set_debug_level(before)
+    assert "DETAIL counts as INFO" in caplog.text
+
+
 def test_without_a_launcher_one_process_runs_alone(environment):
     assert distributed.processes_from_environment() == Processes(0, 1, 0)
     environment("MASTER_ADDR", "127.0.0.1")  # often left over in a shell
