@@ -95,6 +95,15 @@ def test_same_bytes_for_any_parts_and_workers(
     assert _bytes(tmp_path / "a/out") == _bytes(tmp_path / "b/out")
 
 
+def test_a_log_is_not_filled_with_progress(monkeypatch):
+    """Slurm's log of a day had 170,000 updates."""
+    with module._bar("tokenizing", 1, PreprocessOptions()) as bar:
+        assert bar.mininterval == 10.0
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with module._bar("tokenizing", 1, PreprocessOptions()) as bar:
+        assert bar.mininterval == 0.5
+
+
 def test_second_run_reuses(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path, monkeypatch):
     prefix = tmp_path / "out"
     first = preprocess([jsonl], prefix, tokenizer.model_path, _options())
