@@ -41,7 +41,7 @@ def processes_from_environment() -> Processes:
     """Read what the launcher says; a single process when there is no launcher.
 
     Raises:
-        EngineError: the launcher's variables are incomplete or not numbers.
+        EngineError: the launcher's variables are incomplete, or not numbers that can be.
     """
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     if not present or present == ["MASTER_ADDR"] or present == ["MASTER_ADDR", "MASTER_PORT"]:
@@ -53,6 +53,13 @@ def processes_from_environment() -> Processes:
             "torchrun (it sets all of them), or unset them to run a single process"
         )
     rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
+    if not 0 <= rank < world_size:
+        raise EngineError(
+            f"environment variable RANK is {rank}, of WORLD_SIZE {world_size} processes: ranks "
+            "count from 0; start with torchrun (it sets both)"
+        )
+    if not 0 < (port := _integer("MASTER_PORT")) < 2**16:
+        raise EngineError(f"environment variable MASTER_PORT is {port}, expected 1 to 65535")
     return Processes(rank, world_size, _integer("LOCAL_RANK", default=rank))
 
 

@@ -130,6 +130,23 @@ def test_a_rank_that_is_no_number_is_an_error(environment):
         distributed.processes_from_environment()
 
 
+@pytest.mark.parametrize(
+    ("rank", "world_size", "port", "said"),
+    [
+        (5, 2, "29500", "RANK is 5, of WORLD_SIZE 2"),  # it waited half an hour for the others
+        (0, 0, "29500", "RANK is 0, of WORLD_SIZE 0"),
+        (0, 2, "99999", "MASTER_PORT is 99999, expected 1"),
+        (0, 2, "any", "MASTER_PORT is 'any', expected a number"),
+    ],
+)
+def test_numbers_that_cannot_be_are_an_error(environment, rank, world_size, port, said):
+    values = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "a", "MASTER_PORT": port}
+    for name, value in values.items():
+        environment(name, str(value))
+    with pytest.raises(EngineError, match=said):
+        distributed.processes_from_environment()
+
+
 def test_more_processes_than_gpus(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
