@@ -34,6 +34,8 @@ from pltmoe.evaluation.scores import (
     scores_of,
     write_results,
 )
+from pltmoe.hf.code_cache import check_code_cache
+from pltmoe.hf.folder_tensors import read_json
 from pltmoe.runtime.command_line import output_file, positive, run_tool
 from pltmoe.tracking.scores import find_run, log_scores
 
@@ -80,6 +82,7 @@ def _evaluate(args: argparse.Namespace, local: Path) -> list[Score] | None:
         benchmarks = [b for b in benchmarks if b not in LISTS["local"]]
     else:
         check_export(args.model)
+        check_code_cache(read_json(args.model / "config.json"))
     if any(b in LISTS["local"] for b in benchmarks):
         if args.text is None:
             raise ConfigError("--tasks local: is made from a text of yours: --text FILE")

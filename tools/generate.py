@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from pltmoe.errors import ConfigError, ConversionError, DataError
+from pltmoe.hf.code_cache import check_code_cache
 from pltmoe.inference.engine import Engine, Timing
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.text import TextStream
@@ -31,6 +32,7 @@ from pltmoe.runtime.command_line import output_file, positive, run_tool
 
 ENGINES = ("pltmoe", "transformers")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+_NO_TEXT = "is no text in UTF-8: look at its encoding, and at the locale (LC_ALL=C.UTF-8)"
 
 
 @dataclass(frozen=True)
@@ -162,14 +164,22 @@ def _usable_device(name: str) -> str:
 
 
 def _prompts(args: argparse.Namespace) -> list[str] | None:
-    """Return the prompts, or None: they will be typed."""
+    """Return the prompts, or None: they will be typed.
+
+    Raises:
+        DataError: one is empty or no text, or the file of them cannot be read.
+    """
     prompts = list(args.prompt)
-    if args.prompts_file is not None:
-        prompts += list(_lines(args.prompts_file))
-    elif not prompts:
-        if sys.stdin.isatty():
-            return None
-        prompts = [sys.stdin.read().removesuffix("\n")]
+    try:
+        if args.prompts_file is not None:
+            prompts += list(_lines(args.prompts_file))
+        elif not prompts:
+            if sys.stdin.isatty():
+                return None
+            prompts = [sys.stdin.read().removesuffix("\n")]
+        "".join(prompts).encode()
+    except UnicodeError:
+        raise DataError(f"a prompt {_NO_TEXT}") from None
     if any(not prompt for prompt in prompts) or not prompts:
         raise DataError("there is nothing to continue: a prompt is empty")
     return prompts
@@ -256,6 +266,7 @@ def _transformers(args: argparse.Namespace) -> Run:
 
     if args.stop or args.fp8:
         raise ConfigError("--stop and --fp8 are for --engine pltmoe, not for transformers")
+    check_code_cache(read_fields(args.model))
     tokenizer = _tokenizer(args.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(
         args.model, trust_remote_code=True, dtype=args.dtype or "auto"
@@ -296,6 +307,10 @@ def _interactive(run: Run, request: Request) -> None:
     while True:
         try:
             typed = input("> ")
+            typed.encode()
+        except UnicodeError:
+            print(f"error: this {_NO_TEXT}", file=sys.stderr)
+            continue
         except (EOFError, KeyboardInterrupt):
             print(file=sys.stderr)
             return

@@ -62,7 +62,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", type=Path, help="run configuration (YAML)")
     parser.add_argument("--gpus", type=positive, help="GPUs in total")
     parser.add_argument("--gpu", default="H200", help=f"one of {', '.join(GPUS)}")

@@ -14,11 +14,13 @@ import sys
 
 from pltmoe.config import RunConfig, load_config
 from pltmoe.errors import ConfigError, PLTMoEError
+from pltmoe.runtime.command_line import open_closed_streams
 from pltmoe.runtime.logs import configure_logging
 
 
 def main() -> int:
     """Parse the command line, train, and turn every ending into an exit code."""
+    open_closed_streams()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -338,5 +339,5 @@ def _bar(name: str, total: int, options: PreprocessOptions) -> tqdm:
         unit="B",
         unit_scale=True,
         disable=not options.progress,
-        mininterval=0.5,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,  # a job's log of days keeps every line
     )

@@ -29,6 +29,7 @@ from pltmoe.checkpoint.manifest import TOKENIZER, Manifest, read_manifest
 from pltmoe.errors import ConversionError
 from pltmoe.hf import configuration_plt_moe, modeling_plt_moe
 from pltmoe.hf.checkpoint_tensors import CheckpointTensors
+from pltmoe.hf.code_cache import check_code_cache
 from pltmoe.hf.fast_tokenizer import write_tokenizer
 from pltmoe.hf.fields import to_hf_fields
 from pltmoe.hf.mapping import Row, rows
@@ -71,8 +72,8 @@ def export_checkpoint(checkpoint: Path, output: Path, options: ExportOptions) ->
 
     Raises:
         CheckpointError: no complete checkpoint there, or a damaged one.
-        ConversionError: ``output`` is not empty, a tensor does not fit, or logits differ; nothing
-            is left behind.
+        ConversionError: ``output`` is not empty, a tensor does not fit, logits differ, or the
+            user's cache cannot be written; nothing is left behind.
     """
     checkpoint = find_checkpoint(checkpoint)
     manifest = read_manifest(checkpoint)
@@ -81,6 +82,8 @@ def export_checkpoint(checkpoint: Path, output: Path, options: ExportOptions) ->
     tensors = CheckpointTensors(checkpoint, model)
     dtype = options.dtype or tensors.dtype()
     fields = to_hf_fields(model, manifest.config.data.sequence_length)
+    if options.verify:
+        check_code_cache(fields)
     with whole_folder(output) as folder:
         _write_weights(folder, tensors, list(rows(model)), dtype, options)
         ids = _write_tokenizer(folder, checkpoint, manifest, options)
@@ -90,7 +93,7 @@ def export_checkpoint(checkpoint: Path, output: Path, options: ExportOptions) ->
             checked = verify_export(folder, tensors, model, dtype)
         name = str(dtype).removeprefix("torch.")
         card = model_card(manifest, fields, name, transformers.__version__, str(checked))
-        (folder / "README.md").write_text(card)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     return Export(checkpoint, output, fields["architectures"][0], checked)
 
 
@@ -99,14 +102,17 @@ def verify_folder(checkpoint: Path, folder: Path) -> Verification | str:
 
     Raises:
         CheckpointError: no complete checkpoint there.
-        ConversionError: the logits differ, or ``folder`` is no export.
+        ConversionError: the logits differ, ``folder`` is no export, or the user's cache cannot be
+            written.
     """
     checkpoint = find_checkpoint(checkpoint)
     model = read_manifest(checkpoint).config.model
     try:
-        name = json.loads((folder / "config.json").read_text())["dtype"]
+        fields = json.loads((folder / "config.json").read_text())
+        name = fields["dtype"]
     except (OSError, ValueError, KeyError) as error:
         raise ConversionError(f"{folder}: not an exported model ({error})") from None
+    check_code_cache(fields)
     return verify_export(folder, CheckpointTensors(checkpoint, model), model, getattr(torch, name))
 
 

@@ -213,5 +213,6 @@ def _write_rest(
     copy_model_code(folder)
     (folder / "README.md").write_text(
         f"Converted from {fields.get('_name_or_path') or source.name} ({ARCHITECTURE}) to "
-        "`plt_moe`: the same weights with the gate's sign changed, run in one pass per token.\n"
+        "`plt_moe`: the same weights with the gate's sign changed, run in one pass per token.\n",
+        encoding="utf-8",
     )

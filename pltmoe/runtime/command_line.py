@@ -6,7 +6,11 @@ They end with log lines as they are, and an error for the user as one line.
 import argparse
 import errno
 import faulthandler
+import io
 import logging
+import os
+import select
+import signal
 import sys
 import tempfile
 from collections.abc import Callable
@@ -57,18 +61,38 @@ def output_file(text: str) -> Path:
         raise ConfigError(f"{path}: cannot be written ({why})") from error
 
 
+def open_closed_streams() -> None:
+    """Put /dev/null where a standard stream is closed (``2>&-``): Python has None there, and the
+    next file that is opened would take its number, and all that libraries write to it."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.set_inheritable(descriptor, True)
+            setattr(sys, name, open(descriptor, mode))
+
+
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
     """Run ``main`` and leave the process with its exit code (None: 0).
 
     What a user can act on, files included, is one line on stderr and exit code 1; Ctrl-C is one
-    line and 130. Anything else is a defect and keeps its traceback.
+    line and 130; no reader of the output (``| head``) is 141. Anything else is a defect and keeps
+    its traceback.
     """
+    open_closed_streams()
     faulthandler.enable(2)  # a crash in C code shows the stack of every thread
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a text, or a path, that is not in it
     try:
         code = main()
+        print(end="", flush=True)
     except PLTMoEError as error:
         sys.exit(f"error: {error}")
+    except BrokenPipeError:
+        if _is_read():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is left is written at the very end
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.filename is None and error.errno not in _DISK_IS_FULL:
             raise
@@ -78,3 +102,10 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     sys.exit(code)
+
+
+def _is_read() -> bool:
+    """Whether what is printed still has a reader."""
+    output = select.poll()
+    output.register(1, 0)
+    return not output.poll(0)  # an error or a hang-up, if anything

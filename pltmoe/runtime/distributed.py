@@ -5,6 +5,7 @@ process runs alone, and no port is opened. NCCL carries GPU tensors and gloo car
 the same group.
 """
 
+import logging
 import os
 import resource
 import socket
@@ -24,6 +25,8 @@ _LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _FIRST_SPECIAL_STEP = 0xFFFFFFF0
 _MANY_FILES = 65536
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Processes:
@@ -38,7 +41,7 @@ def processes_from_environment() -> Processes:
     """Read what the launcher says; a single process when there is no launcher.
 
     Raises:
-        EngineError: the launcher's variables are incomplete or not numbers.
+        EngineError: the launcher's variables are incomplete, or not numbers that can be.
     """
     present = [name for name in _LAUNCHER_VARIABLES if name in os.environ]
     if not present or present == ["MASTER_ADDR"] or present == ["MASTER_ADDR", "MASTER_PORT"]:
@@ -50,6 +53,13 @@ def processes_from_environment() -> Processes:
             "torchrun (it sets all of them), or unset them to run a single process"
         )
     rank, world_size = _integer("RANK"), _integer("WORLD_SIZE")
+    if not 0 <= rank < world_size:
+        raise EngineError(
+            f"environment variable RANK is {rank}, of WORLD_SIZE {world_size} processes: ranks "
+            "count from 0; start with torchrun (it sets both)"
+        )
+    if not 0 < (port := _integer("MASTER_PORT")) < 2**16:
+        raise EngineError(f"environment variable MASTER_PORT is {port}, expected 1 to 65535")
     return Processes(rank, world_size, _integer("LOCAL_RANK", default=rank))
 
 
@@ -84,6 +94,7 @@ def start(processes: Processes, timeout_minutes: float = 30.0) -> None:
     if dist.is_initialized():
         return
     _allow_many_connections()
+    _leave_collectives_unchecked()
     backend = "gloo"
     if torch.cuda.is_available():
         gpus = torch.cuda.device_count()
@@ -117,6 +128,17 @@ def _allow_many_connections() -> None:
     enough = _MANY_FILES if hard == resource.RLIM_INFINITY else min(hard, _MANY_FILES)
     if soft != resource.RLIM_INFINITY and soft < enough:
         resource.setrlimit(resource.RLIMIT_NOFILE, (enough, hard))
+
+
+def _leave_collectives_unchecked() -> None:
+    """Take TORCH_DISTRIBUTED_DEBUG=DETAIL as INFO: the groups that check every call have no
+    reduce-scatter of several tensors."""
+    if dist.get_debug_level() == dist.DebugLevel.DETAIL:
+        logger.warning(
+            "TORCH_DISTRIBUTED_DEBUG=DETAIL counts as INFO: with it PyTorch's groups lack a "
+            "collective that Megatron-core needs"
+        )
+        dist.set_debug_level(dist.DebugLevel.INFO)
 
 
 def require_like_devices(has_gpu: bool) -> None:

@@ -41,14 +41,18 @@ def commit() -> str:
     changes = _git(root, "diff", "HEAD", "--", *_SOURCES)
     if not changes:
         return revision
-    return f"{revision}-dirty-{hashlib.sha256(changes.encode()).hexdigest()[:6]}"
+    changed = changes.encode(errors="surrogateescape")  # sources need not be UTF-8
+    return f"{revision}-dirty-{hashlib.sha256(changed).hexdigest()[:6]}"
 
 
 def _git(root: Path, *arguments: str) -> str:
+    # Whoever runs these sources trusts their repository, also another user's (in a container).
+    command = ["git", "-c", f"safe.directory={root}", *arguments]
     try:
         done = subprocess.run(
-            ["git", *arguments], cwd=root, capture_output=True, text=True, timeout=10, check=False
-        )
+            command, cwd=root, capture_output=True, encoding="utf-8", errors="surrogateescape",
+            timeout=10, check=False,
+        )  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

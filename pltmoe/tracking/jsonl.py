@@ -8,6 +8,9 @@ it ended.
 A line is strict JSON: ``{"step": 10, "time": 1767225600.1, "tokens": 20480, "train/loss": 3.2}``.
 ``time`` is seconds since 1970, ``tokens`` all tokens trained on up to this step. JSON knows no
 NaN: values that are not finite are written as the strings "NaN", "Infinity", "-Infinity".
+
+Time never goes back in a run: what MLflow still needs is told by it. A job whose clock is behind
+those of the jobs before it counts on from theirs.
 """
 
 import json
@@ -46,6 +49,7 @@ class JsonlTracker:
         self.path = run_dir / METRICS_FILE
         self._tokens_after = tokens_after
         self._file: TextIO | None = None
+        self._ahead_s = 0.0  # of this machine's clock
 
     def start(
         self, params: Mapping[str, Any], tags: Mapping[str, str], resume_step: int | None = None
@@ -59,13 +63,14 @@ class JsonlTracker:
             DataError: a file of the run's folder cannot be written.
         """
         folder = self.path.parent
-        job = {"started": round(time.time(), 3), "resume_step": resume_step, "status": "RUNNING"}
         with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             if resume_step is None:
                 archive_previous(folder)
             else:
+                self._count_on()
                 drop_after(self.path, resume_step)
+            job = {"started": self._now(), "resume_step": resume_step, "status": "RUNNING"}
             self._file = self.path.open("a", encoding="utf-8")
             write_jobs(folder, [*read_jobs(folder), job | {"tags": dict(tags)}])
 
@@ -76,7 +81,7 @@ class JsonlTracker:
             DataError: it cannot be written, e.g. to a full disk.
         """
         assert self._file is not None, "start() comes before log()"
-        line = {"step": step, "time": round(time.time(), 3), "tokens": self._tokens_after(step)}
+        line = {"step": step, "time": self._now(), "tokens": self._tokens_after(step)}
         with writing(self.path):
             self._file.write(encode_line(line | dict(metrics)))
             self._file.flush()
@@ -93,10 +98,26 @@ class JsonlTracker:
             with writing(self.path):
                 file.close()
                 *before, job = read_jobs(self.path.parent)
-                job |= {"status": status, "ended": round(time.time(), 3)}
+                job |= {"status": status, "ended": self._now()}
                 write_jobs(self.path.parent, [*before, job])
         except DataError as error:  # must not hide what ended the run
             log.warning("the end of this job (%s) is not recorded: %s", status, error)
+
+    def _now(self) -> float:
+        return round(time.time() + self._ahead_s, 3)
+
+    def _count_on(self) -> None:
+        """Look whether the records of the jobs before are of a time that is still to come."""
+        times = [line["time"] for line in read_lines(self.path)]
+        for job in read_jobs(self.path.parent):
+            times += [job["started"], job.get("ended", 0.0)]
+        behind_s = max(times, default=0.0) - time.time()
+        if behind_s > 0:
+            self._ahead_s = behind_s + 0.001
+            log.warning(
+                "this machine's clock is %.1f s behind the times that the run has recorded: they "
+                "go on from there", behind_s,
+            )  # fmt: skip
 
 
 @contextmanager

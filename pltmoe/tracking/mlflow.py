@@ -77,16 +77,20 @@ class MLflowTracker:
         resume_step: int | None,
         **known_better: Any,
     ) -> None:
-        """Write the start event, without starting to send (``time``, ``host`` if not here, now).
+        """Write the start event, without starting to send (``host`` if not here).
+
+        Its time is that of the job in run.json, and so never before that of earlier jobs.
 
         Before it those of jobs since the last one that ran without MLflow. Their settings are not
         known any more, so they count as others: what they did anew is sent.
         """
-        earlier = read_jobs(self._run_dir)[:-1]  # the newest is the one that starts
-        for job in self._journal.untracked(earlier):
+        jobs = read_jobs(self._run_dir)  # the newest is the one that starts
+        for job in self._journal.untracked(jobs[:-1]):
             where = {"host": "unknown", "time": job["started"]}
             self._append_start({}, job["tags"], job["resume_step"], **where)
         settings = flatten(config_to_dict(self._config)) | flatten(params)
+        if jobs:
+            known_better = {"time": jobs[-1]["started"]} | known_better
         self._append_start(settings, tags, resume_step, **known_better)
         config_file = self._run_dir / "config.yaml"
         if config_file.exists():

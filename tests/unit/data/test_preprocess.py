@@ -57,6 +57,9 @@ def test_documents_come_back_each_ended(tmp_path: Path, tokenizer: Tokenizer):
 
 
 def test_manifest_tells_counts_and_hashes(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path):
+    odd = tmp_path / os.fsdecode(b"caf\xe9.jsonl")  # a name in Latin-1
+    odd.write_bytes(jsonl.read_bytes())
+    jsonl = odd
     prefix = tmp_path / "out.v1"
     manifest = preprocess([jsonl], prefix, tokenizer.model_path, _options())
     assert manifest == read_manifest(prefix)
@@ -90,6 +93,15 @@ def test_same_bytes_for_any_parts_and_workers(
     for name, chosen in (("a/out", {}), ("b/out", options)):
         preprocess([jsonl, folder], tmp_path / name, tokenizer.model_path, _options(**chosen))
     assert _bytes(tmp_path / "a/out") == _bytes(tmp_path / "b/out")
+
+
+def test_a_log_is_not_filled_with_progress(monkeypatch):
+    """Slurm's log of a day had 170,000 updates."""
+    with module._bar("tokenizing", 1, PreprocessOptions()) as bar:
+        assert bar.mininterval == 10.0
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with module._bar("tokenizing", 1, PreprocessOptions()) as bar:
+        assert bar.mininterval == 0.5
 
 
 def test_second_run_reuses(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path, monkeypatch):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -287,6 +288,17 @@ def _forget_a_gate(add):
         add(self, name, torch.zeros_like(tensor) if name.endswith("plt_gate.bias") else tensor)
 
     return wrong
+
+
+def test_a_home_that_cannot_be_written_is_said_before_the_work(plt_run, plt_export, monkeypatch):
+    """It was "OUTPUT: cannot be written", after it had been."""
+    monkeypatch.setattr(transformers.utils, "HF_MODULES_CACHE", "/proc/no/modules")
+    monkeypatch.setattr(convert, "_write_weights", lambda *_: pytest.fail("too late"))
+    said = r"^/proc/no/modules: cannot be written .*set HF_HOME"
+    with pytest.raises(ConversionError, match=said):
+        export_checkpoint(plt_run, plt_run / "new", QUIET)
+    with pytest.raises(ConversionError, match=said):
+        verify_folder(plt_run, plt_export.folder)
 
 
 def test_too_large_to_verify_is_said(plt_run, tmp_path, monkeypatch):

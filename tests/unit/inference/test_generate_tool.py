@@ -89,7 +89,7 @@ def test_prompts_from_files_and_stdin(exported, tmp_path, monkeypatch):
 
 def test_typed_prompts_and_going_on(exported, tokenizer, monkeypatch, capsys):
     """An empty line continues; what was typed too long is refused and the next one taken."""
-    typed = Terminal("\nimport os\n\n" + "long " * 200 + "\n")
+    typed = Terminal("\nimport os\n\n" + "long " * 200 + "\ncaf\udce9\n")
     code = generate(monkeypatch, "--model", exported, "--max-new-tokens", 5, stdin=typed)
     assert code is None
     shown = capsys.readouterr()
@@ -101,7 +101,7 @@ def test_typed_prompts_and_going_on(exported, tokenizer, monkeypatch, capsys):
     assert f"import os{first}\n" in shown.out
     assert shown.out.count(f"import os{first}") == 2
     assert shown.err.count("ms per token") == 2
-    assert "error: prompt 1 (" in shown.err
+    assert "error: prompt 1 (" in shown.err and "error: this is no text" in shown.err
 
 
 def test_stop_strings_end_the_text_before_them(exported, tmp_path, monkeypatch):
@@ -209,6 +209,7 @@ def test_errors_are_one_line(exported, tmp_path, monkeypatch):
     for message, arguments in (
         ("holds no exported model", ["--model", tmp_path, *one]),
         ("a prompt is empty", ["--model", exported, "--prompt", ""]),
+        ("is no text in UTF-8", ["--model", exported, "--prompt", "caf\udce9"]),
         ("cannot be read as text", ["--model", exported, "--prompts-file", tmp_path / "none"]),
         ("expected one JSON object with a text", ["--model", exported, "--prompts-file", bad]),
         ("temperature (-1.0) must be 0 or more", ["--model", exported, "--temperature", -1, *one]),

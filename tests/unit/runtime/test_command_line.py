@@ -1,5 +1,6 @@
 """How a tool ends, as its caller sees it: exit code, streams, and no torch for that."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ def test_ends_with_a_code_and_at_most_one_line(body: str, code: int, said: str) 
     assert (done.returncode, done.stderr, done.stdout) == (code, said, "False\n")
 
 
-@pytest.mark.parametrize("kind", ["KeyError", "ConnectionError"])
+@pytest.mark.parametrize("kind", ["KeyError", "ConnectionError", "BrokenPipeError"])
 def test_a_defect_keeps_its_traceback(kind: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", TOOL.format(body=f"raise {kind}('defect')")],
@@ -57,6 +58,47 @@ def test_a_defect_keeps_its_traceback(kind: str) -> None:
     )
     assert done.returncode == 1
     assert "Traceback" in done.stderr and kind in done.stderr
+
+
+def test_what_is_printed_need_not_be_read_nor_fit_the_terminal() -> None:
+    """``| head -1``, and a text that a terminal has no letters for: both ended in a traceback."""
+    body = "import os; print('first', flush=True); os.read(0, 1); print('second')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", TOOL.format(body=body)],
+        cwd=REPOSITORY,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"first\n"
+    process.stdout.close()
+    _, said = process.communicate(b"x")
+    assert (process.returncode, said) == (141, b"")
+    for show in ("\u03c0", "a path: \udce9"):
+        done = subprocess.run(
+            [sys.executable, "-c", TOOL.format(body=f"print({show!a})")],
+            cwd=REPOSITORY,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+        )
+        assert (done.returncode, done.stderr) == (0, b"")
+        assert ascii(show)[1:-1].encode() in done.stdout
+
+
+def test_streams_may_be_closed(tmp_path: Path) -> None:
+    """Each tool ended at its start, without a word; a file would have got what is printed."""
+    body = f"file = open({str(tmp_path / 'x')!r}, 'w'); print(file.fileno() > 2, file=file)"
+    shell = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    command = [*shell, sys.executable, "-c", TOOL.format(body=body)]
+    assert subprocess.run(command, cwd=REPOSITORY).returncode == 0
+    assert (tmp_path / "x").read_text() == "True\n"
+
+
+def test_a_tool_needs_no_docstrings() -> None:
+    """PYTHONOPTIMIZE=2 takes them away."""
+    command = [sys.executable, "-OO", "tools/plan.py", "--help"]
+    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True).returncode == 0
 
 
 def test_an_output_is_looked_at_before_the_work(tmp_path: Path) -> None:

@@ -50,6 +50,20 @@ def test_many_peers_may_be_connected(monkeypatch):
     assert not given
 
 
+def test_checks_that_lack_a_collective_are_turned_down(monkeypatch, caplog):
+    """TORCH_DISTRIBUTED_DEBUG=DETAIL: the first step ended in "does not support reduce_scatter"."""
+    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
+    monkeypatch.setattr(distributed.dist, "init_process_group", lambda *_, **__: None)
+    before = distributed.dist.get_debug_level()
+    distributed.dist.set_debug_level(distributed.dist.DebugLevel.DETAIL)
+    try:
+        distributed.start(Processes(0, 1, 0))
+        assert distributed.dist.get_debug_level() == distributed.dist.DebugLevel.INFO
+    finally:
+        distributed.dist.set_debug_level(before)
+    assert "DETAIL counts as INFO" in caplog.text
+
+
 def test_without_a_launcher_one_process_runs_alone(environment):
     assert distributed.processes_from_environment() == Processes(0, 1, 0)
     environment("MASTER_ADDR", "127.0.0.1")  # often left over in a shell
@@ -113,6 +127,23 @@ def test_a_rank_that_is_no_number_is_an_error(environment):
         environment(name, "2")
     environment("RANK", "first")
     with pytest.raises(EngineError, match="RANK is 'first', expected a number"):
+        distributed.processes_from_environment()
+
+
+@pytest.mark.parametrize(
+    ("rank", "world_size", "port", "said"),
+    [
+        (5, 2, "29500", "RANK is 5, of WORLD_SIZE 2"),  # it waited half an hour for the others
+        (0, 0, "29500", "RANK is 0, of WORLD_SIZE 0"),
+        (0, 2, "99999", "MASTER_PORT is 99999, expected 1"),
+        (0, 2, "any", "MASTER_PORT is 'any', expected a number"),
+    ],
+)
+def test_numbers_that_cannot_be_are_an_error(environment, rank, world_size, port, said):
+    values = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "a", "MASTER_PORT": port}
+    for name, value in values.items():
+        environment(name, str(value))
+    with pytest.raises(EngineError, match=said):
         distributed.processes_from_environment()
 
 

@@ -109,7 +109,11 @@ def test_what_was_not_sent_of_a_branch_is_sent_with_the_next(server, tmp_path):
     assert [p.value for p in run.series("optim/grad_norm")] == 7 * [float("-inf")]
 
 
-def test_a_job_without_mlflow_between_two_with_it_is_a_branch_as_well(server, tmp_path):
+def test_a_job_without_mlflow_between_two_with_it_is_a_branch_as_well(
+    server, tmp_path, monkeypatch, caplog
+):
+    """Also where a clock is behind: MLflow was not sent what such a job did, without a word."""
+
     def losses() -> list[float]:
         run = read_mlflow_run(server.uri, run_of(tmp_path, server).info.run_id)
         return [point.value for point in run.series("train/loss")]
@@ -122,6 +126,19 @@ def test_a_job_without_mlflow_between_two_with_it_is_a_branch_as_well(server, tm
     leg(tmp_path, server.uri, 5, 6, 0.0, tracked=False)
     sync(tmp_path, server.uri)
     assert losses() == [1, 2, 3.7, 4.7, 5, 6]
+
+    # The next machines' clocks are an hour and half an hour behind those of the jobs before.
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now - 3600)
+    leg(tmp_path, server.uri, 5, 7, 0.5, optimizer__lr=1e-4)
+    assert losses() == [1, 2, 3.7, 4.7, 5.5, 6.5, 7.5]
+    assert "s behind the times that the run has recorded" in caplog.text
+    monkeypatch.setattr(time, "time", lambda: now - 1800)
+    leg(tmp_path, server.uri, 6, 7, 0.0, tracked=False, optimizer__lr=5e-4)
+    sync(tmp_path, server.uri)
+    assert losses() == [1, 2, 3.7, 4.7, 5.5, 6, 7]
+    times = [line["time"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert times == sorted(times)
 
 
 def test_a_job_that_begins_while_the_one_before_is_sent(server, tmp_path):
