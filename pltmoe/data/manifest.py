@@ -86,5 +86,5 @@ def read_manifest(prefix: Path) -> DatasetManifest | None:
 
 
 def dump_manifest(manifest: DatasetManifest) -> str:
-    """Return the manifest as JSON text, ending in a newline."""
-    return json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False) + "\n"
+    """Return the manifest as a line-ended JSON text, in ASCII: file names need not be UTF-8."""
+    return json.dumps(manifest.model_dump(), indent=1) + "\n"

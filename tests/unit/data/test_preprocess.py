@@ -93,8 +93,10 @@ def test_same_bytes_for_any_parts_and_workers(
 
 
 def test_second_run_reuses(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path, monkeypatch):
-    prefix = tmp_path / "out"
+    """Also of a file whose name is not UTF-8."""
+    prefix, jsonl = tmp_path / "out", jsonl.rename(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
     first = preprocess([jsonl], prefix, tokenizer.model_path, _options())
+    assert first == read_manifest(prefix) and first.inputs[0].path == str(jsonl)
     monkeypatch.setattr(module, "write_part", None)
     assert preprocess([jsonl], prefix, tokenizer.model_path, _options()) == first
     assert preprocess([jsonl], prefix, tokenizer.model_path, _options(overwrite=True)) == first
