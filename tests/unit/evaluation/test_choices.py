@@ -77,10 +77,12 @@ def test_a_paper_list_offline_is_one_error_with_all_data_sets(name, empty_cache,
     assert "\n" not in str(seen.value)
 
 
-def test_no_network_says_so(empty_cache, monkeypatch):
+@pytest.mark.parametrize("hub", ["http://127.0.0.1:9", "hf-mirror.com", "http://127.0.0.1:x"])
+def test_no_network_says_so(hub, empty_cache, monkeypatch):
+    """Nor does what is no address."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match="http://127.0.0.1:9 does not answer"):
+    monkeypatch.setenv("HF_ENDPOINT", hub)
+    with pytest.raises(DataError, match=f"{hub} does not answer"):
         check_downloaded(["Rowan/hellaswag", "Rowan/hellaswag"])
 
 
