@@ -30,10 +30,12 @@ def test_commit_is_that_of_this_tree_and_says_when_it_is_changed(tmp_path, monke
         subprocess.run(["git", *command], cwd=tmp_path, check=True)
     assert len(versions.commit()) == 12
     dirty = set()
-    for change in ("changed", "changed again"):
-        (package / "__init__.py").write_text(change)
+    for change in (b"changed", b"changed again", b"# caf\xe9, in Latin-1"):
+        (package / "__init__.py").write_bytes(change)
         dirty.add(versions.commit())
-    assert len(dirty) == 2, "measured with other sources"
+    assert len(dirty) == 3, "measured with other sources"
     assert all(re.fullmatch("[0-9a-f]{12}-dirty-[0-9a-f]{6}", commit) for commit in dirty)
+    (tmp_path / ".git/index").write_bytes(b"damaged")
+    assert versions.commit().endswith("-unknown"), "not known to be unchanged"
     monkeypatch.setenv("PLTMOE_COMMIT", "abc")
     assert versions.commit() == "abc", "sources that travelled without their repository"
