@@ -218,8 +218,10 @@ def test_errors_are_one_line(exported, tmp_path, monkeypatch):
         ("is a folder; name the file", ["--model", exported, "--output", tmp_path, *one]),
         ("shorten them, or raise --max-slots", ["--model", exported, "--max-new-tokens", 99, *one]),
         ("FP8 weights need a GPU", ["--model", exported, "--fp8", "--device", "cpu", *one]),
-        ("--stop and --fp8 are for --engine pltmoe",
+        ("--max-slots and --max-batch are for --engine pltmoe",
          ["--model", exported, "--engine", "transformers", "--stop", "x", *one]),
+        ("--max-slots and --max-batch are for --engine pltmoe",
+         ["--model", exported, "--engine", "transformers", "--max-batch", 1, *one]),
     ):  # fmt: skip
         code = generate(monkeypatch, *arguments)
         assert isinstance(code, str) and code.startswith("error: ")
