@@ -169,9 +169,17 @@ def _prompts(args: argparse.Namespace) -> list[str] | None:
     elif not prompts:
         if sys.stdin.isatty():
             return None
-        prompts = [sys.stdin.read().removesuffix("\n")]
+        try:
+            prompts = [sys.stdin.read().removesuffix("\n")]
+        except UnicodeDecodeError as error:
+            raise DataError(f"stdin cannot be read as text: {error}") from None
     if any(not prompt for prompt in prompts) or not prompts:
         raise DataError("there is nothing to continue: a prompt is empty")
+    for prompt in prompts:
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"prompt {prompt!r} is not Unicode text: {error.reason}") from None
     return prompts
 
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import runpy
 import shutil
 import sys
@@ -209,6 +210,7 @@ def test_errors_are_one_line(exported, tmp_path, monkeypatch):
     for message, arguments in (
         ("holds no exported model", ["--model", tmp_path, *one]),
         ("a prompt is empty", ["--model", exported, "--prompt", ""]),
+        ("is not Unicode text", ["--model", exported, "--prompt", os.fsdecode(b"caf\xe9")]),
         ("cannot be read as text", ["--model", exported, "--prompts-file", tmp_path / "none"]),
         ("expected one JSON object with a text", ["--model", exported, "--prompts-file", bad]),
         ("temperature (-1.0) must be 0 or more", ["--model", exported, "--temperature", -1, *one]),
@@ -230,6 +232,8 @@ def test_errors_are_one_line(exported, tmp_path, monkeypatch):
         monkeypatch, "--model", exported, "--output", tmp_path / "x.json", stdin=Terminal()
     )
     assert "--output needs prompts: --prompt" in code
+    latin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+    assert "stdin cannot be read as text" in generate(monkeypatch, "--model", exported, stdin=latin)
 
 
 def test_a_folder_without_tokenizer(exported, tmp_path, monkeypatch):
