@@ -16,6 +16,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,11 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 GROUPS = {"ablation": ABLATION, "headline": HEADLINE}
 SCALED_DOWN = Setup((1, 4, 16, 32, 64), 4096, 16, 5, (1024, 4096, 8192), 1)
 """For a CPU, with suite.SCALED_DOWN."""
+_OF_RANDOM_WEIGHTS = (
+    *("compare", "config", "only", "scaled_down", "fp8", "fuse"),
+    *("context", "batches", "prefill"),
+)
+_OF_FOLDERS = ("batch", "prompt_tokens")
 
 
 def main() -> None:
@@ -65,6 +71,15 @@ def main() -> None:
         _random(args, parser)
 
 
+def _refuse_others(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, names: Sequence[str], why: str
+) -> None:
+    """Refuse options that would be passed over, and a number be taken for what it is not."""
+    for name in names:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is {why}")
+
+
 def _exported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     models = {}
     for item in args.model:
@@ -72,6 +87,7 @@ def _exported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         if not (name and equals and folder):
             parser.error(f"--model {item}: expected NAME=DIR")
         models[name] = Path(folder)
+    _refuse_others(args, parser, _OF_RANDOM_WEIGHTS, "for random weights: leave out --model")
     if args.output is None:
         parser.error("--model needs --output, the JSON file to write")
     new_tokens, rounds = args.new_tokens or DecodeSetup.new_tokens, args.rounds
@@ -87,6 +103,7 @@ def _exported(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None
 
 
 def _random(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    _refuse_others(args, parser, _OF_FOLDERS, "for exported folders: give --model")
     names = [name for name in args.compare.split(",") if name != "none"]
     if unknown := sorted(set(names) - set(GROUPS)):
         parser.error(f"unknown comparison {unknown[0]}; there are {', '.join(GROUPS)}, none")

@@ -50,6 +50,8 @@ def main() -> None:
     needed += [] if args.download or args.log_only else ["--model DIR"]
     if missing := [n for n in needed if getattr(args, n.split()[0].removeprefix("--")) is None]:
         raise ConfigError(f"{' and '.join(missing)} must be given; see --help")
+    if args.run is None and (args.log_only or args.mlflow_uri or args.step):
+        raise ConfigError("--log-only, --mlflow-uri and --step need --run, the run to log to")
     if args.output is not None and args.output.suffix == ".md":
         raise ConfigError(
             f"--output {args.output}: names the JSON; the table goes to .md beside it"

@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument("--fp8", action="store_true", help="experts in FP8 (GPU: 8.9 or newer)")
     parser.add_argument("--max-slots", type=positive, help="default: as it was trained")
-    parser.add_argument("--max-batch", type=positive, default=64, help="prompts that run together")
+    parser.add_argument("--max-batch", type=positive, help="prompts that run together (64)")
     parser.add_argument(
         "--engine", choices=ENGINES, default="pltmoe", help="transformers: its generate()"
     )
@@ -232,7 +232,7 @@ def _engine(args: argparse.Namespace) -> Run:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     tokenizer = _tokenizer(args.model)
     engine = Engine.load(
-        args.model, args.device, dtype, args.max_slots, args.max_batch, fp8=args.fp8
+        args.model, args.device, dtype, args.max_slots, args.max_batch or 64, fp8=args.fp8
     )
 
     def run(prompts: Sequence[Text], request: Request) -> tuple[list[Text], Timing]:
@@ -264,8 +264,10 @@ def _transformers(args: argparse.Namespace) -> Run:
     """Return the same through transformers' generate(): what users of the folder have."""
     from transformers import AutoModelForCausalLM
 
-    if args.stop or args.fp8:
-        raise ConfigError("--stop and --fp8 are for --engine pltmoe, not for transformers")
+    if args.stop or args.fp8 or args.max_slots or args.max_batch:
+        raise ConfigError(
+            "--stop, --fp8, --max-slots and --max-batch are for --engine pltmoe, not transformers"
+        )
     check_code_cache(read_fields(args.model))
     tokenizer = _tokenizer(args.model, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(

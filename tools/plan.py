@@ -41,6 +41,8 @@ def main() -> int:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.timeline and (arguments.search or arguments.json or arguments.table):
+        raise ConfigError("--timeline draws one layout: leave out --search, --json and --table")
     if arguments.table:
         _write_page(arguments.table, arguments.gpu)
         return 0

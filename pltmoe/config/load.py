@@ -60,8 +60,13 @@ def config_to_dict(config: BaseModel) -> dict[str, Any]:
 
 
 def without_password(uri: str) -> str:
-    """Return a URI that may be shown and stored: ``http://user:secret@host`` loses the secret."""
-    return re.sub(r"://[^/]*@", "://***@", uri)
+    """Return a URI that may be shown and stored: ``http://user:secret@host`` loses the secret.
+
+    So does ``postgresql://user:se/cret@host``, which databases take, and ``?password=secret``.
+    """
+    of_database = r"(?<!http)(?<!https)://[^/:@]*:[^@\s]{0,999}@"
+    uri = re.sub(rf"://[^/]*@|{of_database}", "://***@", uri)
+    return re.sub(r"([?&]\w*(?:password|passwd|pwd)=)[^&\s]*", r"\1***", uri, flags=re.IGNORECASE)
 
 
 def write_config(config: RunConfig, path: Path) -> None:

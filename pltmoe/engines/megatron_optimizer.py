@@ -81,7 +81,9 @@ def build_optimizer(
     )
 
 
-def build_schedule(config: RunConfig, optimizer: ChainedOptimizer) -> OptimizerParamScheduler:
+def build_schedule(
+    config: RunConfig, optimizer: ChainedOptimizer | torch.optim.Optimizer
+) -> OptimizerParamScheduler:
     """Build the schedule, counted in optimizer steps; step k (from 1) uses its value at k - 1.
 
     Warm-up starts at 0, so with warm-up the first step only fills Adam's moments (as in Megatron).

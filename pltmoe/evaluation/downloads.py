@@ -4,6 +4,7 @@ import os
 import urllib.error
 import urllib.request
 from collections.abc import Iterable
+from http.client import HTTPException
 from pathlib import Path
 
 from pltmoe.errors import DataError
@@ -55,5 +56,6 @@ def _why_offline() -> str | None:
             return None
     except urllib.error.HTTPError:
         return None  # it answers
-    except OSError as error:
+    # Also what is no answer of a web server, or no address.
+    except (OSError, HTTPException, ValueError) as error:
         return f"{hub} does not answer ({getattr(error, 'reason', error)})"

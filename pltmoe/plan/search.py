@@ -1,6 +1,6 @@
 """All layouts of a run on given GPUs that fit, fastest first."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -76,7 +76,7 @@ def search(
     config: RunConfig,
     world_size: int,
     gpu_name: str,
-    among: Sequence[Candidate] | Iterator[Candidate] | None = None,
+    among: Iterable[Candidate] | None = None,
 ) -> list[tuple[Candidate, Plan]]:
     """Return the layouts that fit, by expected step time.
 

@@ -27,8 +27,9 @@ def versions() -> dict[str, str]:
 def commit() -> str:
     """Return the git commit of the source tree, or ``unknown``.
 
-    A tree that was changed is COMMIT-dirty-HASH, the hash that of the changes. Where sources
-    travel without their repository, PLTMOE_COMMIT says what they are.
+    A tree that was changed is COMMIT-dirty-HASH, the hash that of the changes; one of which git
+    cannot tell is COMMIT-unknown. Where sources travel without their repository, PLTMOE_COMMIT
+    says what they are.
     """
     if told := os.environ.get("PLTMOE_COMMIT"):
         return told
@@ -39,20 +40,19 @@ def commit() -> str:
     if not revision:
         return "unknown"
     changes = _git(root, "diff", "HEAD", "--", *_SOURCES)
+    if changes is None:
+        return f"{revision.decode()}-unknown"
     if not changes:
-        return revision
-    changed = changes.encode(errors="surrogateescape")  # sources need not be UTF-8
-    return f"{revision}-dirty-{hashlib.sha256(changed).hexdigest()[:6]}"
+        return revision.decode()
+    return f"{revision.decode()}-dirty-{hashlib.sha256(changes).hexdigest()[:6]}"
 
 
-def _git(root: Path, *arguments: str) -> str:
+def _git(root: Path, *arguments: str) -> bytes | None:
+    """Return what git says (a difference may be in any encoding), None if it fails."""
     # Whoever runs these sources trusts their repository, also another user's (in a container).
     command = ["git", "-c", f"safe.directory={root}", *arguments]
     try:
-        done = subprocess.run(
-            command, cwd=root, capture_output=True, encoding="utf-8", errors="surrogateescape",
-            timeout=10, check=False,
-        )  # fmt: skip
+        done = subprocess.run(command, cwd=root, capture_output=True, timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

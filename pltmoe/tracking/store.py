@@ -17,7 +17,7 @@ def usable_uri(uri: str) -> str:
     Raises:
         ConfigError: not a server or database, or the directory cannot be made.
     """
-    if "://***@" in uri:
+    if "://***@" in uri or "=***" in uri:
         raise ConfigError(
             f"{uri}: the password is not stored; give the whole address (--uri, --mlflow-uri, "
             "tracking.mlflow_uri=...), or one without a password, and MLFLOW_TRACKING_USERNAME and "
@@ -26,8 +26,9 @@ def usable_uri(uri: str) -> str:
     scheme = uri.partition("://")[0].partition("+")[0]
     if "://" not in uri or scheme not in ("http", "https", "databricks", *_DATABASES):
         raise ConfigError(
-            f"tracking.mlflow_uri ({uri!r}): expected http://HOST:PORT of a server, or "
-            "sqlite:////ABSOLUTE/PATH/mlflow.db (MLflow no longer tracks into plain directories)"
+            f"tracking.mlflow_uri ({without_password(uri)!r}): expected http://HOST:PORT of a "
+            "server, or sqlite:////ABSOLUTE/PATH/mlflow.db (MLflow no longer tracks into plain "
+            "directories)"
         )
     if scheme != "sqlite":
         return uri

@@ -105,8 +105,10 @@ def test_a_log_is_not_filled_with_progress(monkeypatch):
 
 
 def test_second_run_reuses(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path, monkeypatch):
-    prefix = tmp_path / "out"
+    """Also of a file whose name is not UTF-8."""
+    prefix, jsonl = tmp_path / "out", jsonl.rename(tmp_path / os.fsdecode(b"caf\xe9.jsonl"))
     first = preprocess([jsonl], prefix, tokenizer.model_path, _options())
+    assert first == read_manifest(prefix) and first.inputs[0].path == str(jsonl)
     monkeypatch.setattr(module, "write_part", None)
     assert preprocess([jsonl], prefix, tokenizer.model_path, _options()) == first
     assert preprocess([jsonl], prefix, tokenizer.model_path, _options(overwrite=True)) == first

@@ -77,10 +77,12 @@ def test_a_paper_list_offline_is_one_error_with_all_data_sets(name, empty_cache,
     assert "\n" not in str(seen.value)
 
 
-def test_no_network_says_so(empty_cache, monkeypatch):
+@pytest.mark.parametrize("hub", ["http://127.0.0.1:9", "hf-mirror.com", "http://127.0.0.1:x"])
+def test_no_network_says_so(hub, empty_cache, monkeypatch):
+    """Nor does what is no address."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(DataError, match="http://127.0.0.1:9 does not answer"):
+    monkeypatch.setenv("HF_ENDPOINT", hub)
+    with pytest.raises(DataError, match=f"{hub} does not answer"):
         check_downloaded(["Rowan/hellaswag", "Rowan/hellaswag"])
 
 
@@ -116,11 +118,14 @@ def test_the_tool_ends_with_one_line_before_anything_is_loaded(empty_cache):
         (["--tasks", "nothing", "--download"], "--tasks nothing: .* has no such task or group"),
         (["--model", "m", "--output", "."], r"\.: is a folder; name the file to write"),
         (["--model", "m", "--output", "x.md"], "names the JSON; the table goes to .md beside it"),
-        (["--log-only", "--output", "gone.json"], "gone.json: no results of this tool"),
+        (["--log-only", "--output", "x.json"], "--log-only, --mlflow-uri and --step need --run"),
+        (["--model", "m", "--output", "x.json", "--step", "9"], "--step need --run"),
+        (["--log-only", "--run", "r", "--output", "gone.json"], "gone.json: no results of this"),
     ],
 )
 def test_what_is_wrong_is_said(harness_tasks, monkeypatch, arguments, expected):
     """Before the folder of the model is looked at: there is none."""
+    monkeypatch.setattr(evaluate, "find_run", lambda *run: None)
     monkeypatch.setattr(harness, "_task_manager", lambda names, include: harness_tasks)
     monkeypatch.setattr(sys, "argv", ["evaluate.py", "--tasks", "local", *arguments])
     with pytest.raises(PLTMoEError, match=expected):

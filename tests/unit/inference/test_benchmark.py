@@ -258,6 +258,8 @@ def test_the_command_measures_a_configuration_and_draws_it(
         ("--only", "PLT-9"): "--only PLT-9: there are vanilla",
         ("--compare", "none"): "--compare none needs a --config",
         ("--model", "plt2"): "--model plt2: expected NAME=DIR",
+        ("--model", "plt2=x", "--fp8"): "--fp8 is for random weights: leave out --model",
+        ("--batch", "2"): "--batch is for exported folders: give --model",
     }.items():
         with pytest.raises(SystemExit):
             run(*arguments)

@@ -219,8 +219,10 @@ def test_errors_are_one_line(exported, tmp_path, monkeypatch):
         ("is a folder; name the file", ["--model", exported, "--output", tmp_path, *one]),
         ("shorten them, or raise --max-slots", ["--model", exported, "--max-new-tokens", 99, *one]),
         ("FP8 weights need a GPU", ["--model", exported, "--fp8", "--device", "cpu", *one]),
-        ("--stop and --fp8 are for --engine pltmoe",
+        ("--max-slots and --max-batch are for --engine pltmoe",
          ["--model", exported, "--engine", "transformers", "--stop", "x", *one]),
+        ("--max-slots and --max-batch are for --engine pltmoe",
+         ["--model", exported, "--engine", "transformers", "--max-batch", 1, *one]),
     ):  # fmt: skip
         code = generate(monkeypatch, *arguments)
         assert isinstance(code, str) and code.startswith("error: ")
@@ -229,6 +231,8 @@ def test_errors_are_one_line(exported, tmp_path, monkeypatch):
         monkeypatch, "--model", exported, "--output", tmp_path / "x.json", stdin=Terminal()
     )
     assert "--output needs prompts: --prompt" in code
+    latin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
+    assert "a prompt is no text in UTF-8" in generate(monkeypatch, "--model", exported, stdin=latin)
 
 
 def test_a_folder_without_tokenizer(exported, tmp_path, monkeypatch):

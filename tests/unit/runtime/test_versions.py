@@ -38,5 +38,7 @@ def test_commit_is_that_of_this_tree_and_says_when_it_is_changed(tmp_path, monke
         dirty.add(versions.commit())
     assert len(dirty) == 3, "measured with other sources"
     assert all(re.fullmatch("[0-9a-f]{12}-dirty-[0-9a-f]{6}", commit) for commit in dirty)
+    (tmp_path / ".git/index").write_bytes(b"damaged")
+    assert versions.commit().endswith("-unknown"), "not known to be unchanged"
     monkeypatch.setenv("PLTMOE_COMMIT", "abc")
     assert versions.commit() == "abc", "sources that travelled without their repository"

@@ -83,6 +83,13 @@ def test_a_picture_that_cannot_be_written_is_one_line(tmp_path: Path):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("other", ["--search", "--json"])
+def test_a_picture_that_would_not_be_drawn_or_spoil_the_json_is_refused(other):
+    done = plan("--config", PLT, "--gpus", 16, other, "--timeline", "never.png")
+    assert done.returncode == 2 and not done.stdout
+    assert "--timeline draws one layout: leave out --search, --json and --table" in done.stderr
+
+
 def test_a_setting_behind_timeline_is_not_taken_for_its_picture():
     done = plan("--config", PLT, "--gpus", 16, "--timeline", "parallel.pipeline_parallel_size=2")
     assert done.returncode == 2 and not done.stdout

@@ -56,6 +56,15 @@ def test_no_password_is_written_down(tmp_path):
     assert "secret" not in Journal(tmp_path).events_path.read_text()
     assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"
     assert without_password("http://user:p@ss@host:1/a@b") == "http://***@host:1/a@b"
+    assert without_password("http://host:1/a@b") == "http://host:1/a@b"
+    assert without_password("postgresql://me:p/q+r@db:1/a") == "postgresql://***@db:1/a"
+    stored = without_password("mysql://db/a?user=me&password=x")
+    assert stored == "mysql://db/a?user=me&password=***"
+    with pytest.raises(ConfigError, match="the password is not stored"):
+        usable_uri(stored)
+    with pytest.raises(ConfigError, match="expected http") as seen:
+        usable_uri("postgres://me:secret@db/a")
+    assert "secret" not in str(seen.value)
 
 
 def test_tags_say_model_and_resume_and_users_win(tmp_path):
