@@ -464,14 +464,14 @@ def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
 def test_the_model_that_fills_the_device_fits_it(gpu_check: ModuleType) -> None:
     """As far as tools/plan.py knows; the larger micro batch in FP8 is the tightest."""
     from pltmoe.config import load_config
-    from pltmoe.plan import check_fits
+    from pltmoe.plan import check_fits, make_plan
 
     for precision in ("bf16", "fp8"):
         words = gpu_parts.FULL_SIZES.split()
         overrides = [word for word in words if "=" in word]
         overrides.append(f"train.micro_batch_size={gpu_parts.FULL_MICRO_BATCHES[0]}")
         config = load_config(words[1], [*overrides, f"train.precision={precision}"])
-        check_fits(config, 1, "H200")
+        check_fits(make_plan(config, 1, "H200"))
 
 
 def test_the_decode_parts_show_the_ratios_and_the_last_one_everything(
