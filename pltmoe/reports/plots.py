@@ -15,14 +15,21 @@ from matplotlib.ticker import MaxNLocator
 from pltmoe.reports.numbers import scale_of, significant
 from pltmoe.reports.runs import Run
 from pltmoe.reports.scores import Score
-from pltmoe.reports.style import COLOURS, MARKERS, STYLE, line_style, save, token_label, write_csv
+from pltmoe.reports.style import (
+    COLOURS,
+    DETAIL_SHARE,
+    MARKERS,
+    STYLE,
+    line_style,
+    save,
+    token_label,
+    write_csv,
+)
 
 _SMOOTH_FROM = 150
 """Training curves with more points than this are drawn faint, with a running mean on top."""
 _MOST_MARKERS = 40
 """Of validations, the last among them: more would hide the curves."""
-_DETAIL_SHARE = 0.35
-"""Share of the training, at its end, that is shown enlarged."""
 _START_SHARE = 0.06
 """Share of the training whose steep fall may leave the top of the loss axis."""
 
@@ -163,9 +170,9 @@ def _only_the_end(axis: Axes, runs: Sequence[Run]) -> None:
         p.value
         for run in runs
         for p in run.series("train/loss") + run.series("valid/loss")
-        if p.tokens >= (1 - _DETAIL_SHARE) * end and np.isfinite(p.value)
+        if p.tokens >= (1 - DETAIL_SHARE) * end and np.isfinite(p.value)
     ]
-    axis.set_xlim((1 - _DETAIL_SHARE) * end / divisor, (1 + 0.04 * _DETAIL_SHARE) * end / divisor)
+    axis.set_xlim((1 - DETAIL_SHARE) * end / divisor, (1 + 0.04 * DETAIL_SHARE) * end / divisor)
     if late and min(late) < max(late):
         room = 0.08 * (max(late) - min(late))
         axis.set_ylim(min(late) - room, max(late) + room)
