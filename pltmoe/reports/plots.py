@@ -46,12 +46,11 @@ class Bars:
     """Bars from zero; False: dots on an axis that shows small differences."""
 
 
-def plot_losses(runs: Sequence[Run], path: Path, title: str) -> list[list[Any]]:
+def plot_losses(runs: Sequence[Run], path: Path, title: str) -> None:
     """Draw training and validation loss against tokens and training FLOPs.
 
-    Writes ``path`` (PNG) and the same name with .csv; returns the rows of the CSV.
+    Writes ``path`` (PNG) and the same name with .csv.
     """
-    rows = _loss_rows(runs)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13.5, 4.8), layout="constrained")
         whole, end, work = figure.subplots(1, 3)
@@ -68,8 +67,7 @@ def plot_losses(runs: Sequence[Run], path: Path, title: str) -> list[list[Any]]:
         _legend(figure, runs)
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         save(figure, path)
-    write_csv(path.with_suffix(".csv"), rows)
-    return rows
+    write_csv(path.with_suffix(".csv"), _loss_rows(runs))
 
 
 def plot_costs(labels: Sequence[str], charts: Sequence[Bars], path: Path) -> None:
