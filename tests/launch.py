@@ -65,21 +65,10 @@ class RankError(AssertionError):
     """A rank raised, died or hung; the message carries each failing rank's traceback."""
 
 
-def run_distributed(
-    nprocs: int,
-    target: str,
-    *,
-    timeout_s: float = 300.0,
-    env: dict[str, str] | None = None,
-    **kwargs: Any,
-) -> list[Any]:
-    """Run ``target`` ("module:function") once on ``nprocs`` fresh ranks; results in rank order.
-
-    Raises:
-        RankError: a rank raised, died, or was not ready after ``timeout_s`` seconds.
-    """
-    with Ranks(nprocs, env=env) as ranks:
-        return ranks.run(target, timeout_s=timeout_s, **kwargs)
+def run_distributed(nprocs: int, target: str, **kwargs: Any) -> list[Any]:
+    """Run ``target`` ("module:function") once on fresh ranks: ``Ranks.run``."""
+    with Ranks(nprocs) as ranks:
+        return ranks.run(target, **kwargs)
 
 
 class Ranks:
@@ -115,10 +104,11 @@ class Ranks:
         self.close()
 
     def run(self, target: str, *, timeout_s: float = 300.0, **kwargs: Any) -> list[Any]:
-        """Call ``target`` on every rank and return what each returned.
+        """Call ``target`` ("module:function") on every rank; results in rank order.
 
         Raises:
-            RankError: see ``run_distributed``. The processes are gone afterwards.
+            RankError: a rank raised, died, or was not ready after ``timeout_s`` seconds. The
+                processes are gone afterwards.
         """
         if not self._processes:
             self._folder = Path(tempfile.mkdtemp(prefix="ranks_"))

@@ -85,7 +85,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=positive, default=20, help="steps of each that count")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each before them")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "runs" / "benchmark_train")
-    parser.add_argument("--profile", action="store_true", help="show where a step's time goes")
+    parser.add_argument(
+        "--profile", action="store_true", help="show where a step's time goes; not of pipeline"
+    )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args()
     if args.compare and (unknown := sorted(set(args.compare.split(",")) - set(NAMES))):

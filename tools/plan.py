@@ -14,6 +14,7 @@ from pathlib import Path
 from pltmoe.config import RunConfig, load_config
 from pltmoe.data.inputs import check_inputs
 from pltmoe.errors import ConfigError, PLTMoEError
+from pltmoe.parallel.layout import Layout
 from pltmoe.plan import check_fits, make_plan
 from pltmoe.plan.machines import GPUS
 from pltmoe.plan.report import as_json, as_text, page, search_table
@@ -58,8 +59,8 @@ def _run(arguments: argparse.Namespace) -> int:
     plan = make_plan(config, arguments.gpus, arguments.gpu)
     print(json.dumps(as_json(plan), indent=2) if arguments.json else as_text(plan))
     if arguments.timeline:
-        _timeline(config, arguments)
-    check_fits(config, arguments.gpus, arguments.gpu)
+        _timeline(plan.layout, arguments.timeline)
+    check_fits(plan)
     return 0
 
 
@@ -117,15 +118,14 @@ def _search(config: RunConfig, arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _timeline(config: RunConfig, arguments: argparse.Namespace) -> None:
+def _timeline(layout: Layout, path: Path) -> None:
     from pltmoe.reports.timeline import draw_timeline, timeline_text
 
-    layout = make_plan(config, arguments.gpus, arguments.gpu).layout
     sizes = (layout.pipeline_parallel_size, layout.num_loops, layout.model_chunks_per_stage)
     shown = min(layout.micro_batches, 4 * layout.pipeline_parallel_size)  # more only repeats
     print(f"\nschedule of {shown} of {layout.micro_batches} micro batches")
     print(timeline_text(*sizes, shown, 100))
-    print(f"wrote {draw_timeline(*sizes, shown, arguments.timeline)}")
+    print(f"wrote {draw_timeline(*sizes, shown, path)}")
 
 
 def _write_page(path: Path, gpu: str) -> None:

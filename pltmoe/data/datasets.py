@@ -29,7 +29,7 @@ from pltmoe.config.run import DataConfig, DataSource, RunConfig
 from pltmoe.data.indexed import idx_path, index_cache, read_pair
 from pltmoe.data.manifest import read_manifest
 from pltmoe.data.tokenizer import Tokenizer
-from pltmoe.data.verify import verify_dataset, verify_split, verify_vocabulary
+from pltmoe.data.verify import SPLITS, verify_dataset, verify_split, verify_vocabulary
 from pltmoe.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,6 @@ Samples = tuple[int, int, int]
 """Sequences wanted for training, validation and test."""
 Datasets = tuple[Dataset[Any] | None, Dataset[Any] | None, Dataset[Any] | None]
 
-_SPLITS = ("train", "valid", "test")
 _KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 
 
@@ -155,7 +154,7 @@ def _verify(config: RunConfig, tokenizer: Tokenizer, num_samples: Samples, root:
     verify_vocabulary(config, tokenizer)
     per_split = _sources(data, num_samples)
     for name, share, sources, wanted in zip(
-        _SPLITS, data.split or (1, 1, 1), per_split, num_samples, strict=True
+        SPLITS, data.split or (1, 1, 1), per_split, num_samples, strict=True
     ):
         if wanted and not (sources and share):
             raise DataError(

@@ -22,7 +22,7 @@ from pltmoe.errors import DataError
 
 log = logging.getLogger(__name__)
 
-_SPLITS = ("train", "valid", "test")
+SPLITS = ("train", "valid", "test")
 
 
 def verify_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
@@ -68,7 +68,7 @@ def verify_split(
     """
     borders = np.cumsum([0.0, *share]) / sum(share)
     edges = [int(round(border * len(pair.lengths))) for border in borders]
-    for name, begin, end, wanted in zip(_SPLITS, edges, edges[1:], samples, strict=False):
+    for name, begin, end, wanted in zip(SPLITS, edges, edges[1:], samples, strict=False):
         tokens = int(pair.lengths[begin:end].sum(dtype=np.int64))
         if wanted and not tokens:
             raise DataError(

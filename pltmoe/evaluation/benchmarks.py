@@ -78,7 +78,7 @@ def describe_lists() -> str:
     """Return the lists as Markdown, with what each benchmark downloads."""
     lines = []
     for name, benchmarks in LISTS.items():
-        lines += ["", f"{name}", "", "| benchmark | task | shots | metric | downloads |"]
+        lines += ["", name, "", "| benchmark | task | shots | metric | downloads |"]
         lines += ["|---|---|---:|---|---|"]
         for b in benchmarks:
             sets = b.datasets or ("nothing: made from --text",)

@@ -26,8 +26,8 @@ def scores_of(results: dict[str, Any], benchmarks: Sequence[Benchmark]) -> list[
     """Return the scores of each benchmark: of its group where it has one, else of its tasks."""
     found = []
     for benchmark in benchmarks:
-        rows = results.get("groups", {}) if benchmark.task in results.get("groups", {}) else {}
-        rows = rows or results["results"]
+        groups = results.get("groups", {})
+        rows = groups if benchmark.task in groups else results["results"]
         inside = results.get("group_subtasks", {}).get(benchmark.task, [])
         names = [benchmark.task] if benchmark.task in rows else [n for n in inside if n in rows]
         for name in names:

@@ -151,7 +151,7 @@ def kept_by_layer(z: Sizes, loop: int, recompute: str) -> float:
     if recompute == "none":
         return whole.total
     if recompute == "selective":  # inputs and output of everything between the projections
-        borrowed = loop > 1 and z.m.share_first_loop_kv
+        borrowed = _borrows(z, loop)
         own = 0 if _keeps_mixed(z, loop) or not borrowed else _mixed_qkv(z)
         unused_key = z.key if borrowed else 0
         return whole.total - whole.attention + z.query + own + unused_key
@@ -166,13 +166,11 @@ def lent_bytes(z: Sizes) -> float:
     return shared_kv_bytes(z) + z.r * (z.m.num_experts or 0)  # the routing map, one byte each
 
 
-def lent_gradient_bytes(z: Sizes) -> float:
-    """Return the gradients of K and V that one layer's later loops leave for loop 1."""
-    return 2 * z.key if z.m.share_first_loop_kv else 0
-
-
 def shared_kv_bytes(z: Sizes) -> float:
-    """Return K and V of one layer, where later loops borrow them; part of loop 1's total."""
+    """Return K and V of one layer, where later loops borrow them; part of loop 1's total.
+
+    Later loops leave gradients of the same size for loop 1.
+    """
     return 2 * z.key if z.m.share_first_loop_kv else 0
 
 

@@ -39,14 +39,13 @@ def peak_bytes(
 
 
 def _order(layout: Layout) -> tuple[tuple[Operation, ...], ...]:
-    stages, count = layout.pipeline_parallel_size, layout.micro_batches
-    chunks = layout.model_chunks_per_stage
-    return _cached_order(stages, layout.num_loops, chunks, _enough(layout, count))
+    stages, chunks = layout.pipeline_parallel_size, layout.model_chunks_per_stage
+    return _cached_order(stages, layout.num_loops, chunks, _enough(layout))
 
 
-def _enough(layout: Layout, count: int) -> int:
+def _enough(layout: Layout) -> int:
     """Return a number of micro batches with the same peak: later groups only repeat."""
-    stages = layout.pipeline_parallel_size
+    stages, count = layout.pipeline_parallel_size, layout.micro_batches
     if stages == 1:
         return 1
     if layout.loop_chunks == 1:

@@ -5,8 +5,9 @@ so a group with stride S and n members keeps min(n, node / S) of them inside a n
 over several nodes is counted as NCCL does it: within the node first, one share per GPU between.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 
 from pltmoe.config import ModelConfig
 from pltmoe.parallel.layout import Layout
@@ -67,15 +68,15 @@ def step_messages(
     layer_passes = z.m.num_layers // layout.pipeline_parallel_size * layout.num_loops
     layer_passes *= layout.micro_batches
     again = 1 if recompute == "full" else 0
-    kinds: list[Callable[[], Iterator[Message]]] = [
-        lambda: _tensor(z, layout, layer_passes, again, a),
-        lambda: _expert(z, layout, layer_passes, again, a),
-        lambda: _context(z, layer_passes, 0 if recompute == "none" else 1, a),
-        lambda: _stages(z, layout, a),
-        lambda: _data(z, layout, weights, a),
-        lambda: _tied(z.m, layout, a),
-    ]
-    return [message for kind in kinds for message in kind() if message.total]
+    kinds = chain(
+        _tensor(z, layout, layer_passes, again, a),
+        _expert(z, layout, layer_passes, again, a),
+        _context(z, layer_passes, 0 if recompute == "none" else 1, a),
+        _stages(z, layout, a),
+        _data(z, layout, weights, a),
+        _tied(z.m, layout, a),
+    )
+    return [message for message in kinds if message.total]
 
 
 def _tensor(z: Sizes, layout: Layout, passes: int, again: int, a: Assumptions) -> Iterator[Message]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pltmoe.config import ModelConfig, RunConfig
 from pltmoe.config import deepspeed as deepspeed_settings
-from pltmoe.config.counts import count_parameters, flops_per_token
+from pltmoe.config.counts import flops_per_token
 from pltmoe.config.rules import broken_rules
 from pltmoe.errors import ConfigError, PLTMoEError
 from pltmoe.parallel.layout import Layout, layout_for
@@ -147,10 +147,10 @@ def make_plan(
     z = activations.sizes_for(
         config, layout, element, expert_load=_expert_load(layout, assumptions)
     )
-    counts = [stage_weights(config.model, layout, s) for s in _stages_to_look_at(layout)]
+    stages = range(layout.pipeline_parallel_size)
+    counts = [stage_weights(config.model, layout, stage) for stage in stages]
     memory = tuple(
-        _stage_memory(config, layout, z, stage, weights)
-        for stage, weights in zip(_stages_to_look_at(layout), counts, strict=True)
+        _stage_memory(config, layout, z, stage, weights) for stage, weights in enumerate(counts)
     )
     largest = max(counts, key=lambda weights: weights.shared)
     mean = activations.sizes_for(config, layout, element)  # messages are counted at even load
@@ -179,23 +179,22 @@ def make_plan(
     )
 
 
-def check_fits(config: RunConfig, world_size: int, gpu_name: str = "H200") -> None:
+def check_fits(plan: Plan) -> None:
     """Refuse a run whose fullest GPU would run out of memory.
 
     Raises:
-        ConfigError: it does not fit (says what is biggest and what to try), or an unknown GPU.
-        EngineError: the GPUs cannot be split into whole groups.
+        ConfigError: it does not fit (says what is biggest and what to try).
     """
-    plan = make_plan(config, world_size, gpu_name)
     if plan.fits:
         return
     full = plan.fullest
     parts = sorted(full.parts.items(), key=lambda part: -part[1])
     biggest = ", ".join(f"{name} {size / GIB:.1f} GiB" for name, size in parts[:3])
     raise ConfigError(
-        f"{config.name} does not fit on {world_size} x {plan.gpu.name} ({plan.layout}): stage "
-        f"{full.stage} needs {full.peak / GIB:.1f} GiB per GPU and has {plan.usable / GIB:.1f} GiB "
-        f"usable of {plan.gpu.memory_gib:g}; biggest parts: {biggest}. Try {_advice(plan)}"
+        f"{plan.config.name} does not fit on {plan.layout.world_size} x {plan.gpu.name} "
+        f"({plan.layout}): stage {full.stage} needs {full.peak / GIB:.1f} GiB per GPU and has "
+        f"{plan.usable / GIB:.1f} GiB usable of {plan.gpu.memory_gib:g}; biggest parts: {biggest}. "
+        f"Try {_advice(plan)}"
     )
 
 
@@ -223,11 +222,6 @@ def _fits_with_recompute(plan: Plan) -> bool:
     return make_plan(config, plan.layout.world_size, plan.gpu.name, plan.assumptions).fits
 
 
-def _stages_to_look_at(layout: Layout) -> list[int]:
-    """All stages: what is under way falls from first to last, and the ends hold the tables."""
-    return list(range(layout.pipeline_parallel_size))
-
-
 def _stage_memory(
     config: RunConfig, layout: Layout, z: activations.Sizes, stage: int, weights: StageWeights
 ) -> StageMemory:
@@ -250,7 +244,7 @@ def _stage_memory(
 
     def lent_gradients(chunk: int) -> float:
         embedding = z.stream if first and chunk == 0 and m.cross_loop_shift else 0
-        return layers * activations.lent_gradient_bytes(z) + embedding
+        return layers * activations.shared_kv_bytes(z) + embedding
 
     # Without stages all loops are one graph: autograd adds up their gradients of a weight, and
     # hands them on when loop 1's has come. Fused products add them to the sum at once.
@@ -358,9 +352,3 @@ def _layer_flops(m: ModelConfig, s: int) -> tuple[float, float, float]:
     rest = flops_per_token(m, s) - head
     linear = 2 * loops * (qkv + dense)
     return linear, 2.0 * loops * experts, rest / 3 / m.num_layers - linear - 2 * loops * experts
-
-
-def parameters_of(config: RunConfig) -> tuple[int, int]:
-    """Return parameters in total and active per token."""
-    count = count_parameters(config.model)
-    return count.total, count.active

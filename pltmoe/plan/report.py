@@ -5,10 +5,11 @@ from contextlib import suppress
 from typing import Any
 
 from pltmoe.config import RunConfig, deepspeed
+from pltmoe.config.counts import count_parameters
 from pltmoe.errors import ConfigError
 from pltmoe.parallel.layout import layout_for
 from pltmoe.plan.machines import DEFAULT, GIB, Assumptions
-from pltmoe.plan.planner import Plan, make_plan, parameters_of
+from pltmoe.plan.planner import Plan, make_plan
 from pltmoe.plan.search import Candidate
 
 _GB = 1e9
@@ -17,9 +18,9 @@ _GB = 1e9
 def as_text(plan: Plan) -> str:
     """Return everything about one plan, in a terminal's width."""
     layout, full, config = plan.layout, plan.fullest, plan.config
-    total, active = parameters_of(config)
+    count = count_parameters(config.model)
     lines = [
-        f"{config.name}: {total / 1e9:.2f} B parameters, {active / 1e9:.2f} B active, "
+        f"{config.name}: {count.total / 1e9:.2f} B parameters, {count.active / 1e9:.2f} B active, "
         f"{config.model.num_loops} loop(s), sequences of {config.data.sequence_length}",
         f"engine        {config.engine}{_ABOUT_ENGINE[config.engine](config)}",
         f"layout        {layout} on {layout.world_size} x {plan.gpu.name}, "
@@ -171,10 +172,10 @@ def page(configs: Sequence[RunConfig], sizes: Sequence[int], gpu: str, command: 
     a = DEFAULT
     lines = [_INTRODUCTION.format(command=command, gpu=gpu), *_assumption_rows(a)]
     for config in configs:
-        total, active = parameters_of(config)
+        count = count_parameters(config.model)
         lines += [
             f"\n## {config.name}\n",
-            f"{total / 1e9:.2f} B parameters, {active / 1e9:.2f} B active per token, "
+            f"{count.total / 1e9:.2f} B parameters, {count.active / 1e9:.2f} B active per token, "
             f"{config.model.num_loops} loop(s), sequences of {config.data.sequence_length}, global "
             f"batch {config.train.global_batch_size}.\n",
             "| GPUs | layout | micro batches | parameters | gradients | optimizer | activations | "

@@ -8,15 +8,13 @@ from typing import Any
 from pltmoe.config import RunConfig
 from pltmoe.config.rules import broken_rules
 from pltmoe.errors import ConfigError, PLTMoEError
-from pltmoe.plan.machines import DEFAULT, Assumptions, find_gpu
+from pltmoe.plan.machines import DEFAULT, find_gpu
 from pltmoe.plan.planner import Plan, make_plan
 
 _SIZES = (1, 2, 4, 8, 16, 32, 64)
 _CHUNKS = (1, 2, 3, 4)
 _RECOMPUTE = ("none", "selective", "full")
 _MICRO_BATCHES = (1, 2, 4, 8)
-
-
 _FIXED = {"sequence_parallel": True, "overlap_grad_reduce": False}
 """Fields of ``parallel`` in every layout."""
 
@@ -54,9 +52,9 @@ class Candidate:
         return [*named, *fixed, f"train.micro_batch_size={micro}"]
 
 
-def candidates(config: RunConfig, world_size: int, a: Assumptions = DEFAULT) -> list[Candidate]:
+def candidates(config: RunConfig, world_size: int) -> list[Candidate]:
     """List layouts whose sizes divide what they cut; tensor parallel stays inside a node."""
-    m, node = config.model, a.gpus_per_node
+    m, node = config.model, DEFAULT.gpus_per_node
     tensor = [n for n in _divisors(m.num_kv_heads, world_size) if n <= node]
     stages = _divisors(m.num_layers, world_size)
     context = [n for n in _SIZES if n <= 8 and config.data.sequence_length % (2 * n) == 0]
@@ -73,10 +71,7 @@ def candidates(config: RunConfig, world_size: int, a: Assumptions = DEFAULT) -> 
 
 
 def search(
-    config: RunConfig,
-    world_size: int,
-    gpu_name: str,
-    among: Iterable[Candidate] | None = None,
+    config: RunConfig, world_size: int, gpu_name: str, among: Iterable[Candidate]
 ) -> list[tuple[Candidate, Plan]]:
     """Return the layouts that fit, by expected step time.
 
@@ -84,14 +79,14 @@ def search(
         config: the run; its own layout is not special.
         world_size: GPUs.
         gpu_name: of the planner's table.
-        among: layouts to look at, e.g. behind a progress bar; all ``candidates`` by default.
+        among: layouts to look at, e.g. ``candidates`` behind a progress bar.
 
     Raises:
         ConfigError: no layout can be planned at all, whatever the memory.
     """
     find_gpu(gpu_name)
     found, planned, refusal = [], False, None
-    for candidate in among if among is not None else candidates(config, world_size):
+    for candidate in among:
         changed = candidate.apply(config)
         if broken_rules(changed):
             continue

@@ -27,16 +27,15 @@ HEAT_MAPS: tuple[Heat, ...] = (
 """Metric, title, unit, colour map; the gate's map is centred on 0.5, its initial value."""
 
 
-def plot_heat_maps(runs: Sequence[Run], path: Path) -> list[list[Any]]:
+def plot_heat_maps(runs: Sequence[Run], path: Path) -> bool:
     """Draw load balance, expert overlap and gate means per loop and layer over the training.
 
-    One row of panels per quantity, one column per run that has it. Writes PNG and CSV; returns the
-    CSV's rows. Draws nothing, and returns the header only, when no run logged any of them.
+    One row of panels per quantity, one column per run that has it. Writes PNG and CSV. Returns
+    whether there was something to draw.
     """
-    rows = _heat_rows(runs)
     shown = [heat for heat in HEAT_MAPS if any(run.by_loop_and_layer(heat[0]) for run in runs)]
     if not shown:
-        return rows
+        return False
     panels = {heat: [r for r in runs if r.by_loop_and_layer(heat[0])] for heat in shown}
     width = max(len(having) for having in panels.values())
     strips = _packed(panels, width)
@@ -55,8 +54,8 @@ def plot_heat_maps(runs: Sequence[Run], path: Path) -> list[list[Any]]:
             for part, heat in zip(parts, strip, strict=False):
                 _heat_group(part, panels[heat], heat)
         save(figure, path)
-    write_csv(path.with_suffix(".csv"), rows)
-    return rows
+    write_csv(path.with_suffix(".csv"), _heat_rows(runs))
+    return True
 
 
 def _heat_rows(runs: Sequence[Run]) -> list[list[Any]]:

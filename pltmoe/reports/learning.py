@@ -18,15 +18,13 @@ from pltmoe.errors import DataError
 from pltmoe.reports.markdown import table
 from pltmoe.reports.numbers import scale_of
 from pltmoe.reports.runs import Run, read_run
-from pltmoe.reports.style import STYLE, line_style, save, token_label
+from pltmoe.reports.style import DETAIL_SHARE, STYLE, line_style, save, token_label
 
 ALIKE = ((2, 3), (3, 5), (2, 5))
 BETTER = ((2, 4), (3, 4), (5, 4), (4, 1), (6, 2), (6, 3), (6, 5))
 """The order of the paper's ablation (arXiv 2510.24824): rows 2, 3 and 5 about alike, better than
 row 4, which is better than row 1; row 6 best. Pairs of rows; in ``BETTER`` the better one first."""
 _FOLDER = re.compile(r"(?P<name>.+)-seed(?P<seed>\d+)")
-_DETAIL_SHARE = 0.35
-"""Share of the training, at its end, that is shown enlarged."""
 
 
 @dataclass(frozen=True)
@@ -160,11 +158,11 @@ def draw(rows: Sequence[Row], path: Path, title: str) -> None:
     others = [pair for pair in enumerate(rows) if pair not in six]
     beside = [(i, row) for i, row in six if row.name in ("row5", "row6")]
     first, name = (six, "the ablation's rows") if six else (others, "the models")
-    panels = [(name, first, 0.0), ("the end of it, enlarged", first, _DETAIL_SHARE)]
+    panels = [(name, first, 0.0), ("the end of it, enlarged", first, DETAIL_SHARE)]
     if six and others:
         known = " and ".join(row.name for _, row in beside)
         name = f"variants beside {known}" if beside else "variants"
-        panels.append((name, [*beside, *others], _DETAIL_SHARE))
+        panels.append((name, [*beside, *others], DETAIL_SHARE))
     width = 4.8 * len(panels)
     longest = max(len(row.name) for row in rows)
     with matplotlib.rc_context(STYLE):

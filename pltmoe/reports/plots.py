@@ -15,14 +15,21 @@ from matplotlib.ticker import MaxNLocator
 from pltmoe.reports.numbers import scale_of, significant
 from pltmoe.reports.runs import Run
 from pltmoe.reports.scores import Score
-from pltmoe.reports.style import COLOURS, MARKERS, STYLE, line_style, save, token_label, write_csv
+from pltmoe.reports.style import (
+    COLOURS,
+    DETAIL_SHARE,
+    MARKERS,
+    STYLE,
+    line_style,
+    save,
+    token_label,
+    write_csv,
+)
 
 _SMOOTH_FROM = 150
 """Training curves with more points than this are drawn faint, with a running mean on top."""
 _MOST_MARKERS = 40
 """Of validations, the last among them: more would hide the curves."""
-_DETAIL_SHARE = 0.35
-"""Share of the training, at its end, that is shown enlarged."""
 _START_SHARE = 0.06
 """Share of the training whose steep fall may leave the top of the loss axis."""
 
@@ -39,12 +46,11 @@ class Bars:
     """Bars from zero; False: dots on an axis that shows small differences."""
 
 
-def plot_losses(runs: Sequence[Run], path: Path, title: str) -> list[list[Any]]:
+def plot_losses(runs: Sequence[Run], path: Path, title: str) -> None:
     """Draw training and validation loss against tokens and training FLOPs.
 
-    Writes ``path`` (PNG) and the same name with .csv; returns the rows of the CSV.
+    Writes ``path`` (PNG) and the same name with .csv.
     """
-    rows = _loss_rows(runs)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13.5, 4.8), layout="constrained")
         whole, end, work = figure.subplots(1, 3)
@@ -61,8 +67,7 @@ def plot_losses(runs: Sequence[Run], path: Path, title: str) -> list[list[Any]]:
         _legend(figure, runs)
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         save(figure, path)
-    write_csv(path.with_suffix(".csv"), rows)
-    return rows
+    write_csv(path.with_suffix(".csv"), _loss_rows(runs))
 
 
 def plot_costs(labels: Sequence[str], charts: Sequence[Bars], path: Path) -> None:
@@ -163,9 +168,9 @@ def _only_the_end(axis: Axes, runs: Sequence[Run]) -> None:
         p.value
         for run in runs
         for p in run.series("train/loss") + run.series("valid/loss")
-        if p.tokens >= (1 - _DETAIL_SHARE) * end and np.isfinite(p.value)
+        if p.tokens >= (1 - DETAIL_SHARE) * end and np.isfinite(p.value)
     ]
-    axis.set_xlim((1 - _DETAIL_SHARE) * end / divisor, (1 + 0.04 * _DETAIL_SHARE) * end / divisor)
+    axis.set_xlim((1 - DETAIL_SHARE) * end / divisor, (1 + 0.04 * DETAIL_SHARE) * end / divisor)
     if late and min(late) < max(late):
         room = 0.08 * (max(late) - min(late))
         axis.set_ylim(min(late) - room, max(late) + room)

@@ -17,6 +17,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)))
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK, GRID = "#222222", "#dddddd"
+DETAIL_SHARE = 0.35
+"""Share of the training, at its end, that is shown enlarged."""
 STYLE = {
     "font.size": 10,
     "axes.titlesize": 11,

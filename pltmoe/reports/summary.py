@@ -215,7 +215,7 @@ def _bars(runs: Sequence[Run], extras: Extras) -> list[Bars]:
 
 def _loops_section(runs: Sequence[Run], folder: Path) -> str:
     drawn = plot_curves(runs, ROUTING, folder / "routing.png", "Routing and gates, mean of layers")
-    maps = len(plot_heat_maps(runs, folder / "loops.png")) > 1
+    maps = plot_heat_maps(runs, folder / "loops.png")
     if not drawn and not maps:
         return "## Experts and gates\n\nNot run: no routing and no gates were logged."
     text = (

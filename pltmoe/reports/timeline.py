@@ -25,9 +25,9 @@ from pltmoe.parallel.schedule import (
     simulate,
     step_time,
 )
-from pltmoe.reports.style import COLOURS, save
+from pltmoe.reports.style import COLOURS, INK, save
 
-_INK, _WAITING = "#222222", "#eeeeee"
+_WAITING = "#eeeeee"
 _WIDTH_INCHES = 14.0
 _MARGIN_INCHES = 1.2
 _ROW_INCHES = 0.42
@@ -62,7 +62,7 @@ def draw_timeline(stages: int, loops: int, chunks: int, micro_batches: int, path
     number in a box is its micro batch, where there is room. Returns ``path``, a PNG.
     """
     both = _panels(stages, loops, chunks, micro_batches)
-    style = {"font.size": 10, "savefig.dpi": 160, "text.color": _INK}
+    style = {"font.size": 10, "savefig.dpi": 160, "text.color": INK}
     with matplotlib.rc_context(style):
         height = 1.6 + len(both) * (0.55 + _ROW_INCHES * stages)
         figure = Figure(figsize=(_WIDTH_INCHES, height), layout="constrained")
@@ -170,7 +170,7 @@ def _number(axis: Axes, timed: Timed, stage: int, points: float) -> None:
         ha="center",
         va="center",
         fontsize=_FONT_POINTS,
-        color=_INK if op.kind == "F" else "white",
+        color=INK if op.kind == "F" else "white",
         zorder=3,
     )
 

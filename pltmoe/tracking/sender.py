@@ -133,14 +133,14 @@ def end_previous(run_dir: Path, uri: str) -> None:
             log.warning("%s; later: %s", error, SYNC_COMMAND.format(folder))
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Entry point of the process."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--attempt", required=True)
     parser.add_argument("--give-up-after", type=float, required=True, metavar="SECONDS")
     parser.add_argument("--system-metrics", action="store_true")
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     # A scheduler signals every process of a job; the training process decides what that means.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

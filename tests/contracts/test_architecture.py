@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "hf": {"config", "errors", "model"},
     "inference": {"config", "errors", "model"},
     "train": {"config", "errors", "model", "parallel", "engines", "data", "runtime", "checkpoint",
-              "tracking", "reports"},
+              "tracking"},
 }  # fmt: skip
 # Beyond the table, with the reason.
 ALSO = {

@@ -19,15 +19,18 @@ from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.config.deepspeed import swap_folder
 from pltmoe.errors import ConfigError
 from pltmoe.runtime import devices, distributed
-from tests.distributed.tiny import DENSE, MOE, batches, build_engine, drop_engine, tiny_config
+from tests.distributed.tiny import (
+    DENSE,
+    MOE,
+    ONE_LOOP,
+    batches,
+    build_engine,
+    drop_engine,
+    numbers_of,
+    tiny_config,
+)
 
-VANILLA = MOE | {
-    "num_loops": 1,
-    "cross_loop_shift": False,
-    "share_first_loop_kv": False,
-    "gated_swa": False,
-}
-MODELS = {1: VANILLA, 2: MOE, 3: MOE | {"num_loops": 3}}
+MODELS = {1: MOE | ONE_LOOP, 2: MOE, 3: MOE | {"num_loops": 3}}
 """By number of loops."""
 
 
@@ -72,11 +75,7 @@ def curve(
             save_to, engine.state(), Manifest(config=config, step=start + steps)
         ).finish()
     report = {
-        "losses": [r.loss for r in results],
-        "norms": [r.grad_norm for r in results],
-        "rates": [r.learning_rate for r in results],
-        "metrics": [r.model_metrics for r in results],
-        "valid": valid[0] / valid[1],
+        **numbers_of(results, valid),
         "optimizer": str(engine.capabilities.backends["optimizer"]),
         "files": engine.capabilities.files,
     }

@@ -19,6 +19,7 @@ from tests.distributed.tiny import (
     batches,
     build_engine,
     drop_engine,
+    numbers_of,
     small_buckets,
     tiny_config,
 )
@@ -58,11 +59,7 @@ def train(
         manifest = Manifest(config=config, step=start + steps)
         store.begin_save(save_to, engine.state(), manifest).finish()
     report = {
-        "losses": [r.loss for r in results],
-        "norms": [r.grad_norm for r in results],
-        "rates": [r.learning_rate for r in results],
-        "metrics": [r.model_metrics for r in results],
-        "valid": valid[0] / valid[1],
+        **numbers_of(results, valid),
         "weights": weights(engine),
         "moments": moments(engine),
         "loaded": loaded,

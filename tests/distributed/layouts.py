@@ -7,14 +7,8 @@ processes is data parallel. ``no SP``: sequences stay whole under tensor paralle
 
 from typing import Any
 
-from tests.distributed.tiny import DENSE, MOE
+from tests.distributed.tiny import DENSE, MOE, ONE_LOOP
 
-_VANILLA = {
-    "num_loops": 1,
-    "cross_loop_shift": False,
-    "share_first_loop_kv": False,
-    "gated_swa": False,
-}
 _PLT3 = {
     "num_loops": 3,
     "normalize_per_loop": True,
@@ -23,14 +17,14 @@ _PLT3 = {
     "window_keys": 7,
 }
 _CHANGES: dict[str, dict[str, Any]] = {
-    "vanilla": _VANILLA,
-    "loop-2": _VANILLA | {"num_loops": 2},
-    "CLP": _VANILLA | {"num_loops": 2, "cross_loop_shift": True},
+    "vanilla": ONE_LOOP,
+    "loop-2": ONE_LOOP | {"num_loops": 2},
+    "CLP": ONE_LOOP | {"num_loops": 2, "cross_loop_shift": True},
     "PLT-2": {},
     "PLT-2 tied": {"tied_embeddings": True},
     "PLT-2 hidden gate": {"gate_use_hidden_states": True},
     "PLT-3": _PLT3,
-    "loop-2 shared routing": _VANILLA | {"num_loops": 2, "moe_loop_routing": "shared"},
+    "loop-2 shared routing": ONE_LOOP | {"num_loops": 2, "moe_loop_routing": "shared"},
     "PLT-2 shared routing": {"moe_loop_routing": "shared"},
     "PLT-3 shared routing": _PLT3 | {"moe_loop_routing": "shared"},
 }

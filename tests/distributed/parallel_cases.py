@@ -22,7 +22,7 @@ from pltmoe.parallel.layout import layout_for
 from pltmoe.parallel.pipeline import Pipeline, build_stage
 from pltmoe.parallel.schedule import build_schedule
 from pltmoe.runtime import devices, distributed, seeds
-from tests.distributed.tiny import batches, build_engine, small_buckets, tiny_config
+from tests.distributed.tiny import batches, build_engine, numbers_of, small_buckets, tiny_config
 from tests.unit.parallel.tables import most_lent
 
 
@@ -130,11 +130,7 @@ def train_in_float64(
         errors[global_name(stage, name)] = ((tensor.detach() - wanted).abs().max() / scale).item()
     destroy_groups()
     return {
-        "losses": [r.loss for r in results],
-        "norms": [r.grad_norm for r in results],
-        "rates": [r.learning_rate for r in results],
-        "metrics": [r.model_metrics for r in results],
-        "valid": valid[0] / valid[1],
+        **numbers_of(results, valid),
         "errors": errors,
     }
 

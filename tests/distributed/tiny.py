@@ -9,6 +9,7 @@ import torch
 from pltmoe import engines
 from pltmoe.config import RunConfig, config_from_dict
 from pltmoe.engines import megatron_optimizer
+from pltmoe.engines.base import StepResult
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime import distributed, seeds
@@ -34,6 +35,14 @@ MOE = {
     "init_std": 0.3,
 }
 """PLT-2 with every loss of the router on."""
+
+ONE_LOOP = {
+    "num_loops": 1,
+    "cross_loop_shift": False,
+    "share_first_loop_kv": False,
+    "gated_swa": False,
+}
+"""What makes it a vanilla model."""
 
 DENSE = {k: v for k, v in MOE.items() if "moe" not in k and k != "num_experts"} | {
     "ffn_hidden_size": 48
@@ -75,6 +84,17 @@ def build_engine(config: RunConfig) -> Any:
     groups = create_groups(layout)
     seeds.seed_everything(config.train.seed)
     return engines.build_engine(config, layout, groups)
+
+
+def numbers_of(results: list[StepResult], valid: tuple[float, int]) -> dict[str, Any]:
+    """Return what steps and a validation batch have reported, by name."""
+    return {
+        "losses": [r.loss for r in results],
+        "norms": [r.grad_norm for r in results],
+        "rates": [r.learning_rate for r in results],
+        "metrics": [r.model_metrics for r in results],
+        "valid": valid[0] / valid[1],
+    }
 
 
 def small_buckets() -> Any:

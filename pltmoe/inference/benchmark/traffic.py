@@ -16,13 +16,13 @@ from pltmoe.inference.engine import Session
 OF_AN_EXPERT = ("gate_up_efd", "down_edf", "gate_up_scale_ef", "down_scale_ed")
 
 
-def copy_bytes_per_second(device: torch.device, seconds: float = 0.5) -> float:
-    """Measure a copy within the device's memory: bytes read and written, the best of many."""
+def copy_bytes_per_second(device: torch.device) -> float:
+    """Measure copies in the device's memory for half a second: bytes read and written, the best."""
     # Many at once on a GPU: launching one takes as long as 3 % of it.
     size, copies = (2**30, 16) if device.type == "cuda" else (2**28, 1)
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target, best, started = torch.empty_like(source), float("inf"), time.perf_counter()
-    while time.perf_counter() - started < seconds or best == float("inf"):
+    while time.perf_counter() - started < 0.5 or best == float("inf"):
         best = min(best, timed(lambda: [target.copy_(source) for _ in range(copies)], device))
     return 2 * size * copies / best
 

@@ -2,7 +2,7 @@
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ def _profile_or_why_not(candidate: Candidate, number: int) -> str:
 def engines(config: RunConfig, groups: ProcessGroupCollection, options: Options) -> Measured:
     """Measure both engines, step by step in turn, and what they hold."""
     built, notes = candidates.engines(config, groups)
-    return Measured(built, measure(built, options.rounds, options.warm_up), (), notes)
+    return replace(in_turn(lambda *_: built)(config, groups, options), notes=notes)
 
 
 def stages(config: RunConfig, groups: ProcessGroupCollection, options: Options) -> Measured:

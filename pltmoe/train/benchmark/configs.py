@@ -72,7 +72,8 @@ def check(name: str, config: RunConfig, processes: int) -> None:
         ConfigError: naming the fields and what to set.
         EngineError: the processes cannot be split as the configuration says.
     """
-    if found := list({"pipeline": _pipeline, "megatron": _megatron}.get(name, _nothing)(config)):
+    rules = {"pipeline": _pipeline, "megatron": _megatron}
+    if name in rules and (found := list(rules[name](config))):
         raise ConfigError(f"--compare {name} {'; '.join(found)}")
     if name == "engines":
         for engine in (MEGATRON, ZERO):
@@ -83,10 +84,6 @@ def check(name: str, config: RunConfig, processes: int) -> None:
     elif name in ("loops", "megatron"):
         layout_for(as_vanilla(config), processes)
     layout_for(config, processes)
-
-
-def _nothing(_: RunConfig) -> Iterator[str]:
-    yield from ()
 
 
 def _pipeline(c: RunConfig) -> Iterator[str]:

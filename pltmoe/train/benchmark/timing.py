@@ -105,7 +105,7 @@ def ratio(times: Mapping[str, Times], slow: str, fast: str) -> Ratio:
     )
 
 
-def profile(candidate: Candidate, number: int, rows: int = 20) -> str:
+def profile(candidate: Candidate, number: int) -> str:
     """Return Markdown tables of the operations, and on a GPU kernels, that step ``number`` runs."""
     take = candidate.prepare(number)
     with torch.profiler.profile() as profiler:  # processor, and GPU where there is one
@@ -116,10 +116,10 @@ def profile(candidate: Candidate, number: int, rows: int = 20) -> str:
     kernels, operations = device_times(profiler.profiler.kineto_results.events())
     if not kernels:
         found = [(e.key, e.self_cpu_time_total, e.count) for e in profiler.key_averages()]
-        return text + _time_table("operation", found, rows)
+        return text + _time_table("operation", found)
     text += "Time on the GPU, by operation of PyTorch and by kernel:\n\n"
-    text += _time_table("operation", operations, rows) + "\n"
-    return text + _time_table("kernel", kernels, rows)
+    text += _time_table("operation", operations) + "\n"
+    return text + _time_table("kernel", kernels)
 
 
 def device_times(events: Iterable[Any]) -> tuple[list[TimeRow], list[TimeRow]]:
@@ -149,7 +149,7 @@ def device_times(events: Iterable[Any]) -> tuple[list[TimeRow], list[TimeRow]]:
     )
 
 
-def _time_table(what: str, times: Iterable[TimeRow], rows: int) -> str:
+def _time_table(what: str, times: Iterable[TimeRow], rows: int = 20) -> str:
     """Write the most expensive rows, and one line for the rest."""
     ordered = sorted((row for row in times if row[1] > 0), key=lambda row: -row[1])
     rest = ordered[rows:]

@@ -109,7 +109,7 @@ def test_all_differences_are_named_at_once(check):
         check(optimizer__lr=2e-2, train__seed=5)
 
 
-def test_another_tokenizer_of_the_same_name(check, tokenizer):
+def test_another_tokenizer_of_the_same_name(tokenizer):
     with pytest.raises(
         CheckpointError, match="data.tokenizer: checkpoint sha256 .*, config sha256"
     ):
@@ -171,7 +171,7 @@ def test_accepted_changes_pass_but_shapes_never(check, caplog):
         check(model=MOE | {"num_layers": 3}, **accept)
 
 
-def test_weights_alone_are_not_resumed_and_steps_do_not_go_back(check, tokenizer):
+def test_weights_alone_are_not_resumed_and_steps_do_not_go_back(tokenizer):
     config = tiny_config(data__tokenizer=str(tokenizer))
     with pytest.raises(CheckpointError, match="weights only .* checkpoint.load_weights=run/check"):
         check_resume(FOLDER, Manifest(config=config, contains=("model",)), config)

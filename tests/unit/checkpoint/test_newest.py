@@ -111,7 +111,7 @@ def test_none_is_left(run):
     assert all(path.stat().st_size == size for path, size in before.items()), "left as they are"
 
 
-def test_checkpoints_from_before_there_were_checksums(run, caplog):
+def test_checkpoints_from_before_there_were_checksums(run):
     path = folder(run, 7) / "manifest.json"
     tree = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in tree.items() if k in ("config", "step", "files")}))
@@ -154,7 +154,7 @@ def test_a_newer_format_is_not_taken_for_damage(run):
     assert folder(run, 7).is_dir()
 
 
-def test_a_file_that_cannot_be_read(run, monkeypatch):
+def test_a_file_that_cannot_be_read(run):
     manifest = read_manifest(folder(run, 7))
     (folder(run, 7) / ".metadata").unlink()
     with pytest.raises(DamagedCheckpointError, match=".metadata cannot be read .No such file"):

@@ -234,7 +234,7 @@ def test_disk_that_is_full_for_a_moment(
 
 
 def test_disk_with_room_for_the_parts_alone(
-    tmp_path: Path, tokenizer: Tokenizer, jsonl: Path, small_disk: Path, monkeypatch
+    tokenizer: Tokenizer, jsonl: Path, small_disk: Path, monkeypatch
 ):
     tokenize, prefix = module._tokenize, small_disk / "out"
 
@@ -333,7 +333,7 @@ def test_half_written_bin_is_named_and_made_again_with_overwrite(
     assert _bytes(prefix) == before
 
 
-def test_dataset_in_the_folder_of_its_text(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path):
+def test_dataset_in_the_folder_of_its_text(tokenizer: Tokenizer, jsonl: Path):
     """A second run over the folder must not read the first one's output as text."""
     prefix = jsonl.parent / "out"
     first = preprocess([jsonl.parent], prefix, tokenizer.model_path, _options())

@@ -114,7 +114,7 @@ def test_stop_strings_end_the_text_before_them(exported, tmp_path, monkeypatch):
     assert json.loads(output.read_text())[0]["text"] == whole[: whole.index(stop)]
 
 
-def test_a_stop_string_may_be_any_text(exported, monkeypatch, capsys):
+def test_a_stop_string_may_be_any_text(exported, monkeypatch):
     tool = runpy.run_path(str(REPOSITORY / "tools/generate.py"))
     for typed, meant in ((r"\n\n", "\n\n"), ("é。", "é。"), (r"\\", "\\"), ("a\tb", "a\tb")):
         assert tool["_unescaped"](typed) == meant

@@ -217,9 +217,9 @@ def test_deepspeed_is_planned_with_its_stage_offload_and_bucket(zero, says):
 
 
 def test_what_does_not_fit_is_refused_with_parts_and_advice():
-    check_fits(config("plt_1.7b_40b"), 64)
+    check_fits(make_plan(config("plt_1.7b_40b"), 64))
     with pytest.raises(ConfigError) as refused:
-        check_fits(config("vanilla_2.5b_60b"), 8)
+        check_fits(make_plan(config("vanilla_2.5b_60b"), 8))
     message = str(refused.value)
     assert "vanilla-2.5b-60b does not fit on 8 x H200 (EP8 x DP8)" in message
     plan = make_plan(config("vanilla_2.5b_60b"), 8)
@@ -233,10 +233,10 @@ def test_what_does_not_fit_is_refused_with_parts_and_advice():
 def test_activations_that_do_not_fit_are_answered_with_recompute():
     run = config("plt_moe_1b_7b", "train.micro_batch_size=8")
     with pytest.raises(ConfigError, match="biggest parts: activations.*parallel.recompute=full"):
-        check_fits(run, 8, "H100")
+        check_fits(make_plan(run, 8, "H100"))
     run = config("plt_1.7b_40b")  # also where weights are more than activations
     with pytest.raises(ConfigError, match=r"Try parallel.recompute=full, which fits; tools/plan"):
-        check_fits(run, 16, "H100")
+        check_fits(make_plan(run, 16, "H100"))
     assert make_plan(config("plt_1.7b_40b", "parallel.recompute=full"), 16, "H100").fits
 
 

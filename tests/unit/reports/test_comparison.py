@@ -91,7 +91,7 @@ def test_an_mlflow_run_needs_an_address(compare, tmp_path):
         compare("mlflow:abc", "--output", tmp_path)
 
 
-def test_a_description_too_long_for_mlflow_ends_at_a_line(folder, uri):
+def test_a_description_too_long_for_mlflow_ends_at_a_line(uri):
     from mlflow.tracking import MlflowClient
 
     note = "\n".join(f"line {number} of many" for number in range(1000))

@@ -152,7 +152,7 @@ def cells(report: Path, label: str) -> list[str]:
     return [cell.strip() for cell in rows[0].strip("|").split("|")[1:]]
 
 
-def test_the_report_says_whether_loops_were_one_pass(run_dirs, tmp_path):
+def test_the_report_says_whether_loops_were_one_pass(run_dirs):
     runs = [read_run(path) for path in run_dirs]
     for passes, said in ((1, "were one forward pass in plt2."), (2, "one after another in plt2.")):
         extras = Extras(decode={"plt2": DECODE["plt2"] | {"passes": passes}})

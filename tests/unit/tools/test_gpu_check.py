@@ -30,7 +30,6 @@ def gpu_check() -> ModuleType:
     spec = importlib.util.spec_from_file_location("gpu_check", REPOSITORY / "tools/gpu_check.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["gpu_check"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
 
@@ -93,22 +92,13 @@ def test_page_in_the_repository_is_what_the_tool_writes(
         assert re.search(rf"^(##|-) {re.escape(title)}$", profiles, re.MULTILINE)
 
 
-def test_what_tells_most_comes_first_and_data_before_their_use(gpu_check: ModuleType) -> None:
+def test_what_tells_most_comes_first_and_data_before_their_use() -> None:
     names = [part.name for part in gpu_parts.PARTS]
     assert len(set(names)) == len(names)
     kinds = [
-        "mfu-wide-bf16",
-        "mfu-wide-tensorwise",
-        "speed",
-        "tests",
-        "train",
-        "fp8",
-        "decode-headline-plt",
-        "tests-decode",
-        "tests-runs",
-        "decode",
-        "learn-row1-seed1",
-    ]
+        "mfu-wide-bf16", "mfu-wide-tensorwise", "speed", "tests", "train", "fp8",
+        "decode-headline-plt", "tests-decode", "tests-runs", "decode", "learn-row1-seed1",
+    ]  # fmt: skip
     assert sorted(kinds, key=names.index) == kinds
     for part in gpu_parts.PARTS:
         made = [other for other in gpu_parts.PARTS if other.name == part.data_of]
@@ -116,11 +106,8 @@ def test_what_tells_most_comes_first_and_data_before_their_use(gpu_check: Module
         assert all(
             other.makes and names.index(other.name) < names.index(part.name) for other in made
         )
-        assert bool(made) == (
-            part.name in ("fp8", "decode")
-            or part.name.startswith("learn-row")
-            or part.name.startswith("learn-plt")
-        )
+        uses_data = part.name.startswith(("learn-row", "learn-plt"))
+        assert bool(made) == (uses_data or part.name in ("fp8", "decode"))
     run, left_out = set(), set()
     for part in gpu_parts.PARTS:
         words = part.commands[0].split() if part.name.startswith("tests") else []
@@ -274,9 +261,7 @@ def test_what_there_was_no_time_for_is_not_a_failure(gpu_check: ModuleType, tmp_
     assert not (tmp_path / "tests.json").exists()
 
 
-def test_only_what_does_not_fit_is_tried_with_a_smaller_micro_batch(
-    gpu_check: ModuleType, tmp_path: Path
-) -> None:
+def test_only_what_does_not_fit_is_tried_with_a_smaller_micro_batch(tmp_path: Path) -> None:
     """Any other failure would come again, and hide the first one's message."""
     part = next(part for part in gpu_parts.PARTS if part.name == "mfu-wide-bf16")
     fake = tmp_path / "python"
@@ -425,7 +410,7 @@ def test_pages_and_picture_are_made_from_what_was_measured(
     assert "| plt2-normed |" in text
 
 
-def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
+def test_the_training_parts_are_valid_runs() -> None:
     """A part that fails at its configuration would waste a lent machine."""
     from pltmoe.config import load_config
     from pltmoe.train.benchmark.configs import check
@@ -477,14 +462,14 @@ def test_the_training_parts_are_valid_runs(gpu_check: ModuleType) -> None:
 def test_the_models_that_fill_the_device_fit_it(model: str) -> None:
     """As far as tools/plan.py knows; the larger micro batch in FP8 is the tightest."""
     from pltmoe.config import load_config
-    from pltmoe.plan import check_fits
+    from pltmoe.plan import check_fits, make_plan
 
     for precision in ("bf16", "fp8"):
         words = f"{gpu_parts.FULL_SIZES} {gpu_parts.FULL[model][1]}".split()
         overrides = [word for word in words if "=" in word]
         overrides.append(f"train.micro_batch_size={gpu_parts.FULL_MICRO_BATCHES[0]}")
         config = load_config(words[1], [*overrides, f"train.precision={precision}"])
-        check_fits(config, 1, "H200")
+        check_fits(make_plan(config, 1, "H200"))
 
 
 def test_the_decode_parts_show_the_ratios_and_the_last_one_everything(
@@ -500,7 +485,7 @@ def test_the_decode_parts_show_the_ratios_and_the_last_one_everything(
     assert "times" in last and "#### one size" in last
 
 
-def test_the_decode_parts_name_models_and_options_that_exist(gpu_check: ModuleType) -> None:
+def test_the_decode_parts_name_models_and_options_that_exist() -> None:
     """A part that fails at the command line would waste a lent machine."""
     from pltmoe.inference.benchmark.suite import ABLATION, HEADLINE, candidates
 
@@ -515,8 +500,7 @@ def test_the_decode_parts_name_models_and_options_that_exist(gpu_check: ModuleTy
     assert parts
     for part in parts:
         words = shlex.split(part.commands[0])
-        assert {w for w in words if w.startswith("--")} <= set(
-            re.findall(r"--[a-z0-9-]+", help_text)
-        )
+        options = set(re.findall(r"--[a-z0-9-]+", help_text))
+        assert {word for word in words if word.startswith("--")} <= options
         only = [words[i + 1] for i, word in enumerate(words) if word == "--only"]
         assert set(only) <= names

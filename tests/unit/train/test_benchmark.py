@@ -143,6 +143,9 @@ def test_a_profile_that_fails_takes_nothing_with_it(monkeypatch: pytest.MonkeyPa
     measured = compare.in_turn(lambda *_: [candidate])(None, None, compare.Options(2, 0, True))
     assert len(measured.times["a"].seconds) == 2
     assert measured.profiles == ["### a\n\nNot profiled: ZeroDivisionError: division by zero\n"]
+    monkeypatch.setattr(candidates, "engines", lambda *_: ([candidate], ["holds 3 MiB"]))
+    both = compare.engines(None, None, compare.Options(2, 0, True))
+    assert both.profiles == measured.profiles and both.notes == ["holds 3 MiB"]
 
 
 def test_prediction_counts_every_pass_and_one_bubble() -> None:
