@@ -41,7 +41,7 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     directory = run_dir / "checkpoints"
     pointer = directory / LATEST
     if pointer.is_file():
-        named = directory / pointer.read_text().strip()
+        named = directory / pointer.read_text(encoding="utf-8", errors="replace").strip()
         if _STEP_FOLDER.fullmatch(named.name) and (named / MANIFEST).is_file():
             return named
         logger.warning("%s names %s, which is not there: looking for another", pointer, named.name)

@@ -174,10 +174,14 @@ def max_positions(model: Path) -> int:
     """Return the slots of an exported model.
 
     Raises:
-        DataError: no exported model there.
+        DataError: no exported model there, or it does not say.
     """
     check_export(model)
-    return int(json.loads((model / "config.json").read_text())["max_position_embeddings"])
+    config = model / "config.json"
+    try:
+        return int(json.loads(config.read_text(encoding="utf-8"))["max_position_embeddings"])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DataError(f"{config}: no max_position_embeddings to read ({error!r})") from None
 
 
 def _task_manager(names: Iterable[str], include: Sequence[Path]) -> "TaskManager":

@@ -131,9 +131,16 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def read_jobs(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the jobs that worked on a run, oldest first; RUNNING may also mean killed."""
+    """Return the jobs that worked on a run, oldest first; RUNNING may also mean killed.
+
+    A file that cannot be read (a lost machine) counts as none, with a warning.
+    """
     path = run_dir / JOBS_FILE
-    return json.loads(path.read_text(encoding="utf-8"))["jobs"] if path.exists() else []
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))["jobs"] if path.exists() else []
+    except (ValueError, TypeError, KeyError):
+        log.warning("%s: damaged; what it said of earlier jobs is lost", path)
+        return []
 
 
 def write_jobs(run_dir: Path, jobs: list[dict[str, Any]]) -> None:
@@ -166,7 +173,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the complete lines of a metrics file, in file order; nothing when there is none."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             if (values := decode_line(line)) is not None:
                 yield values
@@ -177,7 +184,7 @@ def drop_after(path: Path, step: int) -> int:
     if not path.exists():
         return 0
     kept, dropped = [], []
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for line in file:
             values = decode_line(line)
             (kept if values and values["step"] <= step else dropped).append(line)

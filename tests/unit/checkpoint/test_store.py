@@ -116,6 +116,8 @@ def test_latest_that_names_nothing_falls_back(fake_checkpoint, tmp_path, caplog)
     (made[2] / "manifest.json").unlink()
     assert folders.latest_checkpoint(tmp_path) == made[0]
     assert "names step_00000010, which is not there" in caplog.text
+    pointer.write_bytes(b"\xff\0")  # what a damaged disk makes of it
+    assert folders.latest_checkpoint(tmp_path) == made[0]
 
 
 def test_retention(fake_checkpoint, tmp_path):

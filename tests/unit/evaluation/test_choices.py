@@ -180,6 +180,10 @@ def test_shots_are_what_the_harness_says():
 def test_a_folder_that_is_no_export_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"no config.json here; export a checkpoint"):
         check_export(tmp_path)
+    (tmp_path / "tokenizer_config.json").touch()
+    (tmp_path / "config.json").write_text('{"n_positions": 1024}')  # GPT-2, say
+    with pytest.raises(DataError, match=r"config.json: no max_position_embeddings to read"):
+        harness.max_positions(tmp_path)
 
 
 def test_data_that_cannot_be_read_is_named(tmp_path):

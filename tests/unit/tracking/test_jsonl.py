@@ -139,3 +139,15 @@ def test_run_json_tells_where_each_job_ran_and_how_it_ended(tmp_path):
     first, second = read_jobs(tmp_path)
     assert first["tags"] == {"device": "CPU (2 cores)"} and first["status"] == "KILLED"
     assert second["resume_step"] == 5 and second["status"] == "FINISHED"
+
+
+@pytest.mark.parametrize("left", [b"", b"\xff\0", b"[]"])
+def test_what_a_lost_machine_left_does_not_end_the_next_job(tmp_path, caplog, left):
+    write(tmp_path, range(1, 3))
+    (tmp_path / "run.json").write_bytes(left)
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(left)
+    write(tmp_path, range(3, 5), resume=2)
+    assert steps_of(tmp_path) == [1, 2, 3, 4]
+    assert [job["resume_step"] for job in read_jobs(tmp_path)] == [2]
+    assert "run.json: damaged; what it said of earlier jobs is lost" in caplog.text
