@@ -9,7 +9,7 @@ from pltmoe.config import config_to_dict, without_password
 from pltmoe.errors import ConfigError
 from pltmoe.tracking.journal import Journal, end_of_last_start
 from pltmoe.tracking.mlflow import MLflowTracker, flatten, how_to_look
-from pltmoe.tracking.store import artifact_location, run_link, usable_uri
+from pltmoe.tracking.store import artifact_location, one_line, run_link, usable_uri
 from tests.unit.tracking.runs import run_config
 
 
@@ -56,6 +56,13 @@ def test_no_password_is_written_down(tmp_path):
     assert "secret" not in Journal(tmp_path).events_path.read_text()
     assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"
     assert without_password("http://user:p@ss@host:1/a@b") == "http://***@host:1/a@b"
+
+
+def test_a_long_error_keeps_its_reason():
+    """Of a request that a proxy did not answer, the proxy was cut off."""
+    text = one_line(OSError(f"HTTPConnectionPool(host): {300 * 'x'} Unable to connect to proxy"))
+    assert text.startswith("HTTPConnectionPool") and text.endswith("connect to proxy")
+    assert len(text) <= 310
 
 
 def test_tags_say_model_and_resume_and_users_win(tmp_path):
