@@ -85,7 +85,7 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.reconfigure(errors="backslashreplace")  # a text, or a path, that is not in it
     try:
         code = main()
-        print(end="", flush=True)
+        sys.stdout.flush()
     except PLTMoEError as error:
         sys.exit(f"error: {error}")
     except BrokenPipeError:
