@@ -148,11 +148,11 @@ def test_links_open_the_training_view():
 
 
 def test_how_to_look_at_a_local_store(tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{tmp_path}/of mine/mlflow.db"
     assert how_to_look(tmp_path) is None
     MLflowTracker(run_config(tmp_path, uri), tmp_path).record_start({}, {}, None)
     assert how_to_look(tmp_path) is None  # not sent yet
     Journal(tmp_path).save_state(uri, {"run_id": "abc", "experiment_id": "3"})
     command, page = how_to_look(tmp_path).split("   then ")
-    assert command == f"MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {uri}"
+    assert command == f"MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri '{uri}'"
     assert page == "http://127.0.0.1:5000/#/experiments/3?workflowType=machine_learning"
