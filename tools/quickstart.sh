@@ -63,7 +63,7 @@ for model in vanilla loop2 plt2; do
     step "pretrain $model on $processes processes, expert parallel, engine $engine"
     $python -m torch.distributed.run --standalone --nproc-per-node "$processes" \
         tools/pretrain.py --config "configs/quickstart_$model.yaml" \
-        "data.tokenizer=$out/tokenizer/tokenizer.model" "data.train=[{path: $out/data/corpus}]" \
+        "data.tokenizer=$out/tokenizer/tokenizer.model" "data.train=$out/data/corpus" \
         "engine=$engine" "parallel.expert_parallel_size=$processes" "train.output_dir=$out/runs/$model" \
         "tracking.mlflow_uri=sqlite:///$out/mlflow.db" ${size[@]+"${size[@]}"}
 done

@@ -46,12 +46,12 @@ candidates() {
     for version in $VERSIONS; do type -ap "python$version" || true; done
     type -ap python3 python || true
     for version in $VERSIONS; do
-        for root in "${PYENV_ROOT:-}" "$(pyenv root 2>/dev/null || true)" "$HOME/.pyenv"; do
+        for root in "${PYENV_ROOT:-}" "$(pyenv root 2>/dev/null || true)" "${HOME:-}/.pyenv"; do
             [[ -n $root ]] || continue
             printf '%s\n' "$root/versions/$version"*/bin/python
         done
         uv python find --no-project "$version" 2>/dev/null || true
-        printf '%s\n' "$HOME/.local/share/uv/python/cpython-$version"*/bin/python
+        printf '%s\n' "${HOME:-}/.local/share/uv/python/cpython-$version"*/bin/python
     done
 }
 

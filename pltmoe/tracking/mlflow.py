@@ -11,6 +11,7 @@ import getpass
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -249,7 +250,7 @@ def page_of(uri: str, experiment_id: str) -> str:
     """Return the address of an experiment, with the command that serves it if nothing does."""
     if uri.startswith("http"):
         return run_link(uri, experiment_id)
-    serve = f"MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {uri}"
+    serve = f"MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {shlex.quote(uri)}"
     return f"{serve}   then {run_link('http://127.0.0.1:5000', experiment_id)}"
 
 

@@ -90,6 +90,10 @@ def quick_to_fail() -> None:
 
 
 def one_line(error: Exception, longest: int = 300) -> str:
-    """Return an error's text on one line, without the password of the address it may quote."""
+    """Return an error's text on one line, without the password of the address it may quote.
+
+    Of a long one the middle is left out: that a proxy did not answer stands at the end.
+    """
     text = without_password(" ".join(str(error).split())) or type(error).__name__
-    return text if len(text) <= longest else text[:longest] + "…"
+    half = longest // 2
+    return text if len(text) <= longest else f"{text[:half]} … {text[-half:]}"

@@ -9,7 +9,7 @@ from pltmoe.config import config_to_dict, without_password
 from pltmoe.errors import ConfigError
 from pltmoe.tracking.journal import Journal, end_of_last_start
 from pltmoe.tracking.mlflow import MLflowTracker, flatten, how_to_look
-from pltmoe.tracking.store import artifact_location, run_link, usable_uri
+from pltmoe.tracking.store import artifact_location, one_line, run_link, usable_uri
 from tests.unit.tracking.runs import run_config
 
 
@@ -65,6 +65,13 @@ def test_no_password_is_written_down(tmp_path):
     with pytest.raises(ConfigError, match="expected http") as seen:
         usable_uri("postgres://me:secret@db/a")
     assert "secret" not in str(seen.value)
+
+
+def test_a_long_error_keeps_its_reason():
+    """Of a request that a proxy did not answer, the proxy was cut off."""
+    text = one_line(OSError(f"HTTPConnectionPool(host): {300 * 'x'} Unable to connect to proxy"))
+    assert text.startswith("HTTPConnectionPool") and text.endswith("connect to proxy")
+    assert len(text) <= 310
 
 
 def test_tags_say_model_and_resume_and_users_win(tmp_path):
@@ -150,11 +157,11 @@ def test_links_open_the_training_view():
 
 
 def test_how_to_look_at_a_local_store(tmp_path):
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = f"sqlite:///{tmp_path}/of mine/mlflow.db"
     assert how_to_look(tmp_path) is None
     MLflowTracker(run_config(tmp_path, uri), tmp_path).record_start({}, {}, None)
     assert how_to_look(tmp_path) is None  # not sent yet
     Journal(tmp_path).save_state(uri, {"run_id": "abc", "experiment_id": "3"})
     command, page = how_to_look(tmp_path).split("   then ")
-    assert command == f"MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {uri}"
+    assert command == f"MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri '{uri}'"
     assert page == "http://127.0.0.1:5000/#/experiments/3?workflowType=machine_learning"
