@@ -207,7 +207,8 @@ def _cache_folder(
 def _contents(prefix: Path) -> str:
     if manifest := read_manifest(prefix):
         return manifest.idx.sha256
-    return hashlib.sha256(idx_path(prefix).read_bytes()).hexdigest()
+    with idx_path(prefix).open("rb") as stream:  # 20 bytes a document: not into memory at once
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _build_cache(

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import chain
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -18,6 +19,8 @@ from pltmoe.data.sources import Report
 from pltmoe.errors import DataError
 
 _POLL_SECONDS = 0.2
+_MOST_FUTURES = 1000
+"""More tasks than this go in groups: each future has its price, and each look goes over all."""
 
 _shared: Any = None  # in a worker: (bytes done, whether to stop)
 
@@ -71,9 +74,11 @@ class Workers:
         if not self._pool:
             return [function(task, bar.update) for task in tasks]
         before = self._done.value - bar.n  # a short task may be done before the next line is
-        futures = [self._pool.submit(_call, function, task) for task in tasks]
+        size = -(-len(tasks) // _MOST_FUTURES) or 1
+        groups = [tasks[first : first + size] for first in range(0, len(tasks), size)]
+        futures = [self._pool.submit(_call, function, group) for group in groups]
         try:
-            return self._collect(futures, bar, before)
+            return list(chain.from_iterable(self._collect(futures, bar, before)))
         except BrokenProcessPool:
             raise DataError(
                 "a worker process was killed (out of memory?): use fewer workers and run the same "
@@ -112,8 +117,10 @@ def _follow_parent() -> None:
     os._exit(1)
 
 
-def _call[Task, Result](function: Callable[[Task, Report], Result], task: Task) -> Result:
-    return function(task, _report)
+def _call[Task, Result](
+    function: Callable[[Task, Report], Result], tasks: Sequence[Task]
+) -> list[Result]:
+    return [function(task, _report) for task in tasks]
 
 
 def _report(size: int) -> None:

@@ -36,6 +36,8 @@ class Journal:
         self.folder = run_dir / MLFLOW_FOLDER
         self.events_path = self.folder / EVENTS_FILE
         self._state_path = self.folder / STATE_FILE
+        self._version: tuple[int, int, int] | None = None  # of the file that _events were read from
+        self._events: list[dict[str, Any]] = []
 
     def append(self, kind: str, **fields: Any) -> None:
         """Add one event; behind a torn line (a lost machine, a full disk) on a line of its own."""
@@ -49,10 +51,18 @@ class Journal:
 
     def events(self) -> list[dict[str, Any]]:
         """Return all complete events, oldest first; torn lines are passed over."""
-        if not self.events_path.exists():
+        try:
+            file = self.events_path.open("rb")
+        except FileNotFoundError:
             return []
-        lines = self.events_path.read_text(encoding="utf-8", errors="replace").split("\n")
-        return [event for line in lines[:-1] if (event := _decode(line)) is not None]
+        with file:  # NFS asks its server at an open, at a stat perhaps a minute later
+            status = os.fstat(file.fileno())
+            version = status.st_ino, status.st_size, status.st_mtime_ns
+            if version != self._version:  # senders ask often; a start has all settings
+                lines = file.read().decode(errors="replace").split("\n")[:-1]
+                self._events = [event for line in lines if (event := _decode(line)) is not None]
+                self._version = version
+        return list(self._events)
 
     def last_start(self) -> dict[str, Any] | None:
         """Return the newest start event."""

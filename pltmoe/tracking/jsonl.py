@@ -183,16 +183,16 @@ def drop_after(path: Path, step: int) -> int:
     """Remove the lines of steps after ``step`` and torn lines, all or nothing; return how many."""
     if not path.exists():
         return 0
-    kept, dropped = [], []
     with path.open(encoding="utf-8", errors="replace") as file:
-        for line in file:
-            values = decode_line(line)
-            (kept if values and values["step"] <= step else dropped).append(line)
+        dropped = {number for number, line in enumerate(file) if not _is_up_to(line, step)}
     if not dropped:
         return 0
     new = path.with_name(path.name + ".new")
-    with new.open("w", encoding="utf-8") as file:
-        file.writelines(kept)
+    with (
+        path.open(encoding="utf-8", errors="replace") as old,
+        new.open("w", encoding="utf-8") as file,
+    ):
+        file.writelines(line for number, line in enumerate(old) if number not in dropped)
         file.flush()
         os.fsync(file.fileno())
     os.replace(new, path)
@@ -234,6 +234,11 @@ def is_archived(run_dir: Path) -> bool:
     """Whether a folder is one of ``archive_previous``: its job is gone, its files are others'."""
     folder = run_dir.absolute()
     return folder.parent.name == PREVIOUS_FOLDER and bool(_STAMP.fullmatch(folder.name))
+
+
+def _is_up_to(line: str, step: int) -> bool:
+    values = decode_line(line)
+    return values is not None and values["step"] <= step
 
 
 def _plain(value: Any) -> Any:

@@ -1,6 +1,8 @@
 """What training reads: checked, contiguous, mixed by weight, in an order that survives anything."""
 
+import hashlib
 import itertools
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,6 +277,18 @@ def test_dataset_made_anew_under_its_name_is_not_read_through_the_old_index(
         write_dataset(tmp_path / "x", [np.full(length, first)] * (4000 // length))
         train, _, _ = build_datasets(config, tokenizer, (20, 0, 0))
         assert {t for row in _tokens(_all(train)) for t in row} == {first}
+
+
+def test_an_index_without_a_manifest_is_not_read_into_memory_at_once(tmp_path: Path):
+    """A corpus of a billion documents has an index of 20 GB."""
+    with idx_path(tmp_path / "x").open("wb") as stream:
+        stream.truncate(4_000_000)
+    expected = hashlib.sha256(bytes(4_000_000)).hexdigest()
+    tracemalloc.start()
+    assert module._contents(tmp_path / "x") == expected
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak_bytes < 1e6
 
 
 # --- what is refused before training starts ---------------------------------------------------
