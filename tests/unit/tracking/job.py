@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pltmoe.config import write_config
 from pltmoe.tracking import EndStatus, build_tracker
+from pltmoe.tracking.jsonl import SYSTEM_METRICS_FILE, read_lines
 from tests.unit.tracking.runs import metrics_of, run_config
 
 
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--pause", type=float, default=0.0, help="seconds per step")
     parser.add_argument("--raise-at", type=int)
     parser.add_argument("--linger", action="store_true", help="wait for a signal at the end")
-    parser.add_argument("--system-metrics", action="store_true")
+    parser.add_argument("--system-metrics", action="store_true", help="ends after the first")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO)
     args.run_dir.mkdir(parents=True, exist_ok=True)
@@ -46,6 +47,10 @@ def main() -> None:
         (args.run_dir / "slowest.json").write_text(json.dumps(slowest_ms))
         if args.linger:
             time.sleep(120)
+        until = time.monotonic() + 60
+        while args.system_metrics and not any(read_lines(args.run_dir / SYSTEM_METRICS_FILE)):
+            assert time.monotonic() < until, "no system metrics"
+            time.sleep(0.1)
         status = "FINISHED"
     except SystemExit:
         status = "KILLED"
