@@ -108,7 +108,7 @@ class JsonlTracker:
 
     def _count_on(self) -> None:
         """Look whether the records of the jobs before are of a time that is still to come."""
-        times = [line["time"] for line in read_lines(self.path)]
+        times = [line.get("time", 0.0) for line in _last_lines(self.path)]
         for job in read_jobs(self.path.parent):
             times += [job["started"], job.get("ended", 0.0)]
         behind_s = max(times, default=0.0) - time.time()
@@ -177,6 +177,16 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         for line in file:
             if (values := decode_line(line)) is not None:
                 yield values
+
+
+def _last_lines(path: Path, size: int = 1 << 20) -> list[dict[str, Any]]:
+    """Return the complete lines in the last ``size`` bytes of a metrics file, if there is one."""
+    if not path.exists():
+        return []
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - size))
+        lines = [decode_line(line.decode(errors="replace")) for line in file]
+    return [line for line in lines if line is not None]
 
 
 def drop_after(path: Path, step: int) -> int:

@@ -154,6 +154,21 @@ def test_run_json_tells_where_each_job_ran_and_how_it_ended(tmp_path):
     assert second["resume_step"] == 5 and second["status"] == "FINISHED"
 
 
+def test_a_job_with_a_clock_behind_that_of_a_killed_one_counts_on(tmp_path, monkeypatch, caplog):
+    killed = JsonlTracker(tmp_path, lambda step: step)
+    killed.start({}, {})
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 30)
+    for step in (1, 2):
+        killed.log(step, {"train/loss": 1.0})
+    killed._file.close()
+    monkeypatch.setattr(time, "time", lambda: now - 30)
+    write(tmp_path, range(2, 4), resume=1)
+    times = [line["time"] for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert len(times) == 3 and times == sorted(times) and times[-1] >= times[0] > now
+    assert "clock is 60.0 s behind" in caplog.text
+
+
 @pytest.mark.parametrize("left", [b"", b"\xff\0", b"[]"])
 def test_what_a_lost_machine_left_does_not_end_the_next_job(tmp_path, caplog, left):
     write(tmp_path, range(1, 3))
