@@ -21,6 +21,7 @@ import os
 import shlex
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from pltmoe.config import RunConfig, load_config
@@ -68,7 +69,8 @@ def main() -> int:
     try:
         for name, config in _configs(args).items():
             if _starts(name):
-                code = _start_processes(_processes(name, config), name) or code
+                only = [] if args.compare == name else ["--compare", name]
+                code = _start_processes(_processes(name, config), only) or code
             else:
                 _compare(name, config, args)
     finally:
@@ -125,10 +127,10 @@ def _processes(name: str, config: RunConfig) -> int:
     return distributed.processes_from_environment().world_size
 
 
-def _start_processes(count: int, name: str) -> int:
-    """Run this command again for one comparison, on ``count`` processes."""
+def _start_processes(count: int, more: Sequence[str]) -> int:
+    """Run this command again on ``count`` processes, with ``more`` arguments."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count)]
-    command = [sys.executable, *launcher, __file__, *sys.argv[1:], "--compare", name]
+    command = [sys.executable, *launcher, __file__, *sys.argv[1:], *more]
     sys.stdout.flush()
     paths = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     return subprocess.run(command, env={**os.environ, "PYTHONPATH": paths}).returncode

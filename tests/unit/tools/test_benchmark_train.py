@@ -150,6 +150,7 @@ def test_engines(tmp_path: Path) -> None:
     offloaded = "DeepSpeed, ZeRO 2, optimizer in host memory"
     assert [row["name"] for row in found["rows"]] == ["Megatron", *zero, offloaded]
     assert found["ratio"]["median"] > 0 and "EP2" in found["setup"]["step"]
+    assert found["where"]["command"].count("--compare engines") == 1, "as it was typed"
     assert any(note.startswith("left out: DeepSpeed, ZeRO 3: ") for note in found["notes"])
     said = re.findall(r"DeepSpeed, ZeRO 2 / (.*?): [\d.]+\n", "\n".join(found["notes"]))
     assert said == [*zero[:2], offloaded], "the goal's ratio stands above them"
