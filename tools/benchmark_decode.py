@@ -35,10 +35,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 GROUPS = {"ablation": ABLATION, "headline": HEADLINE}
 SCALED_DOWN = Setup((1, 4, 16, 32, 64), 4096, 16, 5, (1024, 4096, 8192), 1)
 """For a CPU, with suite.SCALED_DOWN."""
-_OF_RANDOM_WEIGHTS = (
-    *("compare", "config", "only", "scaled_down", "fp8", "fuse"),
-    *("context", "batches", "prefill"),
-)
+_OF_RANDOM_WEIGHTS = ("compare", "config", "only", "scaled_down", "fp8", "fuse", "context",
+                      "batches", "prefill")  # fmt: skip
 _OF_FOLDERS = ("batch", "prompt_tokens")
 
 

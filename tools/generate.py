@@ -24,7 +24,7 @@ import torch
 
 from pltmoe.errors import ConfigError, ConversionError, DataError
 from pltmoe.hf.code_cache import check_code_cache
-from pltmoe.inference.engine import Engine, Timing
+from pltmoe.inference.engine import MAX_BATCH, Engine, Timing
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.text import TextStream
 from pltmoe.inference.weights import describe_folder, read_fields
@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=DTYPES, help="default: as stored")
     parser.add_argument("--fp8", action="store_true", help="experts in FP8 (GPU: 8.9 or newer)")
     parser.add_argument("--max-slots", type=positive, help="default: as it was trained")
-    parser.add_argument("--max-batch", type=positive, help="prompts that run together (64)")
+    parser.add_argument("--max-batch", type=positive, help=f"prompts at once ({MAX_BATCH})")
     parser.add_argument(
         "--engine", choices=ENGINES, default="pltmoe", help="transformers: its generate()"
     )
@@ -232,7 +232,7 @@ def _engine(args: argparse.Namespace) -> Run:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     tokenizer = _tokenizer(args.model)
     engine = Engine.load(
-        args.model, args.device, dtype, args.max_slots, args.max_batch or 64, fp8=args.fp8
+        args.model, args.device, dtype, args.max_slots, args.max_batch or MAX_BATCH, fp8=args.fp8
     )
 
     def run(prompts: Sequence[Text], request: Request) -> tuple[list[Text], Timing]:

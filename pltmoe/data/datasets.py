@@ -31,6 +31,7 @@ from pltmoe.data.manifest import read_manifest
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.data.verify import SPLITS, verify_dataset, verify_split, verify_vocabulary
 from pltmoe.errors import DataError
+from pltmoe.runtime.files import sha256_of
 
 log = logging.getLogger(__name__)
 
@@ -207,8 +208,7 @@ def _cache_folder(
 def _contents(prefix: Path) -> str:
     if manifest := read_manifest(prefix):
         return manifest.idx.sha256
-    with idx_path(prefix).open("rb") as stream:  # 20 bytes a document: not into memory at once
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    return sha256_of(idx_path(prefix))
 
 
 def _build_cache(

@@ -32,6 +32,7 @@ from pltmoe.hf.checkpoint_tensors import CheckpointTensors
 from pltmoe.hf.code_cache import check_code_cache
 from pltmoe.hf.fast_tokenizer import write_tokenizer
 from pltmoe.hf.fields import to_hf_fields
+from pltmoe.hf.folder_tensors import read_json
 from pltmoe.hf.mapping import Row, rows
 from pltmoe.hf.model_card import model_card
 from pltmoe.hf.shards import ShardWriter, num_bytes
@@ -108,9 +109,9 @@ def verify_folder(checkpoint: Path, folder: Path) -> Verification | str:
     checkpoint = find_checkpoint(checkpoint)
     model = read_manifest(checkpoint).config.model
     try:
-        fields = json.loads((folder / "config.json").read_text())
+        fields = read_json(folder / "config.json")
         name = fields["dtype"]
-    except (OSError, ValueError, KeyError) as error:
+    except (ConversionError, KeyError) as error:
         raise ConversionError(f"{folder}: not an exported model ({error})") from None
     check_code_cache(fields)
     return verify_export(folder, CheckpointTensors(checkpoint, model), model, getattr(torch, name))

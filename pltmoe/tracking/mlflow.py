@@ -91,7 +91,7 @@ class MLflowTracker:
             self._append_start({}, job["tags"], job["resume_step"], **where)
         settings = flatten(config_to_dict(self._config)) | flatten(params)
         if jobs:
-            known_better = {"time": jobs[-1]["started"]} | known_better
+            known_better.setdefault("time", jobs[-1]["started"])
         self._append_start(settings, tags, resume_step, **known_better)
         config_file = self._run_dir / "config.yaml"
         if config_file.exists():
