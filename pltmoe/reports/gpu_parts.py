@@ -10,6 +10,7 @@ TRANSFORMER_ENGINE = "Transformer Engine"
 PRECISIONS = {
     "bf16": "train.precision=bf16",
     "bf16-fused": "train.precision=bf16 train.gradient_accumulation_fusion=true",
+    "bf16-local": "train.precision=bf16 train.transformer_impl=local",
     "tensorwise": "train.precision=fp8 train.fp8_recipe=tensorwise",
     "delayed": "train.precision=fp8 train.fp8_recipe=delayed",
     "blockwise": "train.precision=fp8 train.fp8_recipe=blockwise",
@@ -103,7 +104,11 @@ def _pretrain(model: str, name: str, more: str = "") -> str:
 
 def precision_words(precision: str) -> str:
     """Return one of PRECISIONS in words."""
-    in_words = {"bf16": "bf16", "bf16-fused": "bf16, weight gradients added inside the products"}
+    in_words = {
+        "bf16": "bf16",
+        "bf16-fused": "bf16, weight gradients added inside the products",
+        "bf16-local": "bf16, PyTorch's layers",
+    }
     return in_words.get(precision, f"FP8 {precision}")
 
 
@@ -120,7 +125,7 @@ def _full(model: str, precision: str) -> Part:
     log = f"$WORK/{name}.first"
     too_large = f"grep -qiE 'out of memory|ALLOC_FAILED' {log}"  # of PyTorch and CUDA, of cuBLAS
     tries = f"{large} 2>&1 | tee {log} || {{{{ {too_large} && {small}; }}}}"
-    needs = "" if precision == "bf16" else TRANSFORMER_ENGINE
+    needs = "" if precision in ("bf16", "bf16-local") else TRANSFORMER_ENGINE
     return Part(name, what, (more + tries,), needs=needs, seconds=150)
 
 
@@ -225,6 +230,7 @@ PARTS = (
         (f"{PYTEST} tests/gpu/test_training.py",),
     ),
     _full("fine", "tensorwise"),
+    *(_full(model, "bf16-local") for model in FULL),
     _full("wide", "blockwise"),
     *(_full("fine", precision) for precision in ("delayed", "bf16-fused", "blockwise")),
     Part(

@@ -100,6 +100,7 @@ def test_the_training_parts_are_valid_runs() -> None:
                 assert config.train.precision == ("bf16" if is_bf16 else "fp8")
                 assert is_bf16 or part.name.endswith(config.train.fp8_recipe)
                 assert config.train.gradient_accumulation_fusion == part.name.endswith("fused")
+                assert (config.train.transformer_impl == "local") == part.name.endswith("local")
                 assert "--profile" in words
                 size = (config.train.global_batch_size, config.model)
                 sizes[part.name.split("-")[1]].add(str(size))

@@ -196,7 +196,7 @@ def test_what_needs_software_that_is_not_there_is_not_run(
     assert "Passed in" in suite(part, **{engine: why}), "what was measured stays"
     needed = {part.name for part in gpu_parts.PARTS if part.needs == engine}
     mfu = {f"mfu-{model}-{name}" for model in gpu_parts.FULL for name in gpu_parts.PRECISIONS}
-    plain = {f"mfu-{model}-bf16" for model in gpu_parts.FULL}
+    plain = {f"mfu-{model}-bf16{part}" for model in gpu_parts.FULL for part in ("", "-local")}
     assert needed == (mfu - plain) | {"fp8", "speed-fp8"}
 
 
@@ -300,12 +300,14 @@ def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path:
         ["what", "wanted", "measured", "", "commit"],
         [f"MFU, {fine}, bf16", "at least 45 %", "43.0%", "MISSED", "abc"],
         [f"MFU, {fine}, {inside}", "at least 45 %", "not run", "", ""],
+        [f"MFU, {fine}, bf16, PyTorch's layers", "at least 45 %", "not run", "", ""],
         *(
             [f"FP8 {recipe} / bf16, {fine}, {faster}", "at least 1.25", "not run", "", ""]
             for recipe in gpu_parts.RECIPES
         ),
         [f"MFU, {wide}, bf16", "at least 45 %", "50.0%", "met", "abc"],
         [f"MFU, {wide}, {inside}", "at least 45 %", "not run", "", ""],
+        [f"MFU, {wide}, bf16, PyTorch's layers", "at least 45 %", "not run", "", ""],
         [f"FP8 tensorwise / bf16, {wide}, {faster}", "at least 1.25", "not run", "", ""],
         [f"FP8 delayed / bf16, {wide}, {faster}", "at least 1.25", "not run", "", ""],
         [f"FP8 blockwise / bf16, {wide}, {faster}", "at least 1.25", "1.300", "met", "abc"],
