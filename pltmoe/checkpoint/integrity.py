@@ -16,7 +16,8 @@ from tqdm import tqdm
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.errors import DamagedCheckpointError
 
-_BLOCK_BYTES = 8 << 20
+_BLOCK_BYTES = 1 << 20
+"""Of a thread of its own at each save: malloc keeps it in several arenas, so it is small."""
 _THREADS = 4
 _WORTH_A_BAR_BYTES = 4 << 30
 
