@@ -264,7 +264,7 @@ def validation_has_data(c: RunConfig) -> Iterator[str]:
     if d.valid and d.split:
         yield (
             f"data.split ({list(d.split)}) and data.valid ({len(d.valid)} sources) both say where "
-            "validation data comes from: keep one"
+            "validation data comes from: set data.split=null, or data.valid=[]"
         )
     cut = d.split is not None and d.split[1] > 0
     if c.train.eval_interval and not (d.valid or cut):
