@@ -50,7 +50,9 @@ def main() -> None:
     random.add_argument("--compare", default="ablation,headline", help="of these, or none")
     random.add_argument("--config", action="append", type=Path, default=[], help="YAML of a run")
     random.add_argument("--only", action="append", default=[], help="name of a model; repeat")
-    random.add_argument("--scaled-down", action="store_true", help="small sizes; always on a CPU")
+    random.add_argument(
+        "--scaled-down", action="store_true", help="--compare small; always on a CPU"
+    )
     random.add_argument("--fp8", action="store_true", help="experts in FP8 (not on a CPU)")
     random.add_argument("--fuse", action="store_true", help="compile between the large kernels")
     random.add_argument("--context", type=positive, help="slots in the cache at first (4096)")
@@ -119,7 +121,7 @@ def _random(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     about = {"dtype": str(dtype).removeprefix("torch."), "commit": commit()}
     about["dtype"] += ", experts in FP8" if args.fp8 else ""
     about["dtype"] += ", fused" if args.fuse else ""
-    about["scale"] = scale if scaled_down else "the models of the configurations"
+    about["scale"] = scale if scaled_down and groups else "the models of the configurations"
     where = _where() | about
 
     def keep(result: Result) -> None:

@@ -14,6 +14,7 @@ from pltmoe.errors import ConfigError, ConversionError
 from pltmoe.hf.loopcoder import convert_loopcoder, is_loopcoder
 from pltmoe.runtime.command_line import run_tool
 from pltmoe.runtime.cpu import stand_in_for_cuda
+from pltmoe.runtime.logs import leave_out_import_warnings
 
 
 def main() -> None:
@@ -39,6 +40,7 @@ def main() -> None:
         raise ConfigError(
             f"{args.model}: give --config, the run that will start from these weights"
         )
+    leave_out_import_warnings()
     stand_in_for_cuda()
     from pltmoe.hf.convert_back import import_folder  # imports Megatron: after the stand-in
 

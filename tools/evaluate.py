@@ -126,7 +126,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--list", action="store_true", help="print the lists and end")
     parser.add_argument("--model", type=Path, metavar="DIR", help="made by tools/convert_to_hf.py")
     parser.add_argument(
-        "--tasks", default="local", help=f"{', '.join(LISTS)}, or tasks of the harness: A,B,..."
+        "--tasks",
+        default="local",
+        help=f"{', '.join(LISTS)}, or tasks of the harness: A,B,... (local)",
     )
     parser.add_argument(
         "--output", type=output_file, help="JSON to write; a table goes to .md beside it"
@@ -143,7 +145,9 @@ def _parser() -> argparse.ArgumentParser:
         "--include", type=Path, action="append", default=[], help="folder with tasks of your own"
     )
     parser.add_argument("--limit", type=positive, help="questions per task, to try something out")
-    parser.add_argument("--batch-size", type=int, default=default.batch_size)
+    parser.add_argument(
+        "--batch-size", type=int, default=default.batch_size, help="default %(default)s"
+    )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     parser.add_argument("--allow-code", action="store_true", help="run code the model wrote, here")
     parser.add_argument("--download", action="store_true", help="fetch the data sets and end")

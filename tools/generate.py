@@ -127,10 +127,14 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         help='one prompt per line; .jsonl: {"prompt": "..."} per line',
     )
-    parser.add_argument("--max-new-tokens", type=positive, default=64)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy")
-    parser.add_argument("--top-k", type=int, default=0, help="among so many likeliest; 0: all")
-    parser.add_argument("--top-p", type=float, default=1.0, help="among the likeliest of this sum")
+    parser.add_argument("--max-new-tokens", type=positive, default=64, help="default %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, help="among so many likeliest; 0: all (default)"
+    )
+    parser.add_argument(
+        "--top-p", type=float, default=1.0, help="among the likeliest of this sum (1)"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, help="of the first prompt; the next ones count up"
     )

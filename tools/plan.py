@@ -70,7 +70,7 @@ def _arguments() -> argparse.Namespace:
     )
     parser.add_argument("--config", type=Path, help="run configuration (YAML)")
     parser.add_argument("--gpus", type=positive, help="GPUs in total")
-    parser.add_argument("--gpu", default="H200", help=f"one of {', '.join(GPUS)}")
+    parser.add_argument("--gpu", default="H200", help=f"{', '.join(GPUS)} (default H200)")
     parser.add_argument("--search", action="store_true", help="list the best layouts that fit")
     parser.add_argument("--rows", type=positive, default=15, help="rows of --search (default 15)")
     parser.add_argument(

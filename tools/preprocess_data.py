@@ -20,8 +20,17 @@ def main() -> None:
     parser.add_argument(
         "--output", type=Path, required=True, metavar="PREFIX", help=".bin and .idx are added"
     )
-    parser.add_argument("--include", default=default.include, help="file names to take in folders")
-    parser.add_argument("--workers", type=positive, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument(
+        "--include",
+        default=default.include,
+        help="file names to take in folders (default %(default)s)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=os.cpu_count() or 1,
+        help="processes (default: one per core)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace another dataset")
     args = parser.parse_args()
     options = PreprocessOptions(

@@ -17,13 +17,14 @@ def main() -> None:
         "--max-bytes",
         type=positive,
         default=default.max_bytes,
-        help="of the sample to train on",
+        help="of the sample to train on (default %(default)s)",
     )
     parser.add_argument(
         "--character-coverage",
         type=float,
         default=default.character_coverage,
-        help="share of the characters that become pieces; the others are written as bytes",
+        help="share of the characters that become pieces (default %(default)s); the others are "
+        "written as bytes",
     )
     args = parser.parse_args()
     options = TrainingOptions(

@@ -30,7 +30,7 @@ from pltmoe.runtime.files import sha256_of
 
 logger = logging.getLogger(__name__)
 
-SHAPE_FIELDS = (
+_SHAPE_FIELDS = (
     "vocab_size",
     "num_layers",
     "hidden_size",
@@ -46,6 +46,7 @@ SHAPE_FIELDS = (
     "gate_use_hidden_states",
 )
 """Fields of the model section that decide which tensors there are, and their shapes."""
+_SHAPES = frozenset(f"model.{field}" for field in _SHAPE_FIELDS)
 
 _BIAS = "model.moe_expert_bias_update_rate"
 CONTENTS = "data.contents"
@@ -94,14 +95,17 @@ def check_resume(
         )
     changed = _changed(_decisive(manifest.config, manifest), _decisive(config, None))
     changed |= _changed_text(manifest.data, fingerprints or {})
+    to_accept = ",".join(path for path in changed if path not in _SHAPES)
     accepted = [path for path in changed if _accepts(config, path)]
     for path in accepted:
         logger.warning("accepted change: %s", changed.pop(path))
     if changed:
+        accept = f", accept them with 'checkpoint.accept_changes=[{to_accept}]',"
+        if not _SHAPES.isdisjoint(changed):
+            accept = " (tensor shapes cannot change)"
         raise CheckpointError(
             f"{directory} does not fit the configuration: {'; '.join(changed.values())}. "
-            "Put the checkpoint's values back, name the fields in checkpoint.accept_changes "
-            "(tensor shapes cannot change), or choose another train.output_dir"
+            f"Put the checkpoint's values back{accept} or choose another train.output_dir"
         )
     if redrawn := [path for path in accepted if path in _DRAWS_ANEW]:
         logger.warning(
@@ -146,8 +150,7 @@ def check_weights(directory: Path, manifest: Manifest, config: RunConfig) -> Non
 
 
 def _accepts(config: RunConfig, path: str) -> bool:
-    is_shape = path in {f"model.{field}" for field in SHAPE_FIELDS}
-    return path in config.checkpoint.accept_changes and not is_shape
+    return path in config.checkpoint.accept_changes and path not in _SHAPES
 
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> dict[str, str]:
@@ -176,7 +179,7 @@ def _changed_text(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, s
 
 
 def _shapes(config: RunConfig) -> dict[str, Any]:
-    return {f"model.{field}": getattr(config.model, field) for field in SHAPE_FIELDS}
+    return {f"model.{field}": getattr(config.model, field) for field in _SHAPE_FIELDS}
 
 
 def _decisive(config: RunConfig, manifest: Manifest | None) -> dict[str, Any]:

@@ -235,10 +235,12 @@ def schedule_fits(c: RunConfig) -> Iterator[str]:
         yield f"optimizer.warmup_steps ({o.warmup_steps}) must be smaller than {where} ({end})"
     if o.min_lr > o.lr:
         yield f"optimizer.min_lr ({o.min_lr}) must not exceed optimizer.lr ({o.lr})"
-    if (o.schedule == "wsd") != (o.wsd_decay_steps is not None):
+    if o.schedule == "wsd" and o.wsd_decay_steps is None:
+        yield "optimizer.schedule (wsd) needs optimizer.wsd_decay_steps, the steps of its decay"
+    elif o.schedule != "wsd" and o.wsd_decay_steps is not None:
         yield (
-            f"optimizer.wsd_decay_steps ({o.wsd_decay_steps}) belongs to, and is required by, "
-            f"optimizer.schedule = wsd (it is {o.schedule})"
+            f"optimizer.wsd_decay_steps ({o.wsd_decay_steps}) is of optimizer.schedule=wsd alone "
+            f"(it is {o.schedule})"
         )
     elif o.wsd_decay_steps is not None and o.wsd_decay_steps > end - o.warmup_steps:
         yield (
@@ -262,7 +264,7 @@ def validation_has_data(c: RunConfig) -> Iterator[str]:
     if d.valid and d.split:
         yield (
             f"data.split ({list(d.split)}) and data.valid ({len(d.valid)} sources) both say where "
-            "validation data comes from: keep one"
+            "validation data comes from: set data.split=null, or data.valid=[]"
         )
     cut = d.split is not None and d.split[1] > 0
     if c.train.eval_interval and not (d.valid or cut):

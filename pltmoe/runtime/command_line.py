@@ -39,7 +39,9 @@ def add_text_arguments(parser: argparse.ArgumentParser, json_key: str) -> None:
         "folders of them; also .gz .bz2 .xz .zst",
     )
     parser.add_argument(
-        "--json-key", default=json_key, help="field of the text in JSONL, in every line"
+        "--json-key",
+        default=json_key,
+        help="field of the text in JSONL, in every line (default %(default)s)",
     )
 
 

@@ -8,17 +8,21 @@ _THIRD_PARTY = ("megatron", "torch.distributed", "torch.utils.cpp_extension", "a
 
 
 def configure_logging(rank: int) -> None:
-    """Log to standard error as ``12:30:01 rank 0 INFO message``; call it once per process.
-
-    Warnings that other packages give at import, about libraries that are not there, are left out:
-    the start-up block says what is used and why.
-    """
+    """Log to standard error as ``12:30:01 rank 0 INFO message``; call it once per process."""
     handler = logging.StreamHandler(sys.stderr)
     line = f"%(asctime)s rank {rank} %(levelname)s %(message)s"
     handler.setFormatter(logging.Formatter(line, "%H:%M:%S"))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    leave_out_import_warnings()
+
+
+def leave_out_import_warnings() -> None:
+    """Leave out what other packages say at import about libraries that are not there.
+
+    Call it before Megatron is imported; the start-up block says what is used and why.
+    """
     for name in _THIRD_PARTY:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.")

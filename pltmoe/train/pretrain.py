@@ -135,6 +135,7 @@ def _find_start(config: RunConfig) -> Start:
     """Prepare the output folder and look for a checkpoint in it; the same answer on all ranks."""
     distributed.on_main(store.check_torch)
     distributed.on_main(lambda: _prepare_folder(config))
+    distributed.on_main(lambda: Tokenizer(config.data.tokenizer).sha256)  # raises what is wrong
     fingerprints = distributed.on_main(lambda: fingerprints_of(config.data.train))
     newest = newest_intact(config.train.output_dir, config.checkpoint.verify)
     if newest is None:

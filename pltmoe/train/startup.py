@@ -1,13 +1,15 @@
 """What is said once at the start: software, device, layout, sizes, and who computes what."""
 
 import logging
+from collections.abc import Iterator
 
 from pltmoe.config import RunConfig
 from pltmoe.config.counts import count_parameters, flops_per_token
+from pltmoe.data.indexed import read_pair
 from pltmoe.engines.base import Capabilities
 from pltmoe.parallel.layout import Layout
 from pltmoe.parallel.schedule import bubble_fraction
-from pltmoe.runtime import cpu, devices
+from pltmoe.runtime import cpu, devices, distributed
 from pltmoe.runtime.logs import log_block
 from pltmoe.runtime.versions import commit, versions
 
@@ -15,8 +17,9 @@ logger = logging.getLogger(__name__)
 
 
 def log_startup(config: RunConfig, capabilities: Capabilities, source: str) -> None:
-    """Write the start-up block; ``source`` says where the weights come from."""
-    log_block(logger, f"run {config.name}", startup_rows(config, capabilities, source))
+    """Write the start-up block on rank 0; ``source`` says where the weights come from."""
+    if distributed.is_main():
+        log_block(logger, f"run {config.name}", startup_rows(config, capabilities, source))
 
 
 def startup_rows(
@@ -44,9 +47,35 @@ def startup_rows(
             f"{layout.micro_batches} micro batch(es) of {train.micro_batch_size} per process",
         ),
         ("steps", f"{train.steps:,} = {train.steps * tokens:,} tokens"),
+        *(("data", text) for text in _sources(config, train.steps * tokens)),
+        ("validation", _every(train.eval_interval, "none (train.eval_interval is not set)")),
+        (
+            "checkpoints",
+            _every(
+                config.checkpoint.save_interval,
+                "after the last step only (checkpoint.save_interval is not set)",
+            ),
+        ),
     ]
     rows += [(job, str(backend)) for job, backend in capabilities.backends.items()]
     return rows + [("weights", source), ("output", str(train.output_dir))]
+
+
+def _sources(config: RunConfig, tokens: int) -> Iterator[str]:
+    """Say of each training source how often ``tokens`` of the run go through its text."""
+    data = config.data
+    part = 1.0 if data.split is None else data.split[0] / sum(data.split)
+    weights = sum(source.weight for source in data.train)
+    for source in data.train:
+        share, length = source.weight / weights, read_pair(source.path).tokens
+        yield (
+            f"{source.path}: {share:.1%} of the sequences, "
+            f"{tokens * share / (length * part):.3g} times through {length * part:,.0f} tokens"
+        )
+
+
+def _every(interval: int | None, otherwise: str) -> str:
+    return otherwise if interval is None else f"every {interval:,} steps"
 
 
 def _schedule(layout: Layout) -> str:

@@ -76,6 +76,10 @@ def test_log_and_metrics_of_a_run(straight):
     assert not any("WARNING" in line for line in log.splitlines())
     for row in ("versions", "commit", "device", "layout", "parameters", "FLOPs per token"):
         assert re.search(rf"^  {row} +\S", log, re.M), row
+    assert re.search(
+        r"^  data +\S+: 100.0% of the sequences, \S+ times through [\d,]+ tok", log, re.M
+    )
+    assert re.search(r"^  validation +every 4 steps$", log, re.M)
     assert "the CPU stands in for CUDA" in log and "DP1 (1 process" in log
     assert re.search(r"^  optimizer +(torch|TE|Apex) \(", log, re.M)
     line = r"step 12/12  loss \d\.\d{4}  lr \S+  grad \S+  [\d,]+ tokens/s  \S+ TFLOP/s.*  ETA 0:00"

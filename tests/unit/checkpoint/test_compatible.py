@@ -100,13 +100,20 @@ def test_what_decides_the_result_is_named_with_both_values(check, changes, messa
         check(**changes)
     text = str(error.value)
     assert text.startswith(f"{FOLDER} does not fit the configuration: ")
-    assert "checkpoint.accept_changes" in text and "train.output_dir" in text
+    assert ("checkpoint.accept_changes=[" in text) != ("tensor shapes cannot change" in text)
+    assert "or choose another train.output_dir" in text
     assert text.count("config ") == 1, "no other field is named"
 
 
 def test_all_differences_are_named_at_once(check):
-    with pytest.raises(CheckpointError, match="optimizer.lr: .*; train.seed: "):
+    with pytest.raises(CheckpointError, match="optimizer.lr: .*; train.seed: ") as error:
         check(optimizer__lr=2e-2, train__seed=5)
+    command = "accept them with 'checkpoint.accept_changes=[optimizer.lr,train.seed]', or"
+    assert command in str(error.value)
+    with pytest.raises(CheckpointError, match="train.seed: .* accept them with ") as error:
+        accept = {"checkpoint__accept_changes": ["optimizer.lr"]}
+        check(optimizer__lr=2e-2, train__seed=5, **accept)
+    assert command in str(error.value), "those that were accepted before, too: a list replaces one"
 
 
 def test_another_tokenizer_of_the_same_name(tokenizer):

@@ -399,13 +399,11 @@ BROKEN = {
         ),
         (
             run_tree(optimizer__schedule="wsd"),
-            "optimizer.wsd_decay_steps (None) belongs to, and is required by, "
-            "optimizer.schedule = wsd (it is wsd)",
+            "optimizer.schedule (wsd) needs optimizer.wsd_decay_steps, the steps of its decay",
         ),
         (
             run_tree(optimizer__wsd_decay_steps=3),
-            "optimizer.wsd_decay_steps (3) belongs to, and is required by, "
-            "optimizer.schedule = wsd (it is cosine)",
+            "optimizer.wsd_decay_steps (3) is of optimizer.schedule=wsd alone (it is cosine)",
         ),
         (
             run_tree(

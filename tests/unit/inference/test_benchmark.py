@@ -250,6 +250,7 @@ def test_the_command_measures_a_configuration_and_draws_it(
         ("quickstart_plt2", 1),
         ("quickstart_plt2", 2),
     ]
+    assert tree["where"]["scale"] == "the models of the configurations"
     assert not tree["prefill"] and "context 8, 2 tokens, 1 rounds" in capsys.readouterr().out
     height, width, _ = imread(tmp_path / "decode.png").shape
     assert width > 2 * height

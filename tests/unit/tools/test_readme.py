@@ -79,6 +79,7 @@ def test_the_commands_of_one_model_from_text_to_hugging_face(workplace: Path) ->
             timeout=300,
         )
         assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+        assert "Warning: Transformer Engine" not in done.stderr, f"{command}: of Megatron"
         run.append(tool)
     assert len(run) >= 10
     assert (workplace / "work/hf/config.json").is_file()

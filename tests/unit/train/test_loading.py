@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pltmoe.checkpoint.manifest import Manifest
-from pltmoe.errors import CheckpointError
+from pltmoe.errors import CheckpointError, DataError
 from pltmoe.train import pretrain
 from tests.distributed.tiny import tiny_config
 
@@ -65,3 +65,15 @@ def test_a_torch_that_cannot_read_its_checkpoints_ends_the_run_before_anything_i
     with pytest.raises(CheckpointError, match="torch 2.15.0 is too new"):
         pretrain._find_start(tiny_config(train__output_dir=tmp_path))
     assert half_written.exists()
+
+
+def test_a_tokenizer_that_is_gone_is_told_before_a_checkpoint_is_compared_with_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = tiny_config(train__output_dir=tmp_path, data__tokenizer=tmp_path / "gone.model")
+    monkeypatch.setattr(pretrain.distributed, "on_main", lambda call: call())
+    monkeypatch.setattr(pretrain, "fingerprints_of", lambda sources: {})
+    newest = (tmp_path, Manifest(config=config, step=3))
+    monkeypatch.setattr(pretrain, "newest_intact", lambda *_: newest)
+    with pytest.raises(DataError, match=r"gone\.model: no such tokenizer"):
+        pretrain._find_start(config)
