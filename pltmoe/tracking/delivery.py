@@ -21,6 +21,7 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,6 @@ class Delivery:
         self._asked = False  # what the server has
         self._state: dict[str, Any] = {}
         self._newest: dict[str, tuple[int, int]] = {}  # metric -> step and ms since 1970
-        self._branches: list[tuple[float, int]] = []
         self._feeds = _feeds(run_dir)
         self._events_done = 0
 
@@ -227,8 +227,9 @@ class Delivery:
                 # Asked after the lines: a later job may have begun and written them by now.
                 if self._overtaken():
                     return moved
-                self._branches = branches(_starts(self.journal.events()))
-                points = [point for line in lines for point in self._points(line)]
+                given_up = branches(_starts(self.journal.events()))
+                sent_to = {name: self._sent_to(name, given_up) for name in self._newest}
+                points = [point for line in lines for point in _points(line, sent_to)]
                 for chunk in _chunks(points, MAX_METRICS_PER_BATCH):
                     self._log_metrics(chunk)
                     self._newest |= {m.key: (m.step, m.timestamp) for m in chunk}
@@ -236,20 +237,12 @@ class Delivery:
                 self._on_batch(feed.acknowledge())
         return moved
 
-    def _points(self, line: dict[str, Any]) -> Iterator[Metric]:
-        for key, value in line.items():
-            if key in NOT_METRICS:
-                continue
-            name = _name(key)
-            if line["step"] > self._sent_to(name):
-                yield Metric(name, float(value), int(line["time"] * 1000), line["step"])
-
-    def _sent_to(self, metric: str) -> int:
+    def _sent_to(self, metric: str, given_up: list[tuple[float, int]]) -> int:
         """Return the step up to which the server has the points that count."""
-        step, time_ms = self._newest.get(metric, (-1, 0))
+        step, time_ms = self._newest[metric]
         if metric.startswith("system/"):  # counts samples: steps done again are not its own
             return step
-        return min([step, *(after for time_s, after in self._branches if time_ms < 1000 * time_s)])
+        return min([step, *(after for time_s, after in given_up if time_ms < 1000 * time_s)])
 
     def _log_metrics(self, metrics: list[Metric]) -> None:
         try:
@@ -378,6 +371,14 @@ def _starts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == "start"]
 
 
+def _points(line: dict[str, Any], sent_to: Mapping[str, int]) -> Iterator[Metric]:
+    """Return the values of a line that are of later steps than what was sent of their metric."""
+    for key, value in line.items():
+        if key not in NOT_METRICS and line["step"] > sent_to.get(name := _name(key), -1):
+            yield Metric(name, float(value), int(line["time"] * 1000), line["step"])
+
+
+@cache  # of some hundred names, asked for in every line
 def _name(key: str) -> str:
     """Return a name that MLflow accepts; ours are, those of users may not be."""
     return re.sub(r"[^/\w.\- :]", "_", key).strip("/")[:MAX_ENTITY_KEY_LENGTH]

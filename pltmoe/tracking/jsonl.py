@@ -36,6 +36,7 @@ SYNC_COMMAND = "python tools/sync_mlflow.py {}"
 NOT_METRICS = frozenset({"step", "time", "tokens"})
 """Keys of a line that are coordinates, not metrics."""
 
+_STEP = re.compile(rb'\{"step": (\d+), ')
 _STAMP = re.compile(r"\d{8}_\d{6}(_\d+)?")
 
 log = logging.getLogger(__name__)
@@ -108,7 +109,7 @@ class JsonlTracker:
 
     def _count_on(self) -> None:
         """Look whether the records of the jobs before are of a time that is still to come."""
-        times = [line.get("time", 0.0) for line in _last_lines(self.path)]
+        times = [line.get("time", 0.0) for line in last_lines(self.path)]
         for job in read_jobs(self.path.parent):
             times += [job["started"], job.get("ended", 0.0)]
         behind_s = max(times, default=0.0) - time.time()
@@ -179,7 +180,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield values
 
 
-def _last_lines(path: Path, size: int = 1 << 20) -> list[dict[str, Any]]:
+def last_lines(path: Path, size: int = 1 << 20) -> list[dict[str, Any]]:
     """Return the complete lines in the last ``size`` bytes of a metrics file, if there is one."""
     if not path.exists():
         return []
@@ -193,15 +194,12 @@ def drop_after(path: Path, step: int) -> int:
     """Remove the lines of steps after ``step`` and torn lines, all or nothing; return how many."""
     if not path.exists():
         return 0
-    with path.open(encoding="utf-8", errors="replace") as file:
+    with path.open("rb") as file:
         dropped = {number for number, line in enumerate(file) if not _is_up_to(line, step)}
     if not dropped:
         return 0
     new = path.with_name(path.name + ".new")
-    with (
-        path.open(encoding="utf-8", errors="replace") as old,
-        new.open("w", encoding="utf-8") as file,
-    ):
+    with path.open("rb") as old, new.open("wb") as file:
         file.writelines(line for number, line in enumerate(old) if number not in dropped)
         file.flush()
         os.fsync(file.fileno())
@@ -246,8 +244,10 @@ def is_archived(run_dir: Path) -> bool:
     return folder.parent.name == PREVIOUS_FOLDER and bool(_STAMP.fullmatch(folder.name))
 
 
-def _is_up_to(line: str, step: int) -> bool:
-    values = decode_line(line)
+def _is_up_to(line: bytes, step: int) -> bool:
+    if line.endswith(b"}\n") and (begin := _STEP.match(line)):
+        return int(begin[1]) <= step  # a tenth of the time of decoding it
+    values = decode_line(line.decode(errors="replace"))
     return values is not None and values["step"] <= step
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
-from pltmoe.tracking.jsonl import encode_line, read_lines
+from pltmoe.tracking.jsonl import encode_line, last_lines
 
 _DEFAULT_INTERVAL_S = 10.0
 
@@ -33,7 +33,7 @@ class SystemSampler(threading.Thread):
         self._stop_event = threading.Event()
         setting = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL")
         self._interval_s = float(setting) if setting else _DEFAULT_INTERVAL_S
-        self._next_step = 1 + max((line["step"] for line in read_lines(path)), default=-1)
+        self._next_step = 1 + max((line["step"] for line in last_lines(path)), default=-1)
 
     def run(self) -> None:
         """Sample until ``stop``."""
