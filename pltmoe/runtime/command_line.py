@@ -68,7 +68,7 @@ def open_closed_streams() -> None:
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
             os.set_inheritable(descriptor, True)
-            setattr(sys, name, open(descriptor, mode))
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8"))
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:

@@ -255,7 +255,7 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start, consumed: Co
         write_config(config, temporary)
     for name, text in capabilities.files.items():
         with writing(folder / name) as path, complete_file(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
     tags = {
         "model": config.name,
         "commit": commit(),
