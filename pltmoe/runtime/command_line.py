@@ -9,6 +9,7 @@ import faulthandler
 import io
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -88,6 +89,11 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
     except PLTMoEError as error:
         sys.exit(f"error: {error}")
+    except UnicodeEncodeError:
+        odd = [argument for argument in sys.argv if re.search("[\ud800-\udfff]", argument)]
+        if not odd:
+            raise
+        sys.exit(f"error: {odd[0]!r}: no UTF-8, which what writes or reads it needs; rename it")
     except BrokenPipeError:
         if _is_read():
             raise

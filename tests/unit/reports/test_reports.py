@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -266,15 +267,17 @@ def test_pictures_are_pictures(report):
 
 
 def test_a_run_that_never_validated_or_looped_still_has_a_report(tmp_path):
-    run_dir = tmp_path / "bare"
+    run_dir = tmp_path / os.fsdecode(b"caf\xe9")
     run_dir.mkdir()
-    write_config(run_config(run_dir, name="bare"), run_dir / "config.yaml")
+    write_config(run_config(tmp_path, name="bare"), run_dir / "config.yaml")
     (run_dir / "metrics.jsonl").write_text(
         '{"step": 1, "time": 1.0, "tokens": 1024, "train/loss": "NaN"}\n'
         '{"step": 2, "time": 2.0, "tokens": 2048, "train/loss": 3.0}\n'
     )
-    path = write_report([read_run(run_dir)], tmp_path / "report", "Bare", Extras())
+    extras = Extras(generated=[{"prompt": "half a pair: ", "text": "\ud800"}])
+    path = write_report([read_run(run_dir)], tmp_path / "report", "Bare", extras)
     text = path.read_text()
+    assert r"half a pair: \ud800" in text and r"/caf\udce9`" in text
     assert cells(path, "**validation loss**") == ["not run", "not stated"]
     assert "Not validated: bare." in text
     assert "**Not finished:** bare (2 of 1,000 steps)." in text
