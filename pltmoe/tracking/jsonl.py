@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -32,7 +33,6 @@ JOBS_FILE = "run.json"
 SYSTEM_METRICS_FILE = "system_metrics.jsonl"
 MLFLOW_FOLDER = "mlflow"
 PREVIOUS_FOLDER = "previous"
-SYNC_COMMAND = "python tools/sync_mlflow.py {}"
 NOT_METRICS = frozenset({"step", "time", "tokens"})
 """Keys of a line that are coordinates, not metrics."""
 
@@ -228,9 +228,14 @@ def archive_previous(run_dir: Path) -> Path | None:
         os.replace(path, folder / path.name)
     log.warning("%s: starts from scratch; records of the run before are in %s", run_dir, folder)
     if (folder / MLFLOW_FOLDER).exists():
-        again = SYNC_COMMAND.format(folder)
+        again = sync_command(folder)
         log.warning("the run before is ended in MLflow if this one is tracked; else: %s", again)
     return folder
+
+
+def sync_command(run_dir: Path | str) -> str:
+    """Return what sends a run to MLflow later, to be pasted into a shell."""
+    return f"python tools/sync_mlflow.py {shlex.quote(str(run_dir))}"
 
 
 def archived(run_dir: Path) -> list[Path]:

@@ -27,7 +27,7 @@ from pltmoe.config.counts import count_parameters
 from pltmoe.config.describe import describe_model, variant
 from pltmoe.tracking.base import EndStatus
 from pltmoe.tracking.journal import Journal, process_identity
-from pltmoe.tracking.jsonl import SYNC_COMMAND, read_jobs
+from pltmoe.tracking.jsonl import read_jobs, sync_command
 from pltmoe.tracking.store import run_link, usable_uri
 
 _LOOK_AFTER_SENDER_S = 10.0
@@ -146,7 +146,7 @@ class MLflowTracker:
 
     @property
     def _later(self) -> str:
-        return SYNC_COMMAND.format(self._run_dir)
+        return sync_command(self._run_dir)
 
     def _append_start(
         self,

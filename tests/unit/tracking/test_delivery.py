@@ -114,6 +114,15 @@ def test_a_whole_run(server, tmp_path, monkeypatch):
     assert how_to_look(run_dir) == page
 
 
+@pytest.mark.parametrize("setting", ["abc", "-1", "nan", "1e99"])
+def test_an_interval_that_is_none_does_not_end_the_sender(setting, tmp_path, monkeypatch, caplog):
+    from pltmoe.tracking.system import SystemSampler
+
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", setting)
+    assert SystemSampler(tmp_path / "system_metrics.jsonl")._interval_s == 10
+    assert f"INTERVAL is '{setting}', no time in seconds: 10 s is taken" in caplog.text
+
+
 def status_of(run_dir: Path, server: Server) -> str:
     return run_of(run_dir, server).info.status if has_run(run_dir, server) else "none yet"
 

@@ -130,12 +130,13 @@ def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch, caplog):
 
     def warned() -> bool:
         text, _ = caplog.text, caplog.clear()
-        return "No space left on device" in text and f"sync_mlflow.py {tmp_path}" in text
+        return "No space left on device" in text and f"sync_mlflow.py '{run_dir}'\n" in text
 
-    config = run_config(tmp_path, "http://127.0.0.1:9")
+    run_dir = tmp_path / "a run"  # the command can be pasted
+    config = run_config(run_dir, "http://127.0.0.1:9")
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", full)
-        tracker = MLflowTracker(config, tmp_path)
+        tracker = MLflowTracker(config, run_dir)
         tracker.start({}, {})
         assert warned()
         tracker.artifact(tmp_path)
@@ -143,7 +144,7 @@ def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch, caplog):
         tracker.finish("FINISHED")
         assert warned()
     monkeypatch.setattr(subprocess, "Popen", full)
-    tracker = MLflowTracker(config, tmp_path)
+    tracker = MLflowTracker(config, run_dir)
     tracker.start({}, {})
     assert warned()
     monkeypatch.setattr(Journal, "append", full)
