@@ -160,6 +160,12 @@ def test_the_report_says_whether_loops_were_one_pass(run_dirs):
         assert said in what_was_done(runs, extras)
 
 
+def test_the_report_says_how_many_seeds_there_are(run_dirs, tmp_path):
+    runs = [read_run(run_dirs[0]), read_run(logged_run(tmp_path, "b", train__seed=7))]
+    assert "- One run each (seed 1234): a difference" in what_was_done(runs[:1], Extras())
+    assert "- Seeds 7, 1234: a difference as small" in what_was_done(runs, Extras())
+
+
 def test_the_results_are_the_numbers_of_the_jsonl(report, run_dirs):
     for column, run_dir in enumerate(run_dirs):
         lines = raw_lines(run_dir)
