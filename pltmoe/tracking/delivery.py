@@ -15,13 +15,13 @@ Safe to repeat and to interrupt anywhere:
 This module is imported by processes that send, never by the one that trains.
 """
 
-import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -207,14 +207,14 @@ class Delivery:
         has = self._client.get_run(self._run_id).data
         first = {_name(k): v[:MAX_PARAM_VAL_LENGTH] for k, v in first_values(starts).items()}
         params = [Param(key, value) for key, value in first.items() if key not in has.params]
-        for chunk in _chunks(params, MAX_PARAMS_TAGS_PER_BATCH):
+        for chunk in batched(params, MAX_PARAMS_TAGS_PER_BATCH):
             self._client.log_batch(self._run_id, params=chunk)
         tags = {_name(key): tag for start in new for key, tag in start["tags"].items()}
         # Parameters cannot be changed in MLflow; tags say what was.
         changed = {_name(f"changed.{key}"): text for key, text in changes(starts).items()}
         tags |= changed | {BRANCHES_TAG: branches_tag(starts)}
         run_tags = [RunTag(key, tag[:MAX_TAG_VAL_LENGTH]) for key, tag in tags.items()]
-        for chunk in _chunks(run_tags, MAX_PARAMS_TAGS_PER_BATCH):
+        for chunk in batched(run_tags, MAX_PARAMS_TAGS_PER_BATCH):
             self._client.log_batch(self._run_id, tags=chunk)
         for key in {_name(f"changed.{key}") for key in first} & set(has.tags) - set(changed):
             self._client.delete_tag(self._run_id, key)
@@ -230,7 +230,7 @@ class Delivery:
                 given_up = branches(_starts(self.journal.events()))
                 sent_to = {name: self._sent_to(name, given_up) for name in self._newest}
                 points = [point for line in lines for point in _points(line, sent_to)]
-                for chunk in _chunks(points, MAX_METRICS_PER_BATCH):
+                for chunk in batched(points, MAX_METRICS_PER_BATCH):
                     self._log_metrics(chunk)
                     self._newest |= {m.key: (m.step, m.timestamp) for m in chunk}
                     moved = True
@@ -244,7 +244,7 @@ class Delivery:
             return step
         return min([step, *(after for time_s, after in given_up if time_ms < 1000 * time_s)])
 
-    def _log_metrics(self, metrics: list[Metric]) -> None:
+    def _log_metrics(self, metrics: Sequence[Metric]) -> None:
         try:
             self._client.log_batch(self._run_id, metrics=metrics)
         except MlflowException as error:
@@ -312,7 +312,7 @@ def add_scores(
     client = MlflowClient(tracking_uri=uri)
     now_ms = int(time.time() * 1000)
     points = [Metric(_name(key), value, now_ms, step) for key, value in metrics.items()]
-    for chunk in _chunks(points, MAX_METRICS_PER_BATCH):
+    for chunk in batched(points, MAX_METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=chunk)
     for file in files:
         client.log_artifact(run_id, str(file), "evaluation")
@@ -387,8 +387,4 @@ def _name(key: str) -> str:
 def _version(path: Path) -> list[list[Any]]:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     seen = [(f, f.stat()) for f in files if f.is_file()]
-    return json.loads(json.dumps([[str(f), s.st_mtime_ns, s.st_size] for f, s in seen]))
-
-
-def _chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+    return [[str(f), s.st_mtime_ns, s.st_size] for f, s in seen]

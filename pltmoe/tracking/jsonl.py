@@ -9,8 +9,8 @@ A line is strict JSON: ``{"step": 10, "time": 1767225600.1, "tokens": 20480, "tr
 ``time`` is seconds since 1970, ``tokens`` all tokens trained on up to this step. JSON knows no
 NaN: values that are not finite are written as the strings "NaN", "Infinity", "-Infinity".
 
-Time never goes back in a run: what MLflow still needs is told by it. A job whose clock is behind
-those of the jobs before it counts on from theirs.
+Time never goes back in a run: what MLflow still needs is told by it. A job counts on from the
+newest time where its clock is behind those of the jobs before it, or is set back.
 """
 
 import json
@@ -50,6 +50,7 @@ class JsonlTracker:
         self.path = run_dir / METRICS_FILE
         self._tokens_after = tokens_after
         self._file: TextIO | None = None
+        self._newest_s = 0.0
         self._ahead_s = 0.0  # of this machine's clock
 
     def start(
@@ -105,16 +106,19 @@ class JsonlTracker:
             log.warning("the end of this job (%s) is not recorded: %s", status, error)
 
     def _now(self) -> float:
-        return round(time.time() + self._ahead_s, 3)
+        clock = time.time()
+        self._ahead_s = max(self._ahead_s, self._newest_s - clock)
+        self._newest_s = clock + self._ahead_s
+        return round(self._newest_s, 3)
 
     def _count_on(self) -> None:
         """Look whether the records of the jobs before are of a time that is still to come."""
         times = [line.get("time", 0.0) for line in last_lines(self.path)]
         for job in read_jobs(self.path.parent):
             times += [job["started"], job.get("ended", 0.0)]
-        behind_s = max(times, default=0.0) - time.time()
+        self._newest_s = max(times, default=0.0) + 0.001
+        behind_s = self._newest_s - time.time()
         if behind_s > 0:
-            self._ahead_s = behind_s + 0.001
             log.warning(
                 "this machine's clock is %.1f s behind the times that the run has recorded: they "
                 "go on from there", behind_s,

@@ -170,6 +170,15 @@ def test_a_job_with_a_clock_behind_that_of_a_killed_one_counts_on(tmp_path, monk
     assert "clock is 60.0 s behind" in caplog.text
 
 
+def test_a_clock_that_is_set_back_does_not_take_time_back(tmp_path, monkeypatch):
+    now = time.time()
+    clock = iter([now + 9, now + 9, now + 1, now + 2, now + 3, now + 30, now + 40])
+    monkeypatch.setattr(time, "time", lambda: next(clock))
+    write(tmp_path, range(1, 5))
+    times = [line["time"] - now for line in read_lines(tmp_path / "metrics.jsonl")]
+    assert times == pytest.approx([9, 9, 10, 11], abs=0.002)
+
+
 @pytest.mark.parametrize("left", [b"", b"\xff\0", b"[]"])
 def test_what_a_lost_machine_left_does_not_end_the_next_job(tmp_path, caplog, left):
     write(tmp_path, range(1, 3))

@@ -25,6 +25,12 @@ from tests.unit.tracking.test_delivery import history, run_of
 pytestmark = pytest.mark.xdist_group("mlflow")
 
 
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a sender tries again is done once here: a server on a busy machine may take its time."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "120")
+
+
 def leg(
     run_dir: Path,
     uri: str,
