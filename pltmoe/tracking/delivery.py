@@ -186,15 +186,8 @@ class Delivery:
         return run
 
     def _create(self, start: dict[str, Any]) -> Any:
-        experiment = self._client.get_experiment_by_name(start["experiment"])
-        if experiment is None:
-            location = artifact_location(self.uri, start["experiment"])
-            experiment_id = self._client.create_experiment(start["experiment"], location)
-            experiment = self._client.get_experiment(experiment_id)
-        if EXPERIMENT_KIND[0] not in experiment.tags:
-            self._client.set_experiment_tag(experiment.experiment_id, *EXPERIMENT_KIND)
         run = self._client.create_run(
-            experiment.experiment_id,
+            experiment_id_of(self._client, self.uri, start["experiment"]),
             start_time=int(start["time"] * 1000),
             tags={RUN_KEY_TAG: start["run_key"]},
             run_name=start["run_name"],
@@ -303,6 +296,18 @@ class Delivery:
                 self._client.delete_run(double.info.run_id)
         self._client.set_tag(self._run_id, "end_reason", end.get("reason", "as the job said"))
         self._client.set_terminated(self._run_id, end["status"], int(end["time"] * 1000))
+
+
+def experiment_id_of(client: MlflowClient, uri: str, name: str) -> str:
+    """Return the id of an experiment, which is made where there is none."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        experiment_id = client.create_experiment(name, artifact_location(uri, name))
+    else:
+        experiment_id = found.experiment_id
+    if found is None or EXPERIMENT_KIND[0] not in found.tags:
+        client.set_experiment_tag(experiment_id, *EXPERIMENT_KIND)
+    return experiment_id
 
 
 def add_scores(
