@@ -53,9 +53,7 @@ class JsonlTracker:
         self._newest_s = 0.0
         self._ahead_s = 0.0  # of this machine's clock
 
-    def start(
-        self, params: Mapping[str, Any], tags: Mapping[str, str], resume_step: int | None = None
-    ) -> None:
+    def start(self, tags: Mapping[str, str], resume_step: int | None = None) -> None:
         """Open the file: after a resume without the lines that will be written again.
 
         Lines of steps after the checkpoint belong to work that is lost and done again; they are

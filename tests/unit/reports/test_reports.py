@@ -40,7 +40,7 @@ def logged_run(folder: Path, name: str, steps: int = 200, **changes: object) -> 
     run_dir = folder / name
     config = run_config(run_dir, name=name, train__steps=200, **changes)
     tracker = JsonlTracker(run_dir, lambda step: step * 8 * 128)
-    tracker.start({}, TAGS)
+    tracker.start(TAGS)
     write_config(config, run_dir / "config.yaml")
     for step in range(10, steps + 1, 10):
         speed = {"perf/tokens_per_second": 9000.0 + step}
