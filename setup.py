@@ -6,7 +6,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 HERE = Path(__file__).parent
-VERSION = re.search(r'__version__ = "(.+)"', (HERE / "pltmoe/__init__.py").read_text())
+VERSION = re.search(
+    r'__version__ = "(.+)"', (HERE / "pltmoe/__init__.py").read_text(encoding="utf-8")
+)
 assert VERSION
 
 # A lower bound is either a reason (named here) or the version that the tests ran on; an upper

@@ -3,6 +3,8 @@
 # shellcheck shell=bash
 # shellcheck source=slurm/job.sh
 source slurm/job.sh
+[[ ${BASH_SOURCE[0]} != "$0" ]] ||
+    die "slurm/pretrain.sh is what others source: run slurm/pretrain_plt_moe.sh, with CONFIG=FILE"
 
 # The job's name for scontrol; an array's own number would stand for all of its tasks.
 JOB=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}

@@ -128,7 +128,7 @@ def _random(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         plot_decode(add_run(output, result, models, setup, where), output / "decode.png")
 
     measure(models, setup, device(), dtype, keep)
-    print((output / MARKDOWN_FILE).read_text())
+    print((output / MARKDOWN_FILE).read_text(encoding="utf-8"))
     print(f"wrote {output / JSON_FILE}, {MARKDOWN_FILE}, decode.png")
 
 

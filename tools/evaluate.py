@@ -104,7 +104,7 @@ def _evaluate(args: argparse.Namespace, local: Path) -> list[Score] | None:
 
 def _read_scores(results: Path) -> list[Score]:
     try:
-        return [Score(**row) for row in json.loads(results.read_text())["scores"]]
+        return [Score(**row) for row in json.loads(results.read_text(encoding="utf-8"))["scores"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{results}: no results of this tool to read ({type(error).__name__}: {error}); "

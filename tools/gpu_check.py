@@ -175,7 +175,7 @@ def _run_part(part: Part, work: Path, where: dict[str, Any], left_s: float = mat
     print(f"[gpu_check] {part.name}: {part.what}", flush=True)
     started, output, failure, code = time.monotonic(), "", "", 0
     log, stopped = work / f"{part.name}.log", work / f"{part.name}.stopped.json"
-    log.write_text("")
+    log.write_text("", encoding="utf-8")
     for command in part.commands:
         left = limit_s - (time.monotonic() - started)
         code, text = _run(command.format(python=shlex.quote(sys.executable)), work, left, log)
@@ -264,13 +264,16 @@ def _summary(name: str, work: Path, output: str) -> str:
 def _reports(name: str, work: Path) -> str:
     """Return what benchmark_train.py wrote, its headings below those of the page."""
     files = {"speed": ("speed/loops", "speed/megatron"), "speed-fp8": ("speed/precision",)}
-    texts = [(work / f"{file}.md").read_text() for file in files.get(name, (f"{name}/mfu",))]
+    texts = [
+        (work / f"{file}.md").read_text(encoding="utf-8")
+        for file in files.get(name, (f"{name}/mfu",))
+    ]
     return re.sub(r"^#+", "###", "\n".join(texts), flags=re.MULTILINE)
 
 
 def _decode_section(name: str, work: Path) -> str:
     """Return the ratios so far; with the last part, all that the decode benchmark wrote."""
-    text = (work / decode_folder(name) / "decode.md").read_text()
+    text = (work / decode_folder(name) / "decode.md").read_text(encoding="utf-8")
     text = re.sub(r"^#", "###", text, flags=re.MULTILINE)
     if name == LAST_DECODING:
         return text
@@ -361,12 +364,12 @@ def _read(work: Path, part: Part) -> dict[str, Any] | None:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def _save(path: Path, tree: Mapping[str, Any]) -> None:
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(tree, indent=2))
+    temporary.write_text(json.dumps(tree, indent=2), encoding="utf-8")
     os.replace(temporary, path)
 
 

@@ -131,7 +131,9 @@ def _timeline(layout: Layout, path: Path) -> None:
 def _write_page(path: Path, gpu: str) -> None:
     folder = Path(__file__).parents[1] / "configs"
     configs = [load_config(folder / f"{name}.yaml") for name in PAPER]
-    path.write_text(page(configs, PAGE_GPUS, gpu, "python tools/plan.py --table docs/plan.md"))
+    path.write_text(
+        page(configs, PAGE_GPUS, gpu, "python tools/plan.py --table docs/plan.md"), encoding="utf-8"
+    )
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def clean_unfinished(directory: Path) -> list[Path]:
 def point_to(folder: Path) -> None:
     """Let ``latest`` beside ``folder`` name it, from one moment to the next."""
     part = folder.with_name(f".{LATEST}.part")
-    part.write_text(folder.name + "\n")
+    part.write_text(folder.name + "\n", encoding="utf-8")
     flush_to_disk(part)
     os.replace(part, folder.with_name(LATEST))
     flush_to_disk(folder.parent)

@@ -77,7 +77,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> Path:
     tree["config"] = config_to_dict(manifest.config)
     tree[_OWN_HASH] = _own_hash(tree)
     path = directory / MANIFEST
-    path.write_text(json.dumps(tree, indent=1) + "\n")
+    path.write_text(json.dumps(tree, indent=1) + "\n", encoding="utf-8")
     return path
 
 
@@ -116,7 +116,7 @@ def _read_json(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: no such checkpoint folder")
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(
             f"{directory}: no {MANIFEST}, so it is no checkpoint or was never completed; name a "

@@ -127,6 +127,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[keys[-1]] = yaml.load(text, Loader=_UniqueKeys)
+    except yaml.reader.ReaderError:  # a configuration is stored as text: such a path cannot be
+        raise ConfigError(
+            f"override {override!r}: value is not UTF-8 text without control characters; rename "
+            "the file or folder that it names"
+        ) from None
     except (yaml.YAMLError, ValueError):  # ValueError: 2001-99-99 looks like a date
         raise ConfigError(f"override '{override}': value is not valid YAML") from None
 

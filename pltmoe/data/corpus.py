@@ -65,7 +65,7 @@ def build_corpus(
             raise DataError(f"{output}: max_bytes ({max_bytes}) is too small for a single file")
         manifest["sha256"] = sha256_of(temporary)
     with complete_file(manifest_path(output)) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
@@ -76,7 +76,7 @@ def manifest_path(output: Path) -> Path:
 
 def _reusable(output: Path, wanted: dict[str, Any]) -> dict[str, Any] | None:
     try:
-        manifest = json.loads(manifest_path(output).read_text())
+        manifest = json.loads(manifest_path(output).read_text(encoding="utf-8"))
         same = all(manifest.get(key) == value for key, value in wanted.items())
         return manifest if same and sha256_of(output) == manifest["sha256"] else None
     except (OSError, ValueError, KeyError, AttributeError):

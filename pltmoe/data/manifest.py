@@ -71,7 +71,7 @@ def read_manifest(prefix: Path) -> DatasetManifest | None:
     """
     path = manifest_path(prefix)
     try:
-        tree = json.loads(path.read_text())
+        tree = json.loads(path.read_text(encoding="utf-8"))
         manifest = DatasetManifest.model_validate(tree)
     except (FileNotFoundError, NotADirectoryError):
         return None

@@ -117,7 +117,7 @@ def plan_parts(
 def read_counts(part: Part) -> PartCounts | None:
     """Return the counts of a finished part, None if it has to be written (again)."""
     try:
-        counts = PartCounts(**json.loads(part_file(part, ".json").read_text()))
+        counts = PartCounts(**json.loads(part_file(part, ".json").read_text(encoding="utf-8")))
         lengths = part_file(part, ".lengths").stat().st_size
         size = part_file(part, ".bin").stat().st_size
     except (OSError, ValueError, TypeError):
@@ -147,7 +147,7 @@ def write_part(part: Part, report: Report) -> PartCounts:
     with complete_file(part_file(part, ".lengths")) as temporary:
         temporary.write_bytes(np.array(lengths, _LENGTH).tobytes())
     with complete_file(part_file(part, ".json")) as temporary:
-        temporary.write_text(json.dumps(counts))
+        temporary.write_text(json.dumps(counts), encoding="utf-8")
     return PartCounts(**counts)
 
 

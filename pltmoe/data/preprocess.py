@@ -255,7 +255,7 @@ def _publish(prefix: Path, joined: Path, index: Path, manifest: DatasetManifest)
     os.replace(joined, bin_path(prefix))
     os.replace(index, idx_path(prefix))
     with complete_file(manifest_path(prefix)) as temporary:
-        temporary.write_text(dump_manifest(manifest))
+        temporary.write_text(dump_manifest(manifest), encoding="utf-8")
     shutil.rmtree(parts_folder(prefix))
 
 
@@ -300,7 +300,7 @@ def _parts_of(prefix: Path) -> Iterator[Path]:
     """Hold the folder of parts for this process alone; leave only finished parts on an error."""
     folder = parts_folder(prefix)
     folder.mkdir(parents=True, exist_ok=True)
-    with naming(bin_path(prefix)), open(folder / ".lock", "w") as lock:
+    with naming(bin_path(prefix)), open(folder / ".lock", "wb") as lock:
         _lock(lock, prefix)
         try:
             yield folder
@@ -313,7 +313,7 @@ def _parts_of(prefix: Path) -> Iterator[Path]:
             raise
 
 
-def _lock(lock: IO[str], prefix: Path) -> None:
+def _lock(lock: IO[bytes], prefix: Path) -> None:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -68,7 +68,7 @@ def train_tokenizer(
         temporary.write_bytes(model)
         manifest["model_sha256"] = sha256_of(temporary)
     with complete_file(manifest_path(output)) as temporary:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n")
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return Tokenizer(output)
 
 
@@ -79,7 +79,7 @@ def manifest_path(model: Path) -> Path:
 
 def _is_current(output: Path, manifest: dict[str, Any]) -> bool:
     try:
-        recorded = json.loads(manifest_path(output).read_text())
+        recorded = json.loads(manifest_path(output).read_text(encoding="utf-8"))
         recorded_sha256 = recorded.pop("model_sha256", None)
         same_text = _without_paths(recorded) == _without_paths(manifest)
     except (OSError, ValueError, AttributeError, KeyError, TypeError):

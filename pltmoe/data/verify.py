@@ -125,10 +125,10 @@ def _scanned_largest_id(pair: IndexedPair, cache: Path) -> int:
     state = [str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns]
     record = cache / f"{pair.prefix.name}.largest_id.json"
     with suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads(record.read_text())
+        known = json.loads(record.read_text(encoding="utf-8"))
         if known["file"] == state:
             return int(known["largest_id"])
     largest = pair.largest_id()
     with complete_file(record) as temporary:
-        temporary.write_text(json.dumps({"file": state, "largest_id": largest}))
+        temporary.write_text(json.dumps({"file": state, "largest_id": largest}), encoding="utf-8")
     return largest

@@ -38,14 +38,19 @@ class EvaluationOptions:
 
 
 def require_harness() -> None:
-    """Check that the optional package is there.
+    """Check that the optional package is there, and that it will not wait for other processes.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: it is not, or a launcher says that it has started several.
     """
     if importlib.util.find_spec("lm_eval") is None:
         raise ConfigError(
             "lm-evaluation-harness is not installed: pip install -e '.[eval]' in the repository"
+        )
+    if (size := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            f"environment variable WORLD_SIZE is {size}, and the evaluation is one process: start "
+            "it without torchrun, or unset the variable"
         )
 
 

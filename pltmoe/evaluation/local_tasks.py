@@ -196,4 +196,6 @@ def _write_task(folder: Path, task: str, rows: list[dict[str, Any]]) -> None:
         "metric_list": _METRICS[task],
         "metadata": {"version": 1.0},
     }
-    (folder / f"{task}.yaml").write_text(yaml.safe_dump(settings, sort_keys=False))
+    (folder / f"{task}.yaml").write_text(
+        yaml.safe_dump(settings, sort_keys=False), encoding="utf-8"
+    )

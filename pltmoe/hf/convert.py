@@ -189,7 +189,7 @@ def _write_configuration(
 ) -> None:
     tree = fields | ids | {"dtype": str(dtype).removeprefix("torch."), "use_cache": True}
     tree["transformers_version"] = transformers.__version__
-    (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     transformers.GenerationConfig(**ids).save_pretrained(folder)
     if fields["model_type"] == "plt_moe":
         copy_model_code(folder)

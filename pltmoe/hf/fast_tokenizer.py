@@ -92,9 +92,9 @@ def write_tokenizer(model_path: Path, folder: Path, max_length: int) -> PreTrain
     fast = build_fast_tokenizer(model_path, max_length)
     fast.save_pretrained(folder)
     config_path = folder / "tokenizer_config.json"
-    config = json.loads(config_path.read_text())
+    config = json.loads(config_path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that every version knows
-    config_path.write_text(json.dumps(config, indent=2) + "\n")
+    config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     (folder / "tokenizer.model").write_bytes(model_path.read_bytes())
     return fast
 

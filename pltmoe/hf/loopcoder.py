@@ -204,7 +204,7 @@ def _write_rest(
     tree = config.to_dict() | {"architectures": [ARCHITECTURES["plt_moe"]], "auto_map": AUTO_MAP}
     tree["dtype"] = fields.get("dtype") or fields.get("torch_dtype")
     tree["transformers_version"] = transformers.__version__
-    (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(tree, indent=2) + "\n", encoding="utf-8")
     for path in sorted(source.iterdir()):
         code = path.suffix == ".py" and not path.name.startswith("tokenization")
         weights = path.suffix in _NOT_COPIED_SUFFIXES or path.name.endswith(".index.json")

@@ -64,7 +64,7 @@ class ShardWriter:
             "metadata": {"total_size": self._bytes},
             "weight_map": {name: self._file(shard) for name, shard in self._shard_of.items()},
         }
-        (self._folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        (self._folder / INDEX).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
 
     def _file(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self.num_shards:05d}.safetensors"

@@ -114,11 +114,9 @@ def _equal_tokens(runs: Sequence[Run]) -> str:
 
 
 def _seeds(runs: Sequence[Run]) -> str:
-    seeds = sorted({run.config.train.seed for run in runs})
-    return (
-        f"One run each (seed {', '.join(map(str, seeds))}): a difference as small as that between "
-        "two seeds is not a result."
-    )
+    seeds = [str(seed) for seed in sorted({run.config.train.seed for run in runs})]
+    ran = f"Seeds {', '.join(seeds)}" if len(seeds) > 1 else f"One run each (seed {seeds[0]})"
+    return f"{ran}: a difference as small as that between two seeds is not a result."
 
 
 def _baseline(runs: Sequence[Run]) -> str:

@@ -56,7 +56,7 @@ def _apart(run: dict[str, Any], beside: dict[str, Any]) -> float | None:
 def _load(path: Path) -> dict[str, Any]:
     """Read a report, or the losses of a run from its metrics.jsonl."""
     if path.suffix == ".json":
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     run = read_run(path.parent)
     losses = [point.value for point in run.series("train/loss") if point.step > 1]
     return {"losses": losses, "where": {"commit": run.tag("commit") or "unknown"}}
@@ -123,7 +123,7 @@ def training_table(runs: Path, models: Sequence[str]) -> str:
         if not file.exists():
             rows.append((model, *"-----"))
             continue
-        for line in file.read_text().splitlines():
+        for line in file.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             last |= record
             speeds.append(record.get("perf/tokens_per_second_per_gpu", 0.0))
@@ -142,7 +142,7 @@ def _number(value: float | str) -> str:
 def decoding_table(path: Path) -> str:
     """Return what tools/benchmark_decode.py measured of exported models."""
     rows = [("model", "ms per token", "cache KiB per sequence", "batch", "context", "dtype")]
-    for model, r in json.loads(path.read_text()).items():
+    for model, r in json.loads(path.read_text(encoding="utf-8")).items():
         kib = r["cache_bytes_per_sequence"] / 1024
         row = (model, f"{r['ms_per_token']:.2f}", f"{kib:.0f}", r["batch"], r["context"])
         rows.append((*map(str, row), r["dtype"]))
@@ -169,7 +169,7 @@ def profile_page(work: Path, parts: Sequence[tuple[str, str, str]]) -> str:
         if not profile.exists():
             not_run.append(title)
             continue
-        report = json.loads((work / folder / f"{comparison}.json").read_text())
+        report = json.loads((work / folder / f"{comparison}.json").read_text(encoding="utf-8"))
         where = report["where"]
         lines += [
             f"## {title}",
@@ -177,7 +177,7 @@ def profile_page(work: Path, parts: Sequence[tuple[str, str, str]]) -> str:
             f"{where['device']}, commit {where['commit']}, {where['versions']}. "
             f"{report['setup']['model']}; {report['setup']['step']}. {where['command']}",
             "",
-            profile.read_text(),
+            profile.read_text(encoding="utf-8"),
         ]
     return "\n".join(lines + not_run_list(not_run))
 

@@ -120,7 +120,8 @@ def read_run(run_dir: Path) -> Run:
     if not lines:
         raise DataError(f"{run_dir / METRICS_FILE}: no step was logged yet")
     config = load_config(run_dir / "config.yaml")
-    return Run(config, lines, str(run_dir), read_jobs(run_dir))
+    source = str(run_dir).encode(errors="backslashreplace").decode()  # a path may be no UTF-8
+    return Run(config, lines, source, read_jobs(run_dir))
 
 
 def read_mlflow_run(uri: str, run_id: str) -> Run:

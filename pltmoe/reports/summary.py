@@ -53,7 +53,8 @@ def write_report(runs: Sequence[Run], folder: Path, title: str, extras: Extras) 
     ]
     path = folder / REPORT_FILE
     new = path.with_name(path.name + ".new")
-    new.write_text("\n\n".join(part for part in parts if part) + "\n", encoding="utf-8")
+    text = "\n\n".join(part for part in parts if part) + "\n"
+    new.write_text(text, encoding="utf-8", errors="backslashreplace")  # a path may be no UTF-8
     new.replace(path)
     return path
 

@@ -9,6 +9,7 @@ import faulthandler
 import io
 import logging
 import os
+import re
 import select
 import signal
 import sys
@@ -70,7 +71,7 @@ def open_closed_streams() -> None:
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
             os.set_inheritable(descriptor, True)
-            setattr(sys, name, open(descriptor, mode))
+            setattr(sys, name, open(descriptor, mode, encoding="utf-8"))
 
 
 def run_tool(main: Callable[[], int | None]) -> NoReturn:
@@ -90,6 +91,11 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
     except PLTMoEError as error:
         sys.exit(f"error: {error}")
+    except UnicodeEncodeError:
+        odd = [argument for argument in sys.argv if re.search("[\ud800-\udfff]", argument)]
+        if not odd:
+            raise
+        sys.exit(f"error: {odd[0]!r}: no UTF-8, which what writes or reads it needs; rename it")
     except BrokenPipeError:
         if _is_read():
             raise

@@ -165,7 +165,7 @@ class Heartbeat:
     def _write(self, path: Path, text: str) -> None:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(text)
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             logger.error("%s: cannot be written (%s)", path, error.strerror)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 """FINISHED: all steps done. FAILED: an error. KILLED: stopped from outside (SIGTERM, Ctrl-C)."""
@@ -11,9 +11,7 @@ EndStatus = Literal["FINISHED", "FAILED", "KILLED"]
 class Tracker(Protocol):
     """Records one run. Lives on global rank 0 only; no call may wait for a network."""
 
-    def start(
-        self, params: Mapping[str, Any], tags: Mapping[str, str], resume_step: int | None = None
-    ) -> None:
+    def start(self, tags: Mapping[str, str], resume_step: int | None = None) -> None:
         """Begin, or continue after the checkpoint of ``resume_step`` (None: from scratch)."""
         ...
 
@@ -37,12 +35,10 @@ class FanOut:
         self._trackers = list(trackers)
         self._ended = False
 
-    def start(
-        self, params: Mapping[str, Any], tags: Mapping[str, str], resume_step: int | None = None
-    ) -> None:
+    def start(self, tags: Mapping[str, str], resume_step: int | None = None) -> None:
         """Start every tracker."""
         for tracker in self._trackers:
-            tracker.start(params, tags, resume_step=resume_step)
+            tracker.start(tags, resume_step=resume_step)
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Log to every tracker."""

@@ -11,7 +11,7 @@ from typing import Any
 from pltmoe.config import without_password
 from pltmoe.errors import DataError
 from pltmoe.tracking.mlflow import page_of
-from pltmoe.tracking.store import artifact_location, one_line, quick_to_fail, usable_uri
+from pltmoe.tracking.store import one_line, quick_to_fail, usable_uri
 
 RUN_NAME = "comparison"
 KIND_TAG = "pltmoe.kind"
@@ -47,12 +47,12 @@ def log_comparison(
     # Only this function pays for mlflow.
     from mlflow.tracking import MlflowClient
 
-    from pltmoe.tracking.delivery import UNAVAILABLE
+    from pltmoe.tracking.delivery import UNAVAILABLE, experiment_id_of
 
     client = MlflowClient(uri)
     try:
-        experiment_id = _experiment(client, uri, experiment)
-        run_id = _run(client, experiment_id, ", ".join(names))
+        experiment_id = experiment_id_of(client, uri, experiment)
+        run_id = _run(client, experiment_id, ", ".join(names).replace("'", ""))
         for path in files:
             client.log_artifact(run_id, str(path), "report")
         about = {
@@ -72,23 +72,11 @@ def log_comparison(
     return page_of(without_password(uri), experiment_id)
 
 
-def _experiment(client: Any, uri: str, name: str) -> str:
-    from pltmoe.tracking.delivery import EXPERIMENT_KIND
-
-    found = client.get_experiment_by_name(name)
-    if found is not None:
-        return found.experiment_id
-    made = client.create_experiment(name, artifact_location(uri, name))
-    client.set_experiment_tag(made, *EXPERIMENT_KIND)
-    return made
-
-
 def _run(client: Any, experiment_id: str, compared: str) -> str:
-    same = f"tags.`{_OF_TAG}` = '{compared.replace(chr(39), '')}'"
+    same = f"tags.`{_OF_TAG}` = '{compared}'"
     if found := client.search_runs([experiment_id], same, max_results=1):
         return found[0].info.run_id
-    tags = {_OF_TAG: compared.replace("'", "")}
-    return client.create_run(experiment_id, run_name=RUN_NAME, tags=tags).info.run_id
+    return client.create_run(experiment_id, run_name=RUN_NAME, tags={_OF_TAG: compared}).info.run_id
 
 
 def _cut(text: str) -> str:

@@ -15,12 +15,13 @@ Safe to repeat and to interrupt anywhere:
 This module is imported by processes that send, never by the one that trains.
 """
 
-import json
 import logging
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from itertools import batched
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,6 @@ class Delivery:
         self._asked = False  # what the server has
         self._state: dict[str, Any] = {}
         self._newest: dict[str, tuple[int, int]] = {}  # metric -> step and ms since 1970
-        self._branches: list[tuple[float, int]] = []
         self._feeds = _feeds(run_dir)
         self._events_done = 0
 
@@ -186,15 +186,8 @@ class Delivery:
         return run
 
     def _create(self, start: dict[str, Any]) -> Any:
-        experiment = self._client.get_experiment_by_name(start["experiment"])
-        if experiment is None:
-            location = artifact_location(self.uri, start["experiment"])
-            experiment_id = self._client.create_experiment(start["experiment"], location)
-            experiment = self._client.get_experiment(experiment_id)
-        if EXPERIMENT_KIND[0] not in experiment.tags:
-            self._client.set_experiment_tag(experiment.experiment_id, *EXPERIMENT_KIND)
         run = self._client.create_run(
-            experiment.experiment_id,
+            experiment_id_of(self._client, self.uri, start["experiment"]),
             start_time=int(start["time"] * 1000),
             tags={RUN_KEY_TAG: start["run_key"]},
             run_name=start["run_name"],
@@ -207,14 +200,14 @@ class Delivery:
         has = self._client.get_run(self._run_id).data
         first = {_name(k): v[:MAX_PARAM_VAL_LENGTH] for k, v in first_values(starts).items()}
         params = [Param(key, value) for key, value in first.items() if key not in has.params]
-        for chunk in _chunks(params, MAX_PARAMS_TAGS_PER_BATCH):
+        for chunk in batched(params, MAX_PARAMS_TAGS_PER_BATCH):
             self._client.log_batch(self._run_id, params=chunk)
         tags = {_name(key): tag for start in new for key, tag in start["tags"].items()}
         # Parameters cannot be changed in MLflow; tags say what was.
         changed = {_name(f"changed.{key}"): text for key, text in changes(starts).items()}
         tags |= changed | {BRANCHES_TAG: branches_tag(starts)}
         run_tags = [RunTag(key, tag[:MAX_TAG_VAL_LENGTH]) for key, tag in tags.items()]
-        for chunk in _chunks(run_tags, MAX_PARAMS_TAGS_PER_BATCH):
+        for chunk in batched(run_tags, MAX_PARAMS_TAGS_PER_BATCH):
             self._client.log_batch(self._run_id, tags=chunk)
         for key in {_name(f"changed.{key}") for key in first} & set(has.tags) - set(changed):
             self._client.delete_tag(self._run_id, key)
@@ -227,31 +220,24 @@ class Delivery:
                 # Asked after the lines: a later job may have begun and written them by now.
                 if self._overtaken():
                     return moved
-                self._branches = branches(_starts(self.journal.events()))
-                points = [point for line in lines for point in self._points(line)]
-                for chunk in _chunks(points, MAX_METRICS_PER_BATCH):
+                given_up = branches(_starts(self.journal.events()))
+                sent_to = {name: self._sent_to(name, given_up) for name in self._newest}
+                points = [point for line in lines for point in _points(line, sent_to)]
+                for chunk in batched(points, MAX_METRICS_PER_BATCH):
                     self._log_metrics(chunk)
                     self._newest |= {m.key: (m.step, m.timestamp) for m in chunk}
                     moved = True
                 self._on_batch(feed.acknowledge())
         return moved
 
-    def _points(self, line: dict[str, Any]) -> Iterator[Metric]:
-        for key, value in line.items():
-            if key in NOT_METRICS:
-                continue
-            name = _name(key)
-            if line["step"] > self._sent_to(name):
-                yield Metric(name, float(value), int(line["time"] * 1000), line["step"])
-
-    def _sent_to(self, metric: str) -> int:
+    def _sent_to(self, metric: str, given_up: list[tuple[float, int]]) -> int:
         """Return the step up to which the server has the points that count."""
-        step, time_ms = self._newest.get(metric, (-1, 0))
+        step, time_ms = self._newest[metric]
         if metric.startswith("system/"):  # counts samples: steps done again are not its own
             return step
-        return min([step, *(after for time_s, after in self._branches if time_ms < 1000 * time_s)])
+        return min([step, *(after for time_s, after in given_up if time_ms < 1000 * time_s)])
 
-    def _log_metrics(self, metrics: list[Metric]) -> None:
+    def _log_metrics(self, metrics: Sequence[Metric]) -> None:
         try:
             self._client.log_batch(self._run_id, metrics=metrics)
         except MlflowException as error:
@@ -312,6 +298,18 @@ class Delivery:
         self._client.set_terminated(self._run_id, end["status"], int(end["time"] * 1000))
 
 
+def experiment_id_of(client: MlflowClient, uri: str, name: str) -> str:
+    """Return the id of an experiment, which is made where there is none."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        experiment_id = client.create_experiment(name, artifact_location(uri, name))
+    else:
+        experiment_id = found.experiment_id
+    if found is None or EXPERIMENT_KIND[0] not in found.tags:
+        client.set_experiment_tag(experiment_id, *EXPERIMENT_KIND)
+    return experiment_id
+
+
 def add_scores(
     uri: str, run_id: str, metrics: Mapping[str, float], files: Iterable[Path], step: int
 ) -> None:
@@ -319,7 +317,7 @@ def add_scores(
     client = MlflowClient(tracking_uri=uri)
     now_ms = int(time.time() * 1000)
     points = [Metric(_name(key), value, now_ms, step) for key, value in metrics.items()]
-    for chunk in _chunks(points, MAX_METRICS_PER_BATCH):
+    for chunk in batched(points, MAX_METRICS_PER_BATCH):
         client.log_batch(run_id, metrics=chunk)
     for file in files:
         client.log_artifact(run_id, str(file), "evaluation")
@@ -378,6 +376,14 @@ def _starts(events: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [event for event in events if event["event"] == "start"]
 
 
+def _points(line: dict[str, Any], sent_to: Mapping[str, int]) -> Iterator[Metric]:
+    """Return the values of a line that are of later steps than what was sent of their metric."""
+    for key, value in line.items():
+        if key not in NOT_METRICS and line["step"] > sent_to.get(name := _name(key), -1):
+            yield Metric(name, float(value), int(line["time"] * 1000), line["step"])
+
+
+@cache  # of some hundred names, asked for in every line
 def _name(key: str) -> str:
     """Return a name that MLflow accepts; ours are, those of users may not be."""
     return re.sub(r"[^/\w.\- :]", "_", key).strip("/")[:MAX_ENTITY_KEY_LENGTH]
@@ -386,8 +392,4 @@ def _name(key: str) -> str:
 def _version(path: Path) -> list[list[Any]]:
     files = sorted(path.rglob("*")) if path.is_dir() else [path]
     seen = [(f, f.stat()) for f in files if f.is_file()]
-    return json.loads(json.dumps([[str(f), s.st_mtime_ns, s.st_size] for f, s in seen]))
-
-
-def _chunks(items: list[Any], size: int) -> Iterable[list[Any]]:
-    return (items[i : i + size] for i in range(0, len(items), size))
+    return [[str(f), s.st_mtime_ns, s.st_size] for f, s in seen]

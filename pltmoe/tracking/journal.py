@@ -101,7 +101,7 @@ class Journal:
     def lock(self, wait_s: float) -> Iterator[bool]:
         """Hold the right to send; yields False when another process has it for ``wait_s``."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with (self.folder / "lock").open("w") as file:
+        with (self.folder / "lock").open("wb") as file:
             deadline = time.monotonic() + wait_s
             while not (mine := _try_lock(file.fileno())) and time.monotonic() < deadline:
                 time.sleep(0.2)
@@ -144,7 +144,7 @@ def process_identity() -> dict[str, Any]:
 def _process_started(pid: int) -> str | None:
     """Start time of a process in clock ticks since boot (proc(5), field 22), or None."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except (FileNotFoundError, ProcessLookupError):
         return None
     fields = stat.rpartition(")")[2].split()

@@ -27,7 +27,7 @@ from pltmoe.config.counts import count_parameters
 from pltmoe.config.describe import describe_model, variant
 from pltmoe.tracking.base import EndStatus
 from pltmoe.tracking.journal import Journal, process_identity
-from pltmoe.tracking.jsonl import SYNC_COMMAND, read_jobs
+from pltmoe.tracking.jsonl import read_jobs, sync_command
 from pltmoe.tracking.store import run_link, usable_uri
 
 _LOOK_AFTER_SENDER_S = 10.0
@@ -60,12 +60,10 @@ class MLflowTracker:
         self._open = False
         self._pid = os.getpid()
 
-    def start(
-        self, params: Mapping[str, Any], tags: Mapping[str, str], resume_step: int | None = None
-    ) -> None:
+    def start(self, tags: Mapping[str, str], resume_step: int | None = None) -> None:
         """Begin a run, or continue the one that this directory belongs to."""
         with self._going_on():
-            self.record_start(params, tags, resume_step)
+            self.record_start(tags, resume_step)
             self._open = True
             atexit.register(self.finish, "FAILED")  # left without finish(): not a finished run
             self._spawn()
@@ -73,7 +71,6 @@ class MLflowTracker:
 
     def record_start(
         self,
-        params: Mapping[str, Any],
         tags: Mapping[str, str],
         resume_step: int | None,
         **known_better: Any,
@@ -89,7 +86,7 @@ class MLflowTracker:
         for job in self._journal.untracked(jobs[:-1]):
             where = {"host": "unknown", "time": job["started"]}
             self._append_start({}, job["tags"], job["resume_step"], **where)
-        settings = flatten(config_to_dict(self._config)) | flatten(params)
+        settings = flatten(config_to_dict(self._config))
         if jobs:
             known_better.setdefault("time", jobs[-1]["started"])
         self._append_start(settings, tags, resume_step, **known_better)
@@ -146,7 +143,7 @@ class MLflowTracker:
 
     @property
     def _later(self) -> str:
-        return SYNC_COMMAND.format(self._run_dir)
+        return sync_command(self._run_dir)
 
     def _append_start(
         self,

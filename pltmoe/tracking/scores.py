@@ -6,6 +6,7 @@ from pathlib import Path
 from pltmoe.config import without_password
 from pltmoe.errors import ConfigError, DataError
 from pltmoe.tracking.journal import Journal
+from pltmoe.tracking.jsonl import sync_command
 from pltmoe.tracking.store import one_line, quick_to_fail, usable_uri
 
 
@@ -25,7 +26,7 @@ def find_run(run: str, uri: str | None) -> tuple[str, str]:
     run_id = journal.state(usable_uri(known)).get("run_id") if known else None
     if known is None or run_id is None:
         raise ConfigError(
-            f"--run {run}: is not in MLflow yet; first: python tools/sync_mlflow.py {run} --uri URI"
+            f"--run {run}: is not in MLflow yet; first: {sync_command(run)} --uri URI"
         )
     return usable_uri(known), run_id
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pltmoe.config import without_password
 from pltmoe.errors import PLTMoEError
 from pltmoe.tracking.journal import Journal, vanished
-from pltmoe.tracking.jsonl import SYNC_COMMAND, SYSTEM_METRICS_FILE, archived
+from pltmoe.tracking.jsonl import SYSTEM_METRICS_FILE, archived, sync_command
 from pltmoe.tracking.store import one_line, quick_to_fail
 from pltmoe.tracking.sync import close, sync
 
@@ -130,7 +130,7 @@ def end_previous(run_dir: Path, uri: str) -> None:
         try:
             sync(folder, uri if start["uri"] == without_password(uri) else start["uri"])
         except (PLTMoEError, OSError) as error:
-            log.warning("%s; later: %s", error, SYNC_COMMAND.format(folder))
+            log.warning("%s; later: %s", error, sync_command(folder))
 
 
 def main() -> int:
@@ -159,7 +159,7 @@ def main() -> int:
             try:
                 return Sender(delivery, args.attempt, args.give_up_after).run(stop_sampling)
             except OSError as error:  # e.g. a full disk: the end of the job cannot be written
-                log.error("%s; later: %s", error, SYNC_COMMAND.format(args.run_dir))
+                log.error("%s; later: %s", error, sync_command(args.run_dir))
                 return NOT_ALL_SENT
 
 

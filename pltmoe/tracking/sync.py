@@ -79,7 +79,7 @@ def _add_untracked_jobs(journal: Journal, uri: str) -> None:
     config = load_config(run_dir / "config.yaml", [f"tracking.mlflow_uri={uri}"])
     where = {"host": "unknown", "time": newest["started"]}
     tracker = MLflowTracker(config, run_dir)
-    tracker.record_start({}, newest["tags"], newest["resume_step"], **where)
+    tracker.record_start(newest["tags"], newest["resume_step"], **where)
 
 
 def close(journal: Journal, status: EndStatus | None = None) -> None:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 from mlflow.system_metrics.metrics.base_metrics_monitor import BaseMetricsMonitor
 
-from pltmoe.tracking.jsonl import encode_line, read_lines
+from pltmoe.tracking.jsonl import encode_line, last_lines
 
+_INTERVAL = "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL"
 _DEFAULT_INTERVAL_S = 10.0
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,8 @@ class SystemSampler(threading.Thread):
         super().__init__(name="system-metrics", daemon=True)
         self._path = path
         self._stop_event = threading.Event()
-        setting = os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL")
-        self._interval_s = float(setting) if setting else _DEFAULT_INTERVAL_S
-        self._next_step = 1 + max((line["step"] for line in read_lines(path)), default=-1)
+        self._interval_s = _interval_s()
+        self._next_step = 1 + max((line["step"] for line in last_lines(path)), default=-1)
 
     def run(self) -> None:
         """Sample until ``stop``."""
@@ -52,6 +52,18 @@ class SystemSampler(threading.Thread):
     def stop(self) -> None:
         """End the thread."""
         self._stop_event.set()
+
+
+def _interval_s() -> float:
+    setting = os.environ.get(_INTERVAL) or _DEFAULT_INTERVAL_S
+    try:
+        if 0 < (seconds := float(setting)) < threading.TIMEOUT_MAX:
+            return seconds
+    except ValueError:
+        pass
+    log.warning("%s is %r, no time in seconds: %g s is taken", _INTERVAL, setting,
+                _DEFAULT_INTERVAL_S)  # fmt: skip
+    return _DEFAULT_INTERVAL_S
 
 
 def available_monitors() -> list[BaseMetricsMonitor]:

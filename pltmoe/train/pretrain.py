@@ -23,7 +23,7 @@ from pltmoe.checkpoint.find import find_checkpoint
 from pltmoe.checkpoint.integrity import check_files_together
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.checkpoint.newest import leave_later, newest_intact
-from pltmoe.config import RunConfig, config_to_dict, write_config
+from pltmoe.config import RunConfig, write_config
 from pltmoe.data.atomic import complete_file
 from pltmoe.data.datasets import batches, build_datasets
 from pltmoe.data.fingerprint import fingerprints_of
@@ -256,7 +256,7 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start, consumed: Co
         write_config(config, temporary)
     for name, text in capabilities.files.items():
         with writing(folder / name) as path, complete_file(path) as temporary:
-            temporary.write_text(text)
+            temporary.write_text(text, encoding="utf-8")
     tags = {
         "model": config.name,
         "commit": commit(),
@@ -266,8 +266,8 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start, consumed: Co
         **config.tracking.tags,
     }
     tracker = build_tracker(config, config.train.output_dir, consumed.tokens_after)
-    tracker.start(config_to_dict(config), tags, resume_step=start.step if start.manifest else None)
-    for name in ("config.yaml", *capabilities.files):
+    tracker.start(tags, resume_step=start.step if start.manifest else None)
+    for name in capabilities.files:  # config.yaml is noted at the start
         tracker.artifact(folder / name)
     return tracker
 

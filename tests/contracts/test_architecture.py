@@ -1,6 +1,7 @@
 """What may import what, what the model may not know, and how large a piece of code may grow."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,6 +128,17 @@ def test_package_logs_and_does_not_print(path: Path):
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
             assert node.func.id != "print", f"print in line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", PACKAGE + TOOLS, ids=name_of)
+def test_text_is_utf_8_whatever_the_locale(path: Path):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            opens = re.search(r"(?<!\bos)\.(read_text|write_text|open)$|^open$", name)
+            binary = any(re.match(r"'[rwax+]*b", ast.unparse(mode)) for mode in node.args)
+            given = any(keyword.arg == "encoding" for keyword in node.keywords)
+            assert not opens or binary or given, f"line {node.lineno}: {name} has no encoding"
 
 
 EVERY_MODULE = """

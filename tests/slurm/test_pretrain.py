@@ -219,6 +219,16 @@ def test_a_plain_sbatch_is_refused_as_its_first_act(site, options, overrides, me
     assert message in site.log(done.stdout.strip())
 
 
+def test_the_body_of_the_scripts_is_none_itself(tmp_path):
+    """It was submitted, unchecked and without nodes."""
+    command = ["bash", "slurm/pretrain.sh"]
+    environment = os.environ | {"SLURM_CONF": str(tmp_path / "none")}
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 2 and "pretrain.sh is what others source: run slurm/" in done.stderr
+
+
 def test_scripts_pass_shellcheck():
     try:
         done = subprocess.run(["shellcheck", "-x", *map(str, sorted(Path("slurm").glob("*.sh")))],

@@ -125,7 +125,7 @@ def write(report: Report, profiles: str, folder: Path) -> list[Path]:
     paths = [folder / f"{report.compare}{ending}" for ending in texts]
     for path, text in zip(paths, texts.values(), strict=True):
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     return paths
 

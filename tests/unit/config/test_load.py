@@ -147,6 +147,7 @@ def test_model_section_alone():
         ("model.num_loops=[1", "override 'model.num_loops=[1': value is not valid YAML"),
         ("name=2001-99-99", "override 'name=2001-99-99': value is not valid YAML"),
         ("data.train={path: a, path: b}", "{path: a, path: b}': value is not valid YAML"),
+        ("train.output_dir=caf\udce9", r"caf\udce9': value is not UTF-8 text without control"),
         ("steps=20", "steps: unknown key (value 20); did you mean train.steps?"),
         ("model.nm_loops=1", "model.nm_loops: unknown key (value 1); did you mean num_loops?"),
     ],

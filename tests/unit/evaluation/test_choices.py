@@ -152,6 +152,9 @@ def test_names_are_checked(monkeypatch, harness_tasks):
         choose(EvaluationOptions([]))
     with pytest.raises(ConfigError, match="has no such task or group"):
         choose(EvaluationOptions(["helaswag"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")  # the harness would wait for the other process
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 2, and the evaluation is one process"):
+        choose(EvaluationOptions(["local"]))
     monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="lm-evaluation-harness is not installed"):
         choose(EvaluationOptions(["local"]))

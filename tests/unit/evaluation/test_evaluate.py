@@ -178,7 +178,7 @@ def test_the_tool_works_without_a_network_and_logs_to_the_run(exports, text, tmp
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     (run_dir / "metrics.jsonl").write_text("")
-    MLflowTracker(run_config(run_dir, uri), run_dir).record_start({}, {}, None)
+    MLflowTracker(run_config(run_dir, uri), run_dir).record_start({}, None)
     Delivery(run_dir, uri).deliver()
     out = tmp_path / "out/results.json"
     options = ("--tasks", "local", "--text", text, "--limit", 5, "--step", 7, "--run", run_dir)

@@ -216,11 +216,11 @@ def test_runs_of_one_machine_add_up_and_others_begin_anew(result: Result, tmp_pa
     tree = add_run(tmp_path, result, models, SETUP, WHERE | {"command": "first"})
     alone = of(result, VANILLA) | {"batch": 9, "in_turn_with": 0}
     more = Result(2e9, "plain", "wall clock", [alone])
-    tree = add_run(tmp_path, more, models, SETUP, WHERE | {"command": "second"})
+    tree = add_run(tmp_path, more, models, SETUP, WHERE | {"command": "second \udce9"})
     assert len(tree["decode"]) == len(result.decode) + 1 and len(tree["runs"]) == 2
     text = (tmp_path / "decode.md").read_text()
     assert "- Measured alone, not in turn with others: vanilla.\n" in text
-    assert "`second`" in text and "| PLT-2, shared routing | 3 |" in text
+    assert r"`second \udce9`" in text and "| PLT-2, shared routing | 3 |" in text
     assert text.count("**not run**") == sum(r["verdict"] == "not run" for r in tree["ratios"])
     other = add_run(tmp_path, more, models, SETUP, WHERE | {"command": "x", "device": "GPU"})
     assert len(other["decode"]) == 1

@@ -24,7 +24,7 @@ def logged(folder: Path, losses: dict[str, float], seeds: tuple[int, ...] = (1, 
         for seed in seeds:
             run_dir = folder / f"{name}-seed{seed}"
             tracker = JsonlTracker(run_dir, lambda step: step * 8 * 128)
-            tracker.start({}, {})
+            tracker.start({})
             write_config(run_config(run_dir, train__steps=100), run_dir / "config.yaml")
             for step in range(10, 101, 10):
                 loss = last + NOISE * (seed - 1.5) + 3 * (math.exp(-step / 25) - math.exp(-4))

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def logged_run(folder: Path, name: str, steps: int = 200, **changes: object) -> 
     run_dir = folder / name
     config = run_config(run_dir, name=name, train__steps=200, **changes)
     tracker = JsonlTracker(run_dir, lambda step: step * 8 * 128)
-    tracker.start({}, TAGS)
+    tracker.start(TAGS)
     write_config(config, run_dir / "config.yaml")
     for step in range(10, steps + 1, 10):
         speed = {"perf/tokens_per_second": 9000.0 + step}
@@ -159,6 +160,12 @@ def test_the_report_says_whether_loops_were_one_pass(run_dirs):
         assert said in what_was_done(runs, extras)
 
 
+def test_the_report_says_how_many_seeds_there_are(run_dirs, tmp_path):
+    runs = [read_run(run_dirs[0]), read_run(logged_run(tmp_path, "b", train__seed=7))]
+    assert "- One run each (seed 1234): a difference" in what_was_done(runs[:1], Extras())
+    assert "- Seeds 7, 1234: a difference as small" in what_was_done(runs, Extras())
+
+
 def test_the_results_are_the_numbers_of_the_jsonl(report, run_dirs):
     for column, run_dir in enumerate(run_dirs):
         lines = raw_lines(run_dir)
@@ -266,15 +273,17 @@ def test_pictures_are_pictures(report):
 
 
 def test_a_run_that_never_validated_or_looped_still_has_a_report(tmp_path):
-    run_dir = tmp_path / "bare"
+    run_dir = tmp_path / os.fsdecode(b"caf\xe9")
     run_dir.mkdir()
-    write_config(run_config(run_dir, name="bare"), run_dir / "config.yaml")
+    write_config(run_config(tmp_path, name="bare"), run_dir / "config.yaml")
     (run_dir / "metrics.jsonl").write_text(
         '{"step": 1, "time": 1.0, "tokens": 1024, "train/loss": "NaN"}\n'
         '{"step": 2, "time": 2.0, "tokens": 2048, "train/loss": 3.0}\n'
     )
-    path = write_report([read_run(run_dir)], tmp_path / "report", "Bare", Extras())
+    extras = Extras(generated=[{"prompt": "half a pair: ", "text": "\ud800"}])
+    path = write_report([read_run(run_dir)], tmp_path / "report", "Bare", extras)
     text = path.read_text()
+    assert r"half a pair: \ud800" in text and r"/caf\udce9`" in text
     assert cells(path, "**validation loss**") == ["not run", "not stated"]
     assert "Not validated: bare." in text
     assert "**Not finished:** bare (2 of 1,000 steps)." in text

@@ -36,6 +36,11 @@ finally:
         ("open('/no/x')", 1, "error: /no/x: No such file or directory\n"),
         ("raise OSError(28, 'No space left on device')", 1, "error: No space left on device\n"),
         ("raise KeyboardInterrupt", 130, "interrupted\n"),
+        (
+            "sys.argv.append('caf\\udce9'); sys.argv[1].encode()",
+            1,
+            "error: 'caf\\udce9': no UTF-8, which what writes or reads it needs; rename it\n",
+        ),
     ],
 )
 def test_ends_with_a_code_and_at_most_one_line(body: str, code: int, said: str) -> None:

@@ -32,7 +32,7 @@ def main() -> None:
     config = run_config(args.run_dir, args.uri, model__num_loops=2, **extra)
     write_config(config, args.run_dir / "config.yaml")
     tracker = build_tracker(config, args.run_dir, lambda step: step * 8 * 128)
-    tracker.start({}, {"commit": "0123abc", "layout": "EP2 x DP1"}, resume_step=args.resume)
+    tracker.start({"commit": "0123abc", "layout": "EP2 x DP1"}, resume_step=args.resume)
     slowest_ms = 0.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     status: EndStatus = "FAILED"

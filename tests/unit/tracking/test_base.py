@@ -14,7 +14,7 @@ class Notes:
         self.calls: list[tuple] = []
         self._error = error
 
-    def start(self, params, tags, resume_step=None):
+    def start(self, tags, resume_step=None):
         self.calls.append(("start", resume_step))
 
     def log(self, step, metrics):
@@ -32,7 +32,7 @@ class Notes:
 def test_fan_out_tells_everyone_and_ends_once():
     first, second = Notes(), Notes()
     both = FanOut([first, second])
-    both.start({}, {}, resume_step=3)
+    both.start({}, resume_step=3)
     both.log(4, {})
     both.artifact(Path("report.md"))
     both.finish("FAILED")

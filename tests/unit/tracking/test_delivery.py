@@ -114,6 +114,15 @@ def test_a_whole_run(server, tmp_path, monkeypatch):
     assert how_to_look(run_dir) == page
 
 
+@pytest.mark.parametrize("setting", ["abc", "-1", "nan", "1e99"])
+def test_an_interval_that_is_none_does_not_end_the_sender(setting, tmp_path, monkeypatch, caplog):
+    from pltmoe.tracking.system import SystemSampler
+
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", setting)
+    assert SystemSampler(tmp_path / "system_metrics.jsonl")._interval_s == 10
+    assert f"INTERVAL is '{setting}', no time in seconds: 10 s is taken" in caplog.text
+
+
 def status_of(run_dir: Path, server: Server) -> str:
     return run_of(run_dir, server).info.status if has_run(run_dir, server) else "none yet"
 
@@ -160,7 +169,7 @@ def test_an_outage_loses_and_doubles_nothing_and_never_holds_up_training(server,
     """Frozen (accepts, never answers), gone, and back, while steps go on being logged."""
     config = run_config(tmp_path, server.uri, model__num_loops=2)
     tracker = build_tracker(config, tmp_path, lambda step: step)
-    tracker.start({}, {})
+    tracker.start({})
     costs_ms, step = [], 0
 
     def log_for(seconds: float) -> None:
@@ -198,7 +207,7 @@ def test_no_server_at_all_then_sync_later_and_again(server, tmp_path, caplog):
     tracker = build_tracker(config, tmp_path, lambda step: step)
     tracker._trackers[1]._give_up_s = 1.0
     began = time.monotonic()
-    tracker.start({}, {})
+    tracker.start({})
     assert time.monotonic() - began < 1.0
     for step in range(1, 301):
         tracker.log(step, metrics_of(step, config))
@@ -251,7 +260,7 @@ def test_a_run_never_tracked_is_sent_from_its_config(server, tmp_path):
     assert_server_has_the_jsonl(tmp_path, server)
 
     lines = JsonlTracker(tmp_path, lambda step: step)  # goes on, still without MLflow
-    lines.start({}, {"layout": "EP4"}, resume_step=12)
+    lines.start({"layout": "EP4"}, resume_step=12)
     lines.log(13, {"train/loss": 1.0})
     assert sync(tmp_path, server.uri).status == "RUNNING"
     lines.finish("FAILED")
@@ -286,7 +295,7 @@ def test_a_run_deleted_in_mlflow_is_left_alone(server, tmp_path):
     from mlflow.tracking import MlflowClient
 
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "time": 1.0, "a": 1.0}\n')
-    MLflowTracker(run_config(tmp_path, server.uri), tmp_path).record_start({}, {}, None)
+    MLflowTracker(run_config(tmp_path, server.uri), tmp_path).record_start({}, None)
     delivery = Delivery(tmp_path, server.uri)
     delivery.deliver()
     MlflowClient(server.uri).delete_run(run_of(tmp_path, server).info.run_id)
@@ -301,7 +310,7 @@ def test_sync_names_what_is_wrong(tmp_path):
         sync(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
     config = run_config(tmp_path, "http://user:secret@127.0.0.1:9")
-    MLflowTracker(config, tmp_path).record_start({}, {}, None)
+    MLflowTracker(config, tmp_path).record_start({}, None)
     with pytest.raises(ConfigError, match="password is not stored"):
         sync(tmp_path)
     for read in (lambda uri: sync(tmp_path, uri), lambda uri: read_mlflow_run(uri, "0" * 32)):
@@ -315,9 +324,9 @@ def test_sync_names_what_is_wrong(tmp_path):
 def test_a_job_whose_end_no_event_tells_ended_as_run_json_says(tmp_path):
     """The disk was full when MLflow's event of the end was to be written, and is not any more."""
     lines = JsonlTracker(tmp_path, lambda step: step)
-    lines.start({}, {})
+    lines.start({})
     tracker = MLflowTracker(run_config(tmp_path, "http://127.0.0.1:9"), tmp_path)
-    tracker.record_start({}, {}, None, pid_started="0")  # as if its process were gone
+    tracker.record_start({}, None, pid_started="0")  # as if its process were gone
     lines.finish("FINISHED")
     assert Sender(Delivery(tmp_path, "http://127.0.0.1:9"), tracker.attempt, 1.0)._has_ended()
     assert Journal(tmp_path).last_end()["status"] == "FINISHED"

@@ -52,7 +52,7 @@ def test_parameters_are_the_whole_config_with_dotted_names(tmp_path):
 
 def test_no_password_is_written_down(tmp_path):
     config = run_config(tmp_path, "http://user:secret@host:1")
-    MLflowTracker(config, tmp_path).record_start({}, {}, resume_step=None)
+    MLflowTracker(config, tmp_path).record_start({}, resume_step=None)
     assert "secret" not in Journal(tmp_path).events_path.read_text()
     assert without_password("sqlite:////a/b.db") == "sqlite:////a/b.db"
     assert without_password("http://user:p@ss@host:1/a@b") == "http://***@host:1/a@b"
@@ -77,7 +77,7 @@ def test_a_long_error_keeps_its_reason():
 def test_tags_say_model_and_resume_and_users_win(tmp_path):
     config = run_config(tmp_path, "http://host", tracking__tags={"team": "a", "layout": "mine"})
     tracker = MLflowTracker(config, tmp_path)
-    tracker.record_start({}, {"commit": "abc", "layout": "EP2"}, resume_step=40)
+    tracker.record_start({"commit": "abc", "layout": "EP2"}, resume_step=40)
     tags = Journal(tmp_path).last_start()["tags"]
     expected = {"model": "small", "resumed": "true", "resumed_from_step": "40", "commit": "abc"}
     expected |= {"team": "a", "layout": "mine", "mlflow.source.git.commit": "abc"}
@@ -86,8 +86,8 @@ def test_tags_say_model_and_resume_and_users_win(tmp_path):
 
 def test_a_resumed_job_keeps_the_key_of_the_run(tmp_path):
     config = run_config(tmp_path, "http://host")
-    MLflowTracker(config, tmp_path).record_start({}, {}, resume_step=None)
-    MLflowTracker(config, tmp_path).record_start({}, {}, resume_step=5)
+    MLflowTracker(config, tmp_path).record_start({}, resume_step=None)
+    MLflowTracker(config, tmp_path).record_start({}, resume_step=5)
     first, second = Journal(tmp_path).events()
     assert first["run_key"] == second["run_key"]
     assert first["attempt"] != second["attempt"]
@@ -130,21 +130,22 @@ def test_a_full_disk_does_not_end_training(tmp_path, monkeypatch, caplog):
 
     def warned() -> bool:
         text, _ = caplog.text, caplog.clear()
-        return "No space left on device" in text and f"sync_mlflow.py {tmp_path}" in text
+        return "No space left on device" in text and f"sync_mlflow.py '{run_dir}'\n" in text
 
-    config = run_config(tmp_path, "http://127.0.0.1:9")
+    run_dir = tmp_path / "a run"  # the command can be pasted
+    config = run_config(run_dir, "http://127.0.0.1:9")
     with monkeypatch.context() as patch:
         patch.setattr(Journal, "append", full)
-        tracker = MLflowTracker(config, tmp_path)
-        tracker.start({}, {})
+        tracker = MLflowTracker(config, run_dir)
+        tracker.start({})
         assert warned()
         tracker.artifact(tmp_path)
         tracker.log(1, {})
         tracker.finish("FINISHED")
         assert warned()
     monkeypatch.setattr(subprocess, "Popen", full)
-    tracker = MLflowTracker(config, tmp_path)
-    tracker.start({}, {})
+    tracker = MLflowTracker(config, run_dir)
+    tracker.start({})
     assert warned()
     monkeypatch.setattr(Journal, "append", full)
     tracker.finish("FINISHED")
@@ -159,7 +160,7 @@ def test_links_open_the_training_view():
 def test_how_to_look_at_a_local_store(tmp_path):
     uri = f"sqlite:///{tmp_path}/of mine/mlflow.db"
     assert how_to_look(tmp_path) is None
-    MLflowTracker(run_config(tmp_path, uri), tmp_path).record_start({}, {}, None)
+    MLflowTracker(run_config(tmp_path, uri), tmp_path).record_start({}, None)
     assert how_to_look(tmp_path) is None  # not sent yet
     Journal(tmp_path).save_state(uri, {"run_id": "abc", "experiment_id": "3"})
     command, page = how_to_look(tmp_path).split("   then ")

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +17,7 @@ from pltmoe.train.benchmark import candidates, compare
 from pltmoe.train.benchmark.compare import Measured, check_losses
 from pltmoe.train.benchmark.configs import ZERO, check
 from pltmoe.train.benchmark.pipeline import ChunkSeconds, predict
-from pltmoe.train.benchmark.report import Goal, Report, markdown, row
+from pltmoe.train.benchmark.report import Goal, Report, row, write
 from pltmoe.train.benchmark.timing import (
     Candidate,
     Times,
@@ -87,12 +88,17 @@ def test_goals(
 
 
 @pytest.mark.parametrize(("seconds", "mfu", "says"), [(2.0, 0.5, "met"), (4.0, 0.25, "MISSED")])
-def test_one_model_is_held_to_its_mfu(seconds: float, mfu: float, says: str) -> None:
+def test_one_model_is_held_to_its_mfu(
+    seconds: float, mfu: float, says: str, tmp_path: Path
+) -> None:
     measured = row(Work("step", tokens=10, flops=1e15), Times([seconds]), peak_flops=1e15)
     assert measured.mfu == mfu
-    report = Report("mfu", "one model", Goal(at_least=0.45), None, [measured], {}, {}, [])
-    assert f"**MFU {mfu:.1%}**, goal at least 0.45: {says}." in markdown(report)
-    assert f"| {mfu:.1%} |" in markdown(report)
+    report = Report(
+        "mfu", "one model", Goal(at_least=0.45), None, [measured], {}, {"odd": "\udce9"}, []
+    )
+    text = write(report, "", tmp_path)[1].read_text()  # a path that is no UTF-8 costs no result
+    assert f"**MFU {mfu:.1%}**, goal at least 0.45: {says}." in text
+    assert f"| {mfu:.1%} |" in text and r"- odd: \udce9" in text
 
 
 def test_a_profiles_table_has_few_rows_and_one_for_the_rest() -> None:
