@@ -36,10 +36,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.repository import PYTHONPATH, REPOSITORY
+
 if TYPE_CHECKING:
     from torch.distributed import TCPStore
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 STORE_IS_OPEN = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
 """What torchrun sets where its agent, not rank 0, keeps the store."""
 _KEEP_TENSORS = (
@@ -172,7 +173,7 @@ class Ranks:
             "OMP_NUM_THREADS": "1",
             "MASTER_ADDR": "127.0.0.1",
             "GLOO_SOCKET_IFNAME": "lo",  # the host's name may resolve to nothing in a container
-            "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.getenv("PYTHONPATH")])),
+            "PYTHONPATH": PYTHONPATH,
             **{key: str(value) for key, value in world.items()},
             **STORE_IS_OPEN,
             **self._env,

@@ -17,7 +17,7 @@ from pltmoe.checkpoint import folders
 from pltmoe.checkpoint.manifest import read_manifest
 from tests.distributed.pretrain_cases import same
 from tests.distributed.run_files import finish, make_files, start_ranks
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.pretrain_cases"

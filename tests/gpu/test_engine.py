@@ -11,7 +11,7 @@ from pltmoe.inference.model import Kernels, PLTDecoder
 from pltmoe.inference.prefill import prefill
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.weights import Weights, random_weights
-from tests.launch import REPOSITORY
+from tests.repository import CONFIGS
 
 SLOTS = 512
 LENGTHS = (3, 77, 200)
@@ -39,7 +39,7 @@ def weights_on(
     **changes: Any,
 ) -> Weights:
     """Return the same random weights wherever they lie."""
-    base = load_config(REPOSITORY / "configs/quickstart_vanilla.yaml").model.model_dump()
+    base = load_config(CONFIGS / "quickstart_vanilla.yaml").model.model_dump()
     model = model_from_dict(base | LOOPS[name] | changes)
     weights = random_weights(model, "cpu", dtype, fp8=fp8)
     for x in [weights, *weights.layers]:

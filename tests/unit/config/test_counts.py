@@ -1,7 +1,5 @@
 """Parameters, FLOPs and KV-cache bytes: the paper's numbers, and the real model counted."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -9,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from pltmoe.config import ModelConfig, load_config, model_from_dict
 from pltmoe.config.counts import count_parameters, flops_per_token, kv_cache_bytes
 from pltmoe.model.reference import MLP, ReferencePLT
+from tests.repository import CONFIGS
 from tests.unit.config.trees import DENSE, LOOP_ROWS, MOE
 
-CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 OPTIONS = {
     "plain": {},
     "tied": {"tied_embeddings": True},

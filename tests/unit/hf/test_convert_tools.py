@@ -2,12 +2,12 @@
 
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 
 from pltmoe.checkpoint.manifest import read_manifest
 from pltmoe.config import write_config
+from tests.repository import REPOSITORY
 from tests.unit.hf.checkpoints import model_of, run_config
 
 
@@ -15,7 +15,7 @@ def run_tool(monkeypatch, name, *arguments):
     """Run a tool as the command line does, in this process."""
     monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
     try:
-        runpy.run_path(str(Path(__file__).parents[3] / "tools" / name), run_name="__main__")
+        runpy.run_path(str(REPOSITORY / "tools" / name), run_name="__main__")
     except SystemExit as end:
         if end.code:
             raise

@@ -18,7 +18,7 @@ from pltmoe.errors import ConfigError, ConversionError
 from pltmoe.hf.fields import from_hf_fields
 from pltmoe.hf.loopcoder import convert_loopcoder
 from pltmoe.inference.weights import describe_folder
-from tests.contracts.source import REPOSITORY
+from tests.repository import REPOSITORY
 
 FIELDS = {
     "architectures": ["IQuestPLTCoderForCausalLM"], "model_type": "iquestpltcoder",

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from pltmoe.inference.engine import Engine
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.text import TextStream
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY
 
 PROMPTS = ["def test_", "import torch\n", "x"]
 

@@ -1,7 +1,5 @@
 """The planner against the schedule's table, the device table, and hand-made numbers."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -21,9 +19,8 @@ from pltmoe.plan.search import candidates, search
 from pltmoe.plan.weights import stage_weights, zero_bytes
 from pltmoe.runtime.devices import peak_flops
 from tests.distributed.tiny import DENSE, MOE, tiny_config
+from tests.repository import CONFIGS
 from tests.unit.parallel.tables import in_flight
-
-CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def config(name: str, *overrides: str) -> RunConfig:

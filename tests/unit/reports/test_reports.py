@@ -4,8 +4,6 @@ import csv
 import json
 import math
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -25,9 +23,9 @@ from pltmoe.reports.plots import Bars, _running_mean, plot_costs
 from pltmoe.reports.runs import Run, read_run
 from pltmoe.reports.summary import read_decode, read_generated, tell_apart, write_report
 from pltmoe.tracking.jsonl import JsonlTracker
+from tests.repository import run_python
 from tests.unit.tracking.runs import LOOPED, PLT, metrics_of, run_config
 
-ROOT = Path(__file__).parents[3]
 TAGS = {"device": "CPU (2 cores)", "layout": "EP2 x DP2", "precision": "fp32", "commit": "abc"}
 DECODE = {
     "vanilla": {"ms_per_token": 8.134, "batch": 4, "context": 224, "device": "CPU (2 threads)"},
@@ -334,24 +332,12 @@ def test_bad_files_of_other_tools_are_named(tmp_path):
 def test_the_tool(run_dirs, tmp_path):
     decode = tmp_path / "decode.json"
     decode.write_text(json.dumps(DECODE))
-    tool = [sys.executable, "tools/compare_runs.py"]
-    command = [*tool, *map(str, run_dirs), "--output", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--decode", str(decode), "--title", "By the tool"],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    bare = {"PATH": "", "HOME": str(tmp_path)}
+    words = ("--output", tmp_path, "--decode", decode, "--title", "By the tool")
+    done = run_python("tools/compare_runs.py", *run_dirs, *words, **bare)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.md").read_text().startswith("# By the tool\n")
-    failed = subprocess.run(
-        [*tool, str(tmp_path), "--output", str(tmp_path / "x")],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    failed = run_python("tools/compare_runs.py", tmp_path, "--output", tmp_path / "x", **bare)
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
 

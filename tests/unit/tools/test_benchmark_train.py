@@ -1,15 +1,13 @@
 """The command from end to end with a model of no size: what it writes, not how fast it is."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch import REPOSITORY
+from tests.repository import run_python
 
 TINY = [
     "model.vocab_size=64",
@@ -30,14 +28,8 @@ TINY = [
 def run(
     *arguments: str, launcher: tuple[str, ...] = (), **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *launcher, "tools/benchmark_train.py", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    one = {"OMP_NUM_THREADS": "1"} | variables
+    return run_python(*launcher, "tools/benchmark_train.py", *arguments, **one)
 
 
 @pytest.fixture(scope="module")

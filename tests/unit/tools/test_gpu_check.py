@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import re
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 
 from pltmoe.reports import gpu_parts, gpu_tables
 from pltmoe.runtime import versions
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY, run_python
 from tests.unit.reports.test_learning import logged
 
 WHERE = {"device": "GPU", "versions": "v", "commit": "abc"}
@@ -59,13 +58,7 @@ def noted(name: str, then: str = "true", **more: object) -> Part:
 
 
 def test_refuses_without_a_gpu() -> None:
-    done = subprocess.run(
-        [sys.executable, "tools/gpu_check.py"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        env={"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin"},
-    )
+    done = run_python("tools/gpu_check.py", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2
     assert done.stdout == (
         "error: gpu_check needs an NVIDIA GPU (torch.cuda.is_available() is false)\n"

@@ -2,25 +2,19 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY, run_python
 
 PLT = "configs/plt_1.7b_40b.yaml"
 
 
 def plan(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/plan.py", *map(str, arguments)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    return run_python("tools/plan.py", *arguments)
 
 
 def test_the_page_in_docs_is_what_the_command_writes(tmp_path: Path):
