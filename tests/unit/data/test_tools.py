@@ -11,11 +11,11 @@ from pathlib import Path
 from pltmoe.data.indexed import bin_path, idx_path, parts_folder
 from pltmoe.data.manifest import manifest_path
 from pltmoe.data.tokenizer import Tokenizer
-from tests.repository import PYTHONPATH, REPOSITORY, run_python
+from tests.repository import PYTHONPATH, REPOSITORY, run_python, run_tool
 
 
 def _run(tool: str, *arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = run_python(f"tools/{tool}", *arguments)
+    done = run_tool(tool, *arguments) if status else run_python(f"tools/{tool}", *arguments)
     assert done.returncode == status, done.stderr
     return done
 

@@ -14,7 +14,7 @@ from pltmoe.evaluation.local_tasks import write_local_tasks
 from pltmoe.evaluation.scores import scores_of
 from pltmoe.tracking.journal import Journal
 from pltmoe.tracking.scores import find_run, log_scores
-from tests.repository import run_python
+from tests.repository import run_python, run_tool
 from tools import evaluate
 
 pytestmark = pytest.mark.xdist_group("evaluation")
@@ -100,7 +100,7 @@ def test_the_tool_ends_with_one_line_before_anything_is_loaded(empty_cache):
     assert done.returncode == 1
     assert done.stderr.startswith("error: these data sets")
     assert done.stderr.count("\n") == 1
-    assert "| GSM8k | `gsm8k` | 5 |" in run_python("tools/evaluate.py", "--list").stdout
+    assert "| GSM8k | `gsm8k` | 5 |" in run_tool("evaluate.py", "--list").stdout
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pltmoe.errors import ConfigError
 from pltmoe.evaluation.harness import EvaluationOptions, PreparedTasks, choose, evaluate
 from pltmoe.evaluation.local_tasks import write_local_tasks
 from pltmoe.evaluation.scores import as_markdown, as_metrics, scores_of
-from tests.repository import REPOSITORY, run_python
+from tests.repository import REPOSITORY, run_python, run_tool
 from tests.unit.evaluation.conftest import SLOTS
 
 pytestmark = pytest.mark.xdist_group("evaluation")
@@ -154,7 +154,7 @@ def test_a_task_and_a_group_of_the_users_own(exports, text, tmp_path):
 
 def test_local_tasks_need_a_text(exports, tmp_path):
     arguments = ("--tasks", "local", "--model", exports["plt2"], "--output", tmp_path / "x.json")
-    done = run_python("tools/evaluate.py", *arguments, HF_HUB_OFFLINE="1")
+    done = run_tool("evaluate.py", *arguments)
     assert "error: --tasks local: is made from a text of yours: --text FILE" in done.stderr
     assert done.returncode == 1
 

@@ -23,7 +23,7 @@ from pltmoe.reports.plots import Bars, _running_mean, plot_costs
 from pltmoe.reports.runs import Run, read_run
 from pltmoe.reports.summary import read_decode, read_generated, tell_apart, write_report
 from pltmoe.tracking.jsonl import JsonlTracker
-from tests.repository import run_python
+from tests.repository import run_python, run_tool
 from tests.unit.tracking.runs import LOOPED, PLT, metrics_of, run_config
 
 TAGS = {"device": "CPU (2 cores)", "layout": "EP2 x DP2", "precision": "fp32", "commit": "abc"}
@@ -337,7 +337,7 @@ def test_the_tool(run_dirs, tmp_path):
     done = run_python("tools/compare_runs.py", *run_dirs, *words, **bare)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.md").read_text().startswith("# By the tool\n")
-    failed = run_python("tools/compare_runs.py", tmp_path, "--output", tmp_path / "x", **bare)
+    failed = run_tool("compare_runs.py", tmp_path, "--output", tmp_path / "x")
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
 

@@ -1,24 +1,22 @@
 """tools/plan.py: the page in docs, what fits, what is refused, and pictures."""
 
 import json
-import subprocess
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from tests.repository import REPOSITORY, run_python
+from tests.repository import REPOSITORY, run_python, run_tool
 
 PLT = "configs/plt_1.7b_40b.yaml"
 
 
-def plan(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return run_python("tools/plan.py", *arguments)
+plan = partial(run_tool, "plan.py")
 
 
 def test_the_page_in_docs_is_what_the_command_writes(tmp_path: Path):
-    assert plan("--table", tmp_path / "plan.md").returncode == 0
+    assert run_python("tools/plan.py", "--table", tmp_path / "plan.md").returncode == 0
     assert (tmp_path / "plan.md").read_text() == (REPOSITORY / "docs/plan.md").read_text()
 
 
