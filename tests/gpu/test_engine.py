@@ -11,6 +11,7 @@ from pltmoe.inference.model import Kernels, PLTDecoder
 from pltmoe.inference.prefill import prefill
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.weights import Weights, random_weights
+from tests.configs import CLP, LOOP2, PLT2, PLT3
 from tests.repository import CONFIGS
 
 SLOTS = 512
@@ -18,13 +19,11 @@ LENGTHS = (3, 77, 200)
 NAMES = ["plt2", "plt3", "loop2", "clp", "vanilla"]
 LOOPS = {
     "vanilla": {},
-    "loop2": {"num_loops": 2},
-    "clp": {"num_loops": 2, "cross_loop_shift": True},
-    "plt2": {"num_loops": 2, "cross_loop_shift": True, "share_first_loop_kv": True,
-             "gated_swa": True, "moe_loop_routing": "shared"},
-    "plt3": {"num_loops": 3, "cross_loop_shift": True, "share_first_loop_kv": True,
-             "gated_swa": True, "normalize_per_loop": True, "hidden_scale": 0.5},
-}  # fmt: skip
+    "loop2": LOOP2,
+    "clp": CLP,
+    "plt2": PLT2 | {"moe_loop_routing": "shared"},
+    "plt3": PLT3 | {"normalize_per_loop": True, "hidden_scale": 0.5},
+}
 
 
 ALL_EXPERTS = {"moe_top_k": 16}

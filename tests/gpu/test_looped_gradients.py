@@ -7,7 +7,7 @@ import torch
 
 from pltmoe.model.megatron_config import Fp8
 from pltmoe.runtime import devices
-from tests.unit.config.trees import DENSE, LOOP_ROWS
+from tests.configs import DENSE, LOOP_ROWS
 from tests.unit.model.looped_gradients import (
     PLT3,
     SIZES,

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from pltmoe.config import ModelConfig, load_config, model_from_dict
 from pltmoe.config.counts import count_parameters, flops_per_token, kv_cache_bytes
 from pltmoe.model.reference import MLP, ReferencePLT
+from tests.configs import DENSE, LOOP_ROWS, MOE
 from tests.repository import CONFIGS
-from tests.unit.config.trees import DENSE, LOOP_ROWS, MOE
 
 OPTIONS = {
     "plain": {},

@@ -14,7 +14,7 @@ from pltmoe.config import (
     write_config,
 )
 from pltmoe.errors import ConfigError
-from tests.unit.config.trees import DENSE, MOE, run_tree
+from tests.configs import DENSE, MOE, run_tree
 
 
 @pytest.fixture
@@ -96,14 +96,7 @@ def test_configuration_is_frozen(file: Path):
     ],
 )
 def test_wrong_keys_and_values_name_the_full_path(changes: dict, expected: str):
-    tree = run_tree()
-    for path, value in changes.items():
-        section, _, key = path.partition("__")
-        if key:
-            tree.setdefault(section, {})[key] = value
-        else:
-            tree[section] = value
-    message = message_of(tree, "run.yaml", call=config_from_dict)
+    message = message_of(run_tree(**changes), "run.yaml", call=config_from_dict)
     assert message.startswith("run.yaml: ") and expected in message
     assert "zzz" not in message or "did you mean" not in message
 

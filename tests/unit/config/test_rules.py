@@ -7,7 +7,7 @@ import pytest
 from pltmoe.config import config_from_dict
 from pltmoe.config.rules import MODEL_RULES, RUN_RULES
 from pltmoe.errors import ConfigError
-from tests.unit.config.trees import DENSE, LOOP_ROWS, MOE, run_tree
+from tests.configs import DENSE, LOOP_ROWS, MOE, run_tree
 
 SHIFT = {"num_loops": 2, "cross_loop_shift": True}
 NO_EXPERTS = MOE | {"num_experts": None, "ffn_hidden_size": 24}

@@ -6,9 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from pltmoe.config import RunConfig, config_from_dict
+from pltmoe.config import RunConfig
 from pltmoe.data.indexed import bin_path, idx_path, write_index
 from pltmoe.data.tokenizer import Tokenizer
+from tests import configs
 
 
 def write_dataset(
@@ -23,35 +24,11 @@ def write_dataset(
 
 
 def run_config(
-    tokenizer: Tokenizer,
-    train: Any,
-    *,
-    sequence_length: int,
-    seed: int = 1,
-    vocab_size: int = 600,
-    **data: Any,
+    tokenizer: Tokenizer, train: Any, *, vocab_size: int = 600, seed: int = 1, **data: Any
 ) -> RunConfig:
     """Return a run of a tiny model on ``train``, a prefix or a list of sources."""
-    sources = train if isinstance(train, list) else [{"path": train}]
-    return config_from_dict(
-        {
-            "name": "data",
-            "model": {
-                "vocab_size": vocab_size,
-                "num_layers": 1,
-                "hidden_size": 8,
-                "num_attention_heads": 1,
-                "num_kv_heads": 1,
-                "head_dim": 8,
-                "ffn_hidden_size": 8,
-            },
-            "data": {
-                "tokenizer": tokenizer.model_path,
-                "train": sources,
-                "sequence_length": sequence_length,
-                **data,
-            },
-            "optimizer": {"lr": 1e-3},
-            "train": {"output_dir": "runs/x", "steps": 1, "global_batch_size": 1, "seed": seed},
-        }
+    return configs.run_config(
+        model=configs.DENSE | {"vocab_size": vocab_size},
+        data={"tokenizer": tokenizer.model_path, "train": train, **data},
+        train__seed=seed,
     )

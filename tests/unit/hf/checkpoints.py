@@ -7,13 +7,14 @@ import torch
 
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.checkpoint.store import begin_save
-from pltmoe.config import ModelConfig, RunConfig, config_from_dict
+from pltmoe.config import ModelConfig, RunConfig
 from pltmoe.engines.sharded_state import model_state
 from pltmoe.model.megatron_config import transformer_config
 from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import layout_for
 from pltmoe.runtime import distributed
+from tests import configs
 from tests.unit.hf.models import small_model
 
 TEXT_VOCABULARY = 400
@@ -26,15 +27,7 @@ def model_of(name: str, **changes: Any) -> ModelConfig:
 
 def run_config(m: ModelConfig) -> RunConfig:
     """Return a run that could have written a checkpoint of ``m``."""
-    return config_from_dict(
-        {
-            "name": "small",
-            "model": m.model_dump(),
-            "data": {"tokenizer": "t.model", "train": [{"path": "text"}], "sequence_length": 32},
-            "optimizer": {"lr": 1e-3},
-            "train": {"output_dir": "run", "steps": 10, "global_batch_size": 1},
-        }
-    )
+    return configs.run_config(model=m.model_dump())
 
 
 def write_checkpoint(

@@ -6,7 +6,7 @@ from transformers import DynamicCache
 
 from pltmoe.hf import modeling_plt_moe
 from pltmoe.hf.modeling_plt_moe import PLTMoECache, PLTMoEModel
-from tests.unit.hf.models import ABLATION, EVERY_KIND, MODELS, pair, small_model
+from tests.unit.hf.models import ABLATION, EVERY_KIND, MODELS, pair, small_model, tokens
 
 NEW_TOKENS = 7
 
@@ -15,10 +15,6 @@ NEW_TOKENS = 7
 def short_pieces(monkeypatch):
     """Cut even these short texts into several pieces of the window, as long ones are."""
     monkeypatch.setattr(modeling_plt_moe, "WINDOW_CHUNK", 4)
-
-
-def tokens(b, s, seed=1):
-    return torch.randint(0, 61, (b, s), generator=torch.Generator().manual_seed(seed))
 
 
 def assert_greedy(reference, prompt, generated):

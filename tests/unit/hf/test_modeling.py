@@ -7,13 +7,7 @@ import torch.nn.functional as F
 from pltmoe.hf import modeling_plt_moe
 from pltmoe.model.reference import language_model_loss
 from tests.launch import Ranks
-from tests.unit.hf.models import MODELS, hf_model, pair, small_model
-
-NUM_SLOTS = 13
-
-
-def tokens(b=2, s=NUM_SLOTS, seed=1):
-    return torch.randint(0, 61, (b, s), generator=torch.Generator().manual_seed(seed))
+from tests.unit.hf.models import MODELS, hf_model, pair, small_model, tokens
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

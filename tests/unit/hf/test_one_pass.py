@@ -8,8 +8,8 @@ import torch
 
 from pltmoe.hf import modeling_plt_moe
 from pltmoe.hf.modeling_plt_moe import PLTMoECache, slots_needed
-from tests.unit.hf.models import MODELS, pair, small_model
-from tests.unit.hf.test_generation import left_padded, tokens
+from tests.unit.hf.models import MODELS, pair, small_model, tokens
+from tests.unit.hf.test_generation import left_padded
 
 BOUND = 1e-12
 SHIFTED = [name for name, fields in MODELS.items() if fields.get("cross_loop_shift")]
