@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pltmoe.config import RunConfig
 from pltmoe.data.indexed import bin_path, idx_path, write_index
@@ -32,3 +33,17 @@ def run_config(
         data={"tokenizer": tokenizer.model_path, "train": train, **data},
         train__seed=seed,
     )
+
+
+class Numbers(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Sequences that are their own index."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        keys = ("tokens", "labels", "loss_mask", "position_ids")
+        return dict.fromkeys(keys, torch.tensor([index]))

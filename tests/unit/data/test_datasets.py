@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pltmoe.config import RunConfig, config_from_dict
+from pltmoe.config import RunConfig
 from pltmoe.data import datasets as module
 from pltmoe.data.datasets import batches, build_datasets
 from pltmoe.data.indexed import bin_path, idx_path
@@ -22,7 +21,7 @@ from pltmoe.data.preprocess import PreprocessOptions, preprocess
 from pltmoe.data.tokenizer import Tokenizer
 from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
 from pltmoe.errors import DataError
-from tests.unit.data.datasets import run_config, write_dataset
+from tests.unit.data.datasets import Numbers, run_config, write_dataset
 
 _SEQUENCE = 16
 
@@ -164,18 +163,6 @@ def test_seed_decides_the_order(tokenizer: Tokenizer, counting: Path):
     assert sorted(orders[0]) != orders[0], "not shuffled"
 
 
-class _Indices(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, size: int):
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        keys = ("tokens", "labels", "loss_mask", "position_ids")
-        return dict.fromkeys(keys, torch.tensor([index]))
-
-
 @settings(max_examples=60, deadline=None)
 @given(
     micro=st.integers(1, 3),
@@ -190,7 +177,7 @@ def test_a_step_has_the_same_sequences_for_every_layout(
     total, step = 60, micro * dp_size * accumulation
     ranks = [
         batches(
-            _Indices(total),
+            Numbers(total),
             consumed_samples=steps_done * step,
             micro_batch_size=micro,
             dp_rank=rank,
@@ -214,17 +201,10 @@ def test_same_global_order_for_one_and_two_ranks_and_after_a_resume(
     train, _, _ = build_datasets(_config(tokenizer, counting), tokenizer, (40, 0, 0))
     alone = _tokens(_all(train, micro_batch_size=1))
     both: list[list[int]] = []
-    for a, b in zip(*(_ranks(train, 2)), strict=True):
+    for a, b in zip(*(_all(train, dp_rank=rank, dp_size=2) for rank in range(2)), strict=True):
         both += a["tokens"].tolist() + b["tokens"].tolist()
     assert both == alone[: len(both)] and len(both) >= 40
     assert _tokens(_all(train, consumed_samples=10, micro_batch_size=1)) == alone[10:]
-
-
-def _ranks(dataset: Any, size: int) -> list[Iterator[dict[str, torch.Tensor]]]:
-    return [
-        batches(dataset, consumed_samples=0, micro_batch_size=2, dp_rank=rank, dp_size=size)
-        for rank in range(size)
-    ]
 
 
 def test_workers_change_neither_order_nor_random_state(tokenizer: Tokenizer, counting: Path):
@@ -238,8 +218,8 @@ def test_workers_change_neither_order_nor_random_state(tokenizer: Tokenizer, cou
 
 def test_ends_with_the_last_complete_row_of_micro_batches():
     for rank in range(2):
-        assert len(_all(_Indices(11), micro_batch_size=2, dp_rank=rank, dp_size=2)) == 2
-    assert _all(_Indices(4), consumed_samples=9) == []
+        assert len(_all(Numbers(11), micro_batch_size=2, dp_rank=rank, dp_size=2)) == 2
+    assert _all(Numbers(4), consumed_samples=9) == []
 
 
 def test_index_is_built_once(tokenizer: Tokenizer, counting: Path, tmp_path: Path, monkeypatch):
@@ -306,12 +286,6 @@ def _refused(config: RunConfig, tokenizer: Tokenizer, message: str, samples=(20,
         build_datasets(config, tokenizer, samples)
 
 
-def _other_tokenizer(tmp_path: Path, corpus: Path, **options: Any) -> Tokenizer:
-    return train_tokenizer(
-        [corpus], tmp_path / "other.model", TrainingOptions(**options), progress=False
-    )
-
-
 def test_prepared_data_is_accepted(tokenizer: Tokenizer, prepared: Path):
     train, _, _ = build_datasets(_config(tokenizer, prepared), tokenizer, (20, 0, 0))
     text = tokenizer.decode(t for row in _tokens(_all(train)) for t in row)
@@ -323,19 +297,17 @@ def test_vocabulary_larger_than_the_model(tokenizer: Tokenizer, counting: Path):
     _refused(config, tokenizer, r"model\.vocab_size \(512\) is smaller than .* \(600\)")
 
 
-def test_tokenizer_of_another_size(prepared: Path, tmp_path: Path, corpus: Path):
-    other = _other_tokenizer(tmp_path, corpus, vocab_size=500, max_bytes=100_000)
-    _refused(_config(other, prepared), other, r"vocabulary of 600 pieces, but .* has 500")
-
-
-def test_other_tokenizer_of_the_same_size(prepared: Path, tmp_path: Path, corpus: Path):
-    other = _other_tokenizer(tmp_path, corpus, vocab_size=600, max_bytes=100_000)
-    _refused(_config(other, prepared), other, "another tokenizer of the same size")
-
-
-def test_half_written_bin(tokenizer: Tokenizer, prepared: Path):
-    bin_path(prepared).write_bytes(bin_path(prepared).read_bytes()[:-100])
-    _refused(_config(tokenizer, prepared), tokenizer, r"prepared\.bin: \d+ bytes, but .* expects")
+@pytest.mark.parametrize(
+    ("pieces", "message"),
+    [
+        (500, r"vocabulary of 600 pieces, but .* has 500"),
+        (600, "another tokenizer of the same size"),
+    ],
+)
+def test_another_tokenizer(prepared: Path, tmp_path: Path, corpus: Path, pieces: int, message: str):
+    options = TrainingOptions(vocab_size=pieces, max_bytes=100_000)
+    other = train_tokenizer([corpus], tmp_path / "other.model", options, progress=False)
+    _refused(_config(other, prepared), other, message)
 
 
 def test_a_file_replaced_by_one_of_the_same_size(tokenizer: Tokenizer, prepared: Path):
@@ -350,17 +322,14 @@ def test_files_of_another_run(tokenizer: Tokenizer, prepared: Path):
     _refused(_config(tokenizer, prepared), tokenizer, r"prepared\.manifest\.json recorded \d+")
 
 
-@pytest.mark.parametrize("bad", [600, 60_000])
-def test_token_id_out_of_range_without_a_manifest(tokenizer: Tokenizer, tmp_path: Path, bad: int):
-    prefix = write_dataset(tmp_path / "x", [np.array([5, 6, bad, 7] * 50)])
+@pytest.mark.parametrize(("bad", "dtype"), [(600, "u2"), (60_000, "u2"), (-6, "i4")])
+def test_token_id_out_of_range_without_a_manifest(
+    tokenizer: Tokenizer, tmp_path: Path, bad: int, dtype: str
+):
+    prefix = write_dataset(tmp_path / "x", [np.array([5, 6, bad, 7] * 50)], np.dtype(dtype))
     _refused(
         _config(tokenizer, prefix), tokenizer, rf"x\.bin: holds token id {bad}, but .* 0 \.\. 599"
     )
-
-
-def test_negative_token_id(tokenizer: Tokenizer, tmp_path: Path):
-    prefix = write_dataset(tmp_path / "x", [np.array([5, -6] * 50)], np.dtype(np.int32))
-    _refused(_config(tokenizer, prefix), tokenizer, "holds token id -6")
 
 
 def test_token_id_out_of_range_in_the_manifest(tokenizer: Tokenizer, prepared: Path):
@@ -421,12 +390,6 @@ def test_cache_that_cannot_be_written(tokenizer: Tokenizer, counting: Path, tmp_
     (tmp_path / "file").write_text("")
     config = _config(tokenizer, counting, cache_dir=tmp_path / "file" / "cache")
     _refused(config, tokenizer, r"the index cache cannot be written there \(Not a directory\)")
-
-
-def test_config_file_shape(tokenizer: Tokenizer, counting: Path):
-    """run_config of these tests is a configuration that a file could hold."""
-    tree = _config(tokenizer, counting).model_dump(mode="json")
-    assert config_from_dict(tree) == _config(tokenizer, counting)
 
 
 def test_whatever_rank_0_meets_reaches_every_rank():

@@ -32,17 +32,6 @@ def test_logits_and_gradients_equal_the_reference(name, attention, monkeypatch):
             assert (parameter.grad - grads[name]).abs().max() < 1e-10, name
 
 
-@pytest.mark.parametrize("name", ["plt2", "plt3_normed", "loop3", "dense_plt3_normed"])
-def test_no_logit_depends_on_a_later_token(name):
-    _, model = pair(small_model(name))
-    x, y = tokens(), tokens()
-    y[:, 7] = (y[:, 7] + 1) % 61
-    before, after = model(x).logits, model(y).logits
-    # not bit for bit: an expert's matrix product has another shape when routing changes
-    assert (before[:, :7] - after[:, :7]).abs().max() < 1e-12
-    assert not torch.allclose(before[:, 7:], after[:, 7:])
-
-
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("name", ["plt3_normed", "loop2", "dense_plt2", "plt3_shared_routing"])
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
