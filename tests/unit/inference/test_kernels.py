@@ -22,6 +22,8 @@ from tests.unit.inference.kernel_cases import (
     expert_inputs,
 )
 
+pytestmark = pytest.mark.xdist_group(__name__)
+
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.repository import run_python
+from tests.repository import run_python, run_tool
 
+ONE_WORKER = pytest.mark.xdist_group(__name__)
+"""Of the tests that read one measurement."""
 TINY = [
     "model.vocab_size=64",
     "model.num_layers=2",
@@ -45,6 +47,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@ONE_WORKER
 def test_loops(measured: tuple[Path, str]) -> None:
     folder, said = measured
     found = json.loads((folder / "loops.json").read_text())
@@ -77,6 +80,7 @@ def test_one_model_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "mfu.profile.md").exists()
 
 
+@ONE_WORKER
 def test_megatron_computes_the_same(measured: tuple[Path, str]) -> None:
     folder, _ = measured
     found = json.loads((folder / "megatron.json").read_text())
@@ -91,6 +95,7 @@ def test_megatron_computes_the_same(measured: tuple[Path, str]) -> None:
     assert found["goal"]["at_most"] == 1.03
 
 
+@ONE_WORKER
 def test_says_where_and_how(measured: tuple[Path, str]) -> None:
     folder, _ = measured
     page = (folder / "megatron.md").read_text()
@@ -106,7 +111,7 @@ def test_says_where_and_how(measured: tuple[Path, str]) -> None:
 
 
 def test_unknown_comparison() -> None:
-    done = run("--compare", "loops,deepspeed")
+    done = run_tool("benchmark_train.py", "--compare", "loops,deepspeed")
     assert done.returncode == 2
     assert (
         "unknown comparison deepspeed; there are loops, megatron, pipeline, precision, mfu"
