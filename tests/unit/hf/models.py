@@ -1,9 +1,11 @@
 """Small models for the tests of the Hugging Face side: every ablation row, dense and MoE."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pltmoe.config import ModelConfig, model_from_dict
 from pltmoe.hf.configuration_plt_moe import PLTMoEConfig
@@ -99,3 +101,23 @@ def pair(m: ModelConfig, seed: int = 0, **options: Any) -> tuple[ReferencePLT, P
     model = hf_model(m, **options).double()
     model.load_state_dict(reference.state_dict())
     return reference, model.eval()
+
+
+def stock_model(m: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
+    """Return transformers' model with per-expert weights fused as transformers 5 keeps them."""
+    moe = m.is_moe
+    config = (Qwen3MoeConfig if moe else Qwen3Config)(**to_hf_fields(m))
+    model = (Qwen3MoeForCausalLM if moe else Qwen3ForCausalLM)(config)
+    state = dict(weights)
+    for layer in range(m.num_layers if moe else 0):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        parts = {
+            name: torch.stack(
+                [state.pop(f"{prefix}{e}.{name}.weight") for e in range(m.num_experts)]
+            )
+            for name in ("gate_proj", "up_proj", "down_proj")
+        }
+        state[prefix + "gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], 1)
+        state[prefix + "down_proj"] = parts["down_proj"]
+    model.load_state_dict(state)
+    return model.eval()

@@ -14,12 +14,15 @@ from pltmoe.model.initialize import initialize
 from pltmoe.model.megatron_config import Fp8
 from pltmoe.parallel.layout import layout_for
 from pltmoe.parallel.pipeline import Pipeline, build_stage
-from tests.configs import LOOP_ROWS, MOE, run_config
+from tests.configs import DENSE, LOOP_ROWS, MOE, run_config
 from tests.distributed.tiny import batches
 from tests.single_process import device
 
 SIZES = {"hidden_size": 256, "head_dim": 64, "moe_ffn_hidden_size": 128, "init_std": 0.05}
 PLT3 = MOE | LOOP_ROWS["6 plt3"] | SIZES
+DENSE_TIED = DENSE | LOOP_ROWS["5 plt2"] | SIZES | {
+    "moe_ffn_hidden_size": None, "ffn_hidden_size": 128, "tied_embeddings": True,
+}  # fmt: skip
 
 
 def gradients(

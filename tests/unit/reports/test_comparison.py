@@ -8,7 +8,7 @@ import pytest
 from pltmoe.reports.runs import read_run
 from pltmoe.tracking.comparison import log_comparison
 from tests.repository import run_tool
-from tests.unit.reports.test_reports import DECODE, cells, logged_run
+from tests.unit.reports.logged_runs import DECODE, cells, logged_run
 from tests.unit.tracking.runs import PLT
 
 

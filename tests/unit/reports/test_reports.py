@@ -22,28 +22,9 @@ from pltmoe.reports.glance import Extras, final_loss, in_a_line
 from pltmoe.reports.plots import Bars, _running_mean, plot_costs
 from pltmoe.reports.runs import Run, read_run
 from pltmoe.reports.summary import read_decode, read_generated, tell_apart, write_report
-from pltmoe.tracking.jsonl import JsonlTracker
 from tests.repository import run_python, run_tool
-from tests.unit.tracking.runs import LOOPED, PLT, metrics_of, run_config
-
-TAGS = {"device": "CPU (2 cores)", "layout": "EP2 x DP2", "precision": "fp32", "commit": "abc"}
-DECODE = {
-    "vanilla": {"ms_per_token": 8.134, "batch": 4, "context": 224, "device": "CPU (2 threads)"},
-    "plt2": {"ms_per_token": 16.25, "batch": 4, "context": 224, "device": "CPU (2 threads)"},
-}
-
-
-def logged_run(folder: Path, name: str, steps: int = 200, **changes: object) -> Path:
-    run_dir = folder / name
-    config = run_config(run_dir, name=name, train__steps=200, **changes)
-    tracker = JsonlTracker(run_dir, lambda step: step * 8 * 128)
-    tracker.start({}, TAGS)
-    write_config(config, run_dir / "config.yaml")
-    for step in range(10, steps + 1, 10):
-        speed = {"perf/tokens_per_second": 9000.0 + step}
-        tracker.log(step, metrics_of(step, config) | speed)
-    tracker.finish("FINISHED")
-    return run_dir
+from tests.unit.reports.logged_runs import DECODE, cells, logged_run
+from tests.unit.tracking.runs import LOOPED, PLT, run_config
 
 
 @pytest.fixture(scope="module")
@@ -141,13 +122,6 @@ def raw_lines(run_dir: Path) -> list[dict]:
 def csv_rows(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(file))
-
-
-def cells(report: Path, label: str) -> list[str]:
-    """The cells of the row of the report that begins with ``label``."""
-    rows = [line for line in report.read_text().splitlines() if line.startswith(f"| {label}")]
-    assert len(rows) == 1, label
-    return [cell.strip() for cell in rows[0].strip("|").split("|")[1:]]
 
 
 def test_the_report_says_whether_loops_were_one_pass(run_dirs):

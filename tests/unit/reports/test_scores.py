@@ -13,7 +13,7 @@ from pltmoe.reports.runs import Run, read_run
 from pltmoe.reports.scores import PAPER_TASKS, common_tasks, read_evaluation
 from pltmoe.reports.summary import write_report
 from tests.repository import CONFIGS
-from tests.unit.reports.test_reports import cells, logged_run
+from tests.unit.reports.logged_runs import cells, logged_run
 from tests.unit.tracking.runs import PLT
 
 

@@ -15,7 +15,7 @@ import torch
 from pltmoe.reports import gpu_parts, gpu_tables
 from pltmoe.runtime import versions
 from tests.repository import REPOSITORY, run_python
-from tests.unit.reports.test_learning import logged
+from tests.unit.reports.logged_runs import logged_rows
 
 WHERE = {"device": "GPU", "versions": "v", "commit": "abc"}
 Part = gpu_parts.Part
@@ -165,7 +165,7 @@ def test_what_a_part_leaves_behind_or_prints_does_not_stop_the_suite(
 def test_files_of_older_sources_cost_their_text_alone(
     suite: Callable[..., str], tmp_path: Path
 ) -> None:
-    logged(tmp_path / "learn", {"row1": 3.0})
+    logged_rows(tmp_path / "learn", {"row1": 3.0})
     for file in (tmp_path / "learn").glob("*/config.yaml"):
         file.write_text(file.read_text().replace("num_loops:", "number_of_loops:", 1))
     (tmp_path / "mfu-fine-bf16").mkdir()
@@ -279,7 +279,7 @@ def test_targets_stand_beside_what_was_measured(gpu_check: ModuleType, tmp_path:
     report(tmp_path / "mfu-wide-bf16", "mfu", None, 0.5, 1000.0)
     report(tmp_path / "mfu-wide-blockwise", "mfu", None, 0.55, 1300.0)
     report(tmp_path / "speed", "loops", 2.01, None, 1.0)
-    runs = logged(
+    runs = logged_rows(
         tmp_path / "runs", {"plt2": 3.0, "plt2-delayed": 3.02, "plt2-blockwise": 3.5}, (1,)
     )
     for folder in list(runs.iterdir()):
@@ -338,7 +338,7 @@ def test_pages_and_picture_are_made_from_what_was_measured(
     assert not_run(profiles) == [title for title, _, _ in gpu_parts.PROFILES]
     assert not (tmp_path / "docs/gpu_learning.png").exists()
     report(tmp_path / "mfu-fine-bf16", "mfu", None, 0.43, 1000.0)
-    logged(tmp_path / "learn", {"row1": 3.0, "row4": 2.9, "plt2-normed": 2.8})
+    logged_rows(tmp_path / "learn", {"row1": 3.0, "row4": 2.9, "plt2-normed": 2.8})
     gpu_check._write_pages(tmp_path, page)
     profiles = (tmp_path / "docs/profile.md").read_text()
     assert "### step, one step\n\n| kernel | ms |" in profiles
