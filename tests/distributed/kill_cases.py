@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    from tests.launch import stand_in_for_cuda
+    from tests.rank import stand_in_for_cuda
 
     stand_in_for_cuda()
     arguments.folder.mkdir(parents=True)
