@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from tests.launch import Nursery, Ranks, stand_in_for_cuda
+from tests.launch import Nursery, Ranks
+from tests.rank import stand_in_for_cuda
 from tests.small_disk import mounted
 
 MANY_THREADS = 200
@@ -57,7 +58,7 @@ def warm_ranks(nursery: Nursery) -> Iterator[Callable[..., list[Any]]]:
     while any(len(ranks.threads()) > MANY_THREADS for ranks in kept.values()):
         names = {nprocs: Counter(ranks.threads()) for nprocs, ranks in kept.items()}
         late = time.monotonic() > patience
-        assert not late, f"process groups outlive their calls (tests/launch.py): {names}"
+        assert not late, f"process groups outlive their calls (tests/rank.py): {names}"
         time.sleep(0.1)
     for ranks in kept.values():
         ranks.close()

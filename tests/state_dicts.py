@@ -1,8 +1,12 @@
-"""Whole state dicts through the name table, which the package takes row by row."""
+"""Whole state dicts: through the name table, which the package takes row by row, and from disk."""
 
 from collections.abc import Mapping
+from pathlib import Path
 
+import torch
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader, load
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pltmoe.config import ModelConfig
 from pltmoe.hf.mapping import check_names, rows
@@ -46,3 +50,15 @@ def hf_to_megatron(
     check_names("Hugging Face", given, [name for row in table for name in row.hf], partial)
     present = [row for row in table if any(name in given for name in row.hf)]
     return {row.megatron: row.join(given) for row in present}
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, whole, read with PyTorch's own reader."""
+    reader = FileSystemReader(folder)
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    load(tensors, storage_reader=reader, no_dist=True)
+    return tensors

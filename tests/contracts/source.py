@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.repository import REPOSITORY
+
 PACKAGE = sorted((REPOSITORY / "pltmoe").rglob("*.py"))
 TOOLS = sorted((REPOSITORY / "tools").glob("*.py"))
 

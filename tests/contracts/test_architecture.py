@@ -2,13 +2,12 @@
 
 import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.contracts.source import PACKAGE, REPOSITORY, TOOLS, imports, name_of, tree
+from tests.repository import run_python
 
 # config -> model -> parallel -> engines -> train -> tools; the others are leaves that train uses.
 MAY_IMPORT = {
@@ -173,11 +172,8 @@ NEEDS = {
 }
 
 
-def test_every_module_imports_without_gpu_and_optional_packages(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = subprocess.run(
-        [sys.executable, "-c", EVERY_MODULE], cwd=REPOSITORY, capture_output=True, text=True
-    )
+def test_every_module_imports_without_gpu_and_optional_packages():
+    done = run_python("-c", EVERY_MODULE, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     names = {
         name_of(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")

@@ -1,7 +1,7 @@
 """Every file under configs/ is complete, commented, and differs from its peers only as it says."""
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import yaml
@@ -62,7 +62,6 @@ def test_file_is_valid_and_complete(file: Path):
 
 @pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_every_key_has_a_comment_and_paths_are_relative(file: Path):
-    assert get_args(RunConfig.model_fields["data"].annotation) == ()
     lines = file.read_text().splitlines()
     for above, line in zip(["", *lines], lines, strict=False):
         if line.startswith("  ") and ":" in line and not line.lstrip().startswith(("#", "-")):

@@ -35,3 +35,12 @@ def test_the_smallest_configuration_is_a_plt(tmp_path: Path):
 @pytest.mark.parametrize("path", paths())
 def test_named_path_exists(path: str):
     assert list(REPOSITORY.glob(path.rstrip("/"))), f"README.md names {path}"
+
+
+def test_tests_that_the_docs_name_exist():
+    for page in (REPOSITORY / "docs").glob("*.md"):
+        if page.name == "log.md":  # what was, when it was written
+            continue
+        for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text()):
+            where = REPOSITORY / file
+            assert where.is_file() and f"def {name}" in where.read_text(), f"{page}: {file}::{name}"

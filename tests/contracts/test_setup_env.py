@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+from tests.repository import REPOSITORY
+
 TOOLS = ("cat", "cp", "cut", "date", "df", "awk", "dirname", "du", "env", "flock", "grep", "ls",
          "mkdir", "mv", "printf", "pwd", "rm", "sha256sum", "sleep", "touch", "bash")  # fmt: skip
 

@@ -18,7 +18,7 @@ def read(model: Path, train: Any, samples: tuple[int, int, int], **data: Any) ->
     if not dist.is_initialized():
         dist.init_process_group("gloo")
     tokenizer = Tokenizer(model)
-    config = run_config(tokenizer, train, sequence_length=16, **data)
+    config = run_config(tokenizer, train, **data)
     try:
         sets = build_datasets(config, tokenizer, samples)
     except DataError as error:

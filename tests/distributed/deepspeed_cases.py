@@ -19,10 +19,10 @@ from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.config.deepspeed import swap_folder
 from pltmoe.errors import ConfigError
 from pltmoe.runtime import devices, distributed
+from tests.configs import ONE_LOOP
 from tests.distributed.tiny import (
     DENSE,
     MOE,
-    ONE_LOOP,
     batches,
     build_engine,
     drop_engine,

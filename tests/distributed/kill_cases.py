@@ -19,15 +19,14 @@ import time
 import traceback
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pltmoe.checkpoint import folders
 from pltmoe.checkpoint.integrity import check_files
 from pltmoe.checkpoint.manifest import read_manifest
+from tests.distributed.run_files import curve_of, make_files
+from tests.state_dicts import tensors_of
 
 STEPS = 10
 _MORE = (f"train.steps={STEPS}", "checkpoint.save_interval=1", "train.eval_interval=5")
@@ -46,7 +45,7 @@ def soak(config: Path, folder: Path, kills: int, seed: int, processes: int = 1) 
     straight = _Run(config, folder / "straight", processes)
     straight.start()
     assert straight.wait() == [0] * processes, straight.log()
-    duration, expected = time.monotonic() - began, curve(straight.output)
+    duration, expected = time.monotonic() - began, curve_of(straight.output)
     assert [line["step"] for line in expected] == list(range(1, STEPS + 1)), "no gap, none double"
     struck: Counter[str] = Counter()
     finished = 0
@@ -59,21 +58,10 @@ def soak(config: Path, folder: Path, kills: int, seed: int, processes: int = 1) 
             run.start()
             assert run.wait() == [0] * processes, run.log()
             run.check_resumed()
-        assert curve(run.output) == expected, run.output
+        assert curve_of(run.output) == expected, run.output
         _same_end(run.output, straight.output)
         finished += 1
     return dict(struck) | {"finished": finished}
-
-
-def curve(output: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl without what depends on the clock."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    clock = ("perf/", "memory/", "time")
-    return [
-        {key: value for key, value in line.items() if not key.startswith(clock)}
-        for line in lines
-        if "checkpoint/save_seconds" not in line
-    ]
 
 
 def _strike(
@@ -230,18 +218,6 @@ def _same_end(left: Path, right: Path) -> None:
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
 
 
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Return the tensors of a checkpoint, whole, read with PyTorch's own reader."""
-    reader = FileSystemReader(folder)
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    load(tensors, storage_reader=reader, no_dist=True)
-    return tensors
-
-
 def main() -> None:
     """Run from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -250,8 +226,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    from tests.distributed.run_files import make_files
-    from tests.launch import stand_in_for_cuda
+    from tests.rank import stand_in_for_cuda
 
     stand_in_for_cuda()
     arguments.folder.mkdir(parents=True)

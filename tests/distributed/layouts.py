@@ -7,7 +7,8 @@ processes is data parallel. ``no SP``: sequences stay whole under tensor paralle
 
 from typing import Any
 
-from tests.distributed.tiny import DENSE, MOE, ONE_LOOP
+from tests.configs import CLP, LOOP2, ONE_LOOP
+from tests.distributed.tiny import DENSE, MOE
 
 _PLT3 = {
     "num_loops": 3,
@@ -18,13 +19,13 @@ _PLT3 = {
 }
 _CHANGES: dict[str, dict[str, Any]] = {
     "vanilla": ONE_LOOP,
-    "loop-2": ONE_LOOP | {"num_loops": 2},
-    "CLP": ONE_LOOP | {"num_loops": 2, "cross_loop_shift": True},
+    "loop-2": ONE_LOOP | LOOP2,
+    "CLP": ONE_LOOP | CLP,
     "PLT-2": {},
     "PLT-2 tied": {"tied_embeddings": True},
     "PLT-2 hidden gate": {"gate_use_hidden_states": True},
     "PLT-3": _PLT3,
-    "loop-2 shared routing": ONE_LOOP | {"num_loops": 2, "moe_loop_routing": "shared"},
+    "loop-2 shared routing": ONE_LOOP | LOOP2 | {"moe_loop_routing": "shared"},
     "PLT-2 shared routing": {"moe_loop_routing": "shared"},
     "PLT-3 shared routing": _PLT3 | {"moe_loop_routing": "shared"},
 }

@@ -1,6 +1,5 @@
 """Runs of tools/pretrain.py that are repeated, or moved from one device to another."""
 
-import json
 import os
 import shutil
 from pathlib import Path
@@ -9,7 +8,7 @@ import torch
 from megatron.core import dist_checkpointing
 from torch import Tensor
 
-from tests.distributed.run_files import finish, start_ranks
+from tests.distributed.run_files import finish, losses_of, start_ranks
 
 STEPS, MOVED_AT = 6, 4
 BASE = (
@@ -27,13 +26,7 @@ def train(config: Path, output: Path, *overrides: str, device: str) -> dict[int,
     codes, outputs = finish(start)
     assert codes == [0], outputs[0]
     assert ("the CPU stands in for CUDA" in outputs[0]) == (device == "cpu"), outputs[0]
-    return losses(output)
-
-
-def losses(output: Path) -> dict[int, float]:
-    """Return the training loss of a run by step."""
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
+    return losses_of(output)
 
 
 def begin_on_cpu(config: Path, folder: Path) -> Path:
@@ -81,7 +74,7 @@ def assert_continues(
     """
     move(begun, moved)
     accepted = "checkpoint.accept_changes=[train.precision]"
-    found, expected = train(config, moved, accepted, *overrides, device=device), losses(begun)
+    found, expected = train(config, moved, accepted, *overrides, device=device), losses_of(begun)
     assert sorted(found) == list(range(MOVED_AT + 1, STEPS + 1))
     for step, loss in found.items():
         assert abs(loss - expected[step]) <= tolerance * expected[step], (step, found, expected)

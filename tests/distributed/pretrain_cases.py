@@ -35,13 +35,12 @@ def run_many(cases: dict[str, list[str]]) -> dict[str, tuple[int, str]]:
     return {name: run(*arguments) for name, arguments in cases.items()}
 
 
-def contents(folder: Path) -> dict[str, Any]:
-    """Return every tensor of a checkpoint by key, and the random states of rank 0."""
+def contents(folder: Path, also: str = "random") -> dict[str, Any]:
+    """Return every tensor of a checkpoint by key, and one of rank 0's objects."""
     distributed.start(distributed.processes_from_environment())
     found: dict[str, Any] = dict(dist_checkpointing.load_plain_tensors(str(folder)))
-    wanted = {"random": ShardedObject("random", None, (1,), (0,))}
-    found["random"] = dist_checkpointing.load(wanted, str(folder))["random"]
-    return found
+    wanted = {also: ShardedObject(also, None, (1,), (0,))}
+    return found | dist_checkpointing.load(wanted, str(folder))
 
 
 def same(left: Any, right: Any) -> bool:

@@ -1,5 +1,6 @@
-"""A real tiny run on disk: text, tokenizer, indexed dataset and configuration file."""
+"""A real tiny run on disk: its files, its processes, and the metrics that it leaves."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,7 +12,8 @@ import yaml
 from pltmoe.data.preprocess import preprocess
 from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
 from tests.distributed.tiny import MOE
-from tests.launch import REPOSITORY, STORE_IS_OPEN, open_store
+from tests.launch import STORE_IS_OPEN, open_store
+from tests.repository import PYTHONPATH, REPOSITORY
 
 VOCABULARY = 400
 
@@ -54,23 +56,28 @@ def make_files(folder: Path) -> Path:
 
 def start_ranks(config: Path, *overrides: str, nprocs: int = 1, **env: str) -> list[Any]:
     """Start ``tools/pretrain.py`` on ``nprocs`` processes the way torchrun does."""
-    store, processes = open_store(), []
+    command = ["tools/pretrain.py", "--config", str(config), *overrides]
+    return start_python(command, nprocs, **env)
+
+
+def start_python(command: list[str], nprocs: int, port: int | None = None, **env: str) -> list[Any]:
+    """Start Python on ``nprocs`` processes; they meet at a store of ours, or rank 0's on ``port``.
+
+    A single process is told of no others.
+    """
+    processes, store = [], None if port else open_store()
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port if store else port)}
+    meeting |= STORE_IS_OPEN if store else {}
     for rank in range(nprocs):
-        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nprocs, "MASTER_PORT": store.port}
-        launcher = {key: str(value) for key, value in world.items()} | STORE_IS_OPEN
-        launcher["MASTER_ADDR"] = "127.0.0.1"
+        world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": nprocs}
+        launcher = {key: str(value) for key, value in world.items()} | meeting
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment |= {"PYTHONPATH": PYTHONPATH, **(launcher if nprocs > 1 else {}), **env}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "tools/pretrain.py", "--config", str(config), *overrides],
+                [sys.executable, *command],
                 cwd=REPOSITORY,
-                env={
-                    **os.environ,
-                    "OMP_NUM_THREADS": "1",
-                    "GLOO_SOCKET_IFNAME": "lo",
-                    "PYTHONPATH": str(REPOSITORY),
-                    **(launcher if nprocs > 1 else {}),
-                    **env,
-                },
+                env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
@@ -80,7 +87,36 @@ def start_ranks(config: Path, *overrides: str, nprocs: int = 1, **env: str) -> l
     return processes
 
 
+def wait_for(process: Any, text: str) -> str:
+    """Read the output of a process up to a line that contains ``text``."""
+    seen = ""
+    for line in process.stdout:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"never said {text!r}:\n{seen}")
+
+
 def finish(processes: list[Any], timeout_s: float = 300.0) -> tuple[list[int], list[str]]:
     """Wait for all ranks; return exit codes and outputs in rank order."""
     outputs = [process.communicate(timeout=timeout_s)[0] for process in processes]
     return [process.returncode for process in processes], outputs
+
+
+def lines_of(output: Path) -> list[dict[str, Any]]:
+    """Return what a run has written to metrics.jsonl."""
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses_of(output: Path) -> dict[int, float]:
+    """Return the training loss of a run by step."""
+    return {line["step"]: line["train/loss"] for line in lines_of(output) if "train/loss" in line}
+
+
+def curve_of(output: Path) -> list[dict[str, Any]]:
+    """Return the lines without what depends on the clock, and without those of saves."""
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("perf/", "memory/", "time"))}
+        for line in lines_of(output)
+        if "checkpoint/save_seconds" not in line
+    ]

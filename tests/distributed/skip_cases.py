@@ -2,19 +2,15 @@
 
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject
 
 from pltmoe.engines.megatron import MegatronEngine
-from pltmoe.runtime import distributed
 from pltmoe.train.pretrain import Data
 from tests.distributed.engine_cases import moments, weights
-from tests.distributed.pretrain_cases import run
+from tests.distributed.pretrain_cases import run, same
 from tests.distributed.tiny import MOE, batches, build_engine, drop_engine, tiny_config
 
 SICK = 3
@@ -93,25 +89,6 @@ def everything(engine: MegatronEngine) -> dict[Any, Any]:
 
 def _routed(layer: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [(n, b) for n, b in layer.named_buffers() if n.endswith("local_tokens_per_expert")]
-
-
-def same(left: Any, right: Any) -> bool:
-    """Compare nested values bit for bit."""
-    if isinstance(left, torch.Tensor):
-        return torch.equal(left, right)
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(same(left[k], right[k]) for k in left)
-    if isinstance(left, list | tuple):
-        return len(left) == len(right) and all(map(same, left, right))
-    return left == right
-
-
-def contents(folder: Path) -> dict[str, Any]:
-    """Return every tensor of a checkpoint by key, and what the guard remembers."""
-    distributed.start(distributed.processes_from_environment())
-    found: dict[str, Any] = dict(dist_checkpointing.load_plain_tensors(str(folder)))
-    wanted = {"guard": ShardedObject("guard", None, (1,), (0,))}
-    return found | dist_checkpointing.load(wanted, str(folder))
 
 
 def run_with_sick_data(arguments: list[str], steps: list[int]) -> tuple[int, str]:

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.distributed.checkpoint import FileSystemReader, load
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from pltmoe.hf.convert import ExportOptions, export_checkpoint
 from tests.distributed.layouts import MODELS, MOVED, parallel_section
+from tests.state_dicts import tensors_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.engine_cases"
@@ -60,13 +59,7 @@ def train_on(
 
 def stored(folder: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of the one checkpoint in ``folder``, whole, by their stored names."""
-    reader = FileSystemReader(checkpoint_in(folder))
-    tensors = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-    load(tensors, storage_reader=reader, no_dist=True)
+    tensors = tensors_of(checkpoint_in(folder))
     assert any(n.startswith("optimizer.state.exp_avg_sq.model.layers.3") for n in tensors)
     return tensors
 

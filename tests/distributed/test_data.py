@@ -47,7 +47,7 @@ def test_two_ranks_read_what_one_would_from_one_cache(
     assert first["valid"] == second["valid"] >= 4
 
     sources = _sources(tmp_path / "one", names)
-    config = run_config(tokenizer, sources, sequence_length=16, **data)
+    config = run_config(tokenizer, sources, **data)
     train, _, _ = build_datasets(config, tokenizer, (40, 4, 0))
     alone = [
         batch["tokens"][0].tolist()

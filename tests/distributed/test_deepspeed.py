@@ -16,8 +16,7 @@ from safetensors.torch import load_file
 from pltmoe.checkpoint import folders
 from pltmoe.engines.deepspeed_offload import compile_folder
 from pltmoe.hf.convert import ExportOptions, export_checkpoint
-from tests.distributed.run_files import finish, make_files, start_ranks
-from tests.distributed.test_pretrain import lines_of, wait_for
+from tests.distributed.run_files import curve_of, finish, start_ranks, wait_for
 from tests.distributed.tiny import DENSE, MOE
 from tests.launch import Ranks
 
@@ -289,11 +288,6 @@ def test_what_deepspeed_or_the_machine_cannot_do_is_one_message(warm_ranks, case
     assert message in told and "\n" not in told
 
 
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    return make_files(tmp_path_factory.mktemp("files"))
-
-
 ZERO2 = ("engine=deepspeed", "deepspeed.zero_optimization.stage=2")
 TWO_EXPERT_RANKS = ("parallel.expert_parallel_size=2", "train.steps=8")
 
@@ -334,7 +328,7 @@ def test_a_killed_run_resumes_bit_for_bit(config, straight, tmp_path):
     assert folders.latest_checkpoint(tmp_path).name == "step_00000004"
     codes, logs = finish(start_ranks(config, *arguments, nprocs=2))
     assert codes == [0, 0] and "(step 4)" in logs[0], logs
-    assert lines_of(tmp_path) == lines_of(straight[0])
+    assert curve_of(tmp_path) == curve_of(straight[0])
 
 
 def test_all_experts_of_all_ranks_are_in_the_converted_model(

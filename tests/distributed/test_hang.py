@@ -4,7 +4,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,7 @@ import pytest
 
 from pltmoe.checkpoint import folders
 from pltmoe.runtime.heartbeat import HANG_EXIT_CODE, RANKS_BEHIND
-from tests.distributed.run_files import finish, make_files, start_ranks
-from tests.launch import REPOSITORY, STORE_IS_OPEN, open_store
+from tests.distributed.run_files import finish, start_python, start_ranks, wait_for
 from tests.ports import free_port
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
@@ -23,29 +21,8 @@ KINDS = ("slack", "lock", "stop_0")
 
 def start(kind: str, folder: Path) -> list[subprocess.Popen[str]]:
     """Start two ranks; their store is ours, but for ``stop_0``, where it is rank 0's."""
-    meeting = None if kind == "stop_0" else open_store()
-    port = meeting.port if meeting else free_port()
-    world = {"WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = []
-    for rank in range(2):
-        env = {**world, "RANK": rank, **(STORE_IS_OPEN if meeting else {})}
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.distributed.hang_cases", kind, str(folder)],
-                cwd=REPOSITORY,
-                env={
-                    **os.environ,
-                    "GLOO_SOCKET_IFNAME": "lo",
-                    "PYTHONPATH": str(REPOSITORY),
-                    **{key: str(value) for key, value in env.items()},
-                },
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-        ranks[-1].store = meeting  # stays open as long as somebody holds a rank
-    return ranks
+    command = ["-m", "tests.distributed.hang_cases", kind, str(folder)]
+    return start_python(command, 2, port=free_port() if kind == "stop_0" else None)
 
 
 @pytest.fixture(scope="module")
@@ -104,16 +81,12 @@ def test_rank_zero_may_stop_with_the_store(jobs):
     assert "in all_reduce" in outputs[1]
 
 
-def test_a_real_run_ends_when_a_rank_is_stopped(tmp_path):
+def test_a_real_run_ends_when_a_rank_is_stopped(config, tmp_path):
     """SIGSTOP to one rank of two of tools/pretrain.py: the other ends the job."""
-    config = make_files(tmp_path)
     arguments = ["train.steps=500", "optimizer.decay_steps=500", "checkpoint.save_interval=2"]
-    ranks = start_ranks(config, *arguments, "train.hang_timeout_minutes=0.3", nprocs=2)
-    seen = ""
-    for line in ranks[0].stdout:
-        seen += line
-        if "step 5/500" in line:
-            break
+    arguments += [f"train.output_dir={tmp_path}/run", "train.hang_timeout_minutes=0.3"]
+    ranks = start_ranks(config, *arguments, nprocs=2)
+    seen = wait_for(ranks[0], "step 5/500")
     os.kill(ranks[1].pid, signal.SIGSTOP)
     begin = time.monotonic()
     assert ranks[0].wait(timeout=200) == HANG_EXIT_CODE, seen

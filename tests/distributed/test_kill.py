@@ -2,18 +2,17 @@
 
 import pytest
 
-from tests.distributed.run_files import make_files
 from tests.launch import run_distributed
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 
 
-def test_killed_runs_end_as_the_one_that_was_not(tmp_path) -> None:
+def test_killed_runs_end_as_the_one_that_was_not(config, tmp_path) -> None:
     """Four kills, at least one of them while a checkpoint was being written in the background."""
     found = run_distributed(
         1,
         "tests.distributed.kill_cases:soak",
-        config=make_files(tmp_path),
+        config=config,
         folder=tmp_path,
         kills=4,
         seed=1,

@@ -6,14 +6,8 @@ from typing import Any
 import pytest
 
 from tests.distributed.moves import assert_continues, assert_repeats, begin_on_cpu
-from tests.distributed.run_files import make_files
 
 pytestmark = [pytest.mark.distributed, pytest.mark.usefixtures("groups")]
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: Any) -> Path:
-    return make_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")

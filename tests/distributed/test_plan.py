@@ -8,6 +8,7 @@ from pltmoe.parallel.layout import layout_for
 from pltmoe.plan.activations import CPU, sizes_for
 from pltmoe.plan.planner import _stage_memory
 from pltmoe.plan.weights import stage_weights, weight_bytes, zero_bytes
+from tests.configs import ONE_LOOP
 from tests.distributed.layouts import parallel_section
 from tests.distributed.tiny import DENSE, MOE, tiny_config
 
@@ -103,14 +104,7 @@ ACTIVE = {
     "pp2": (2, "PP2", WIDE_MOE, 4),
     "pp2-full": (2, "PP2 x full", WIDE_MOE | PLT3, 4),
     "pp2-v2-dense": (2, "PP2 x V2", WIDE_DENSE, 4),
-    "pp2-vanilla": (
-        2,
-        "PP2",
-        WIDE_DENSE
-        | {"num_loops": 1, "cross_loop_shift": False}
-        | {"share_first_loop_kv": False, "gated_swa": False},
-        4,
-    ),
+    "pp2-vanilla": (2, "PP2", WIDE_DENSE | ONE_LOOP, 4),
     "tp2-dense": (2, "TP2", WIDE_DENSE, 1),
     "tp2-no-sp": (2, "TP2 x no SP", WIDE_DENSE | {"gate_use_hidden_states": True}, 1),
     "tp2-etp2": (2, "TP2 x ETP2", WIDE_MOE, 1),

@@ -1,14 +1,12 @@
 """Real runs of tools/pretrain.py: killed and resumed, stopped, moved, and told wrong things."""
 
 import fcntl
-import json
 import os
 import re
 import shutil
 import signal
 import sqlite3
 from pathlib import Path
-from typing import Any
 
 import pytest
 from torch.distributed.checkpoint import FileSystemReader
@@ -16,18 +14,13 @@ from torch.distributed.checkpoint import FileSystemReader
 from pltmoe.checkpoint import folders
 from pltmoe.checkpoint.manifest import read_manifest
 from tests.distributed.pretrain_cases import same
-from tests.distributed.run_files import finish, make_files, start_ranks
-from tests.launch import REPOSITORY
+from tests.distributed.run_files import curve_of, finish, lines_of, start_ranks, wait_for
+from tests.repository import REPOSITORY
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.pretrain_cases"
 STEPS = 12
 METRICS_PAGE = REPOSITORY / "docs/metrics.md"
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    return make_files(tmp_path_factory.mktemp("files"))
 
 
 @pytest.fixture(scope="module")
@@ -50,27 +43,6 @@ def straight(run, tmp_path_factory) -> tuple[Path, str]:
     return output, log
 
 
-def lines_of(output: Path) -> list[dict[str, Any]]:
-    """The metrics of a run without what depends on the clock, and without the lines of saves."""
-    text = (output / "metrics.jsonl").read_text().splitlines()
-    lines = [json.loads(line) for line in text]
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("perf/", "memory/", "time"))}
-        for line in lines
-        if "checkpoint/save_seconds" not in line
-    ]
-
-
-def wait_for(process: Any, text: str) -> str:
-    """Read the output of a process up to a line that contains ``text``."""
-    seen = ""
-    for line in process.stdout:
-        seen += line
-        if text in line:
-            return seen
-    raise AssertionError(f"never said {text!r}:\n{seen}")
-
-
 def test_log_and_metrics_of_a_run(straight):
     output, log = straight
     assert not any("WARNING" in line for line in log.splitlines())
@@ -84,7 +56,7 @@ def test_log_and_metrics_of_a_run(straight):
     assert re.search(r"^  optimizer +(torch|TE|Apex) \(", log, re.M)
     line = r"step 12/12  loss \d\.\d{4}  lr \S+  grad \S+  [\d,]+ tokens/s  \S+ TFLOP/s.*  ETA 0:00"
     assert re.search(line, log)
-    metrics = lines_of(output)
+    metrics = curve_of(output)
     assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
     assert {line["step"] for line in metrics if "valid/loss" in line} == {4, 8, 12}
     names = {name for line in metrics for name in line} - {"step", "tokens"}
@@ -101,8 +73,7 @@ def test_log_and_metrics_of_a_run(straight):
 
 def test_the_cost_of_every_save_is_tracked(straight):
     output, log = straight
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    saves = [line for line in lines if "checkpoint/save_seconds" in line]
+    saves = [line for line in lines_of(output) if "checkpoint/save_seconds" in line]
     assert len(saves) == 3 == log.count("training stood still for"), "steps 4, 8 and 12"
     steps = [line["step"] for line in saves]
     assert steps == sorted(steps) and steps[-1] == 12 and steps[0] > 4, "whole at a later step"
@@ -137,7 +108,7 @@ def test_killed_run_resumes_bit_for_bit(config, run, straight, warm_ranks, tmp_p
 
     code, log = run(tmp_path, f"train.steps={STEPS}")
     assert code == 0 and f"(step {stopped_at})" in log
-    assert lines_of(tmp_path) == lines_of(straight[0])
+    assert curve_of(tmp_path) == curve_of(straight[0])
     ours, expected = (
         warm_ranks(1, f"{CASES}:contents", folder=folders.latest_checkpoint(output))[0]
         for output in (tmp_path, straight[0])
@@ -160,7 +131,7 @@ def test_a_flipped_bit_in_the_newest_checkpoint_costs_steps_not_the_run(run, str
     assert code == 0 and "(step 8)" in log, log
     assert f"{checkpoints}/step_00000012: __0_0.distcp has changed since it was written" in log
     assert "going on from" in log and (checkpoints / "damaged_step_00000012").is_dir()
-    assert lines_of(tmp_path / "run") == lines_of(straight[0])
+    assert curve_of(tmp_path / "run") == curve_of(straight[0])
     assert folders.latest_checkpoint(tmp_path / "run").name == "step_00000012"
 
 
@@ -193,13 +164,13 @@ def test_sigterm_to_one_rank_stops_both_and_the_run_moves_on(config, run, tmp_pa
     assert codes == [143, 143], outputs
     assert "EP2 x DP2" in log and re.search(r"stopped at step \d+: a signal asked", outputs[0])
     step = read_manifest(folders.latest_checkpoint(tmp_path / "run")).step
-    assert step >= 3 and lines_of(tmp_path / "run")[-1]["step"] == step
+    assert step >= 3 and curve_of(tmp_path / "run")[-1]["step"] == step
     assert mlflow_runs(database) == [("tiny", "KILLED")]
 
     code, log = run(tmp_path / "run", *common, f"train.steps={step + 2}")
     assert code == 0 and f"(step {step})" in log and "DP1 (1 process" in log
     assert mlflow_runs(database) == [("tiny", "FINISHED")]
-    losses = [line["train/loss"] for line in lines_of(tmp_path / "run")]
+    losses = [line["train/loss"] for line in curve_of(tmp_path / "run")]
     assert len(losses) == step + 2 and abs(losses[-1] - losses[step - 1]) < 0.5
 
 
@@ -223,7 +194,7 @@ def test_stages_train_the_same_run_and_take_it_over(config, straight, tmp_path):
     codes, outputs = finish(start_ranks(config, *arguments, nprocs=2))
     assert codes == [0, 0], outputs
     assert "TP2 x DP1" in outputs[0] and "(step 8)" in outputs[0]
-    got, expected = lines_of(tmp_path), lines_of(output)
+    got, expected = curve_of(tmp_path), curve_of(output)
     assert [line["step"] for line in got] == [line["step"] for line in expected]
     for ours, theirs in zip(got, expected, strict=True):
         # fp32 sums in another order, through 12 steps of Adam
@@ -234,7 +205,7 @@ def test_weights_alone_start_a_new_run(run, straight, tmp_path):
     folder = folders.latest_checkpoint(straight[0])
     code, log = run(tmp_path, f"checkpoint.load_weights={straight[0]}", "train.steps=4")
     assert code == 0 and f"from {folder} (step 12 of tiny); new optimizer" in log
-    first, untrained = lines_of(tmp_path)[0], lines_of(straight[0])[0]
+    first, untrained = curve_of(tmp_path)[0], curve_of(straight[0])[0]
     assert first["step"] == 1 and first["optim/lr"] == 0.0
     assert first["train/loss"] < untrained["train/loss"] - 0.3  # of the same sequences
 
@@ -247,8 +218,8 @@ def test_an_accepted_batch_size_counts_from_where_the_run_was(run, straight, tmp
     assert code == 0 and "accepted change: train.global_batch_size" in log, log
     manifest = read_manifest(folders.latest_checkpoint(tmp_path / "run"))
     assert (manifest.step, manifest.consumed_samples, manifest.tokens) == (14, 64, 64 * 16)
-    assert [line["tokens"] // 16 for line in lines_of(tmp_path / "run")[-3:]] == [48, 56, 64]
-    assert lines_of(tmp_path / "run")[-1]["train/tokens"] == 64 * 16
+    assert [line["tokens"] // 16 for line in curve_of(tmp_path / "run")[-3:]] == [48, 56, 64]
+    assert curve_of(tmp_path / "run")[-1]["train/tokens"] == 64 * 16
 
 
 def test_expert_biases_may_be_turned_off_and_on_where_that_is_accepted(run, straight, tmp_path):

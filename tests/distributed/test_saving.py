@@ -5,7 +5,7 @@ import torch
 
 from pltmoe.checkpoint.integrity import check_files
 from pltmoe.checkpoint.manifest import read_manifest
-from tests.distributed.kill_cases import tensors_of
+from tests.state_dicts import tensors_of
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.save_cases"

@@ -1,15 +1,13 @@
 """A step that is skipped leaves no trace but its number: on all ranks alike, resumed or not."""
 
-import json
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 
 from pltmoe.checkpoint import folders
-from tests.distributed.run_files import make_files
-from tests.distributed.skip_cases import SICK, same
+from tests.distributed.pretrain_cases import same
+from tests.distributed.run_files import curve_of
+from tests.distributed.skip_cases import SICK
 
 pytestmark = [pytest.mark.distributed, pytest.mark.xdist_group(__name__)]
 CASES = "tests.distributed.skip_cases"
@@ -52,21 +50,6 @@ STEPS = 12
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory) -> Path:
-    return make_files(tmp_path_factory.mktemp("files"))
-
-
-def lines_of(output: Path) -> list[dict[str, Any]]:
-    """The metrics of a run without what depends on the clock."""
-    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("perf/", "memory/", "time"))}
-        for line in lines
-        if "checkpoint/save_seconds" not in line
-    ]
-
-
-@pytest.fixture(scope="module")
 def sick_runs(config, warm_ranks, tmp_path_factory):
     """Two ranks, two stages; NaN in steps 3, 4 and 7, and spikes: straight, and in two legs."""
     straight, legs = (tmp_path_factory.mktemp(name) for name in ("straight", "legs"))
@@ -95,7 +78,7 @@ def test_skipped_steps_are_counted_told_and_tracked(sick_runs):
     assert [line[:3] for line in told][:2] == [("3", "1", "1"), ("4", "2", "2")]
     assert told[0][3] == "the loss is not finite (rank 1: nan)"
     assert "is a spike: mean" in log, "choose data with more noise"
-    tracked = {line["step"]: line for line in lines_of(straight)}
+    tracked = {line["step"]: line for line in curve_of(straight)}
     assert {3, 4, 6, 7, 12} <= tracked.keys(), "at their own step, whatever the interval"
     assert tracked[3]["train/loss"] == "NaN" and tracked[4]["train/skipped_steps"] == 2
     assert tracked[12]["train/skipped_steps"] == len(told)
@@ -109,13 +92,14 @@ def test_resumed_in_the_middle_of_a_row_equals_straight(sick_runs, warm_ranks):
     decided = [re.findall(r"step \d+ is skipped.*", log) for log in logs]
     assert decided[0] == decided[1] + decided[2]
     assert "is a spike" in "".join(decided[2][:2]), "the window of before the resume decides"
-    skipped = {line["step"] for line in lines_of(straight)} - {1, 6, 12}
-    assert [line for line in lines_of(legs) if line["step"] != 7] == [
-        line for line in lines_of(straight) if line["step"] != 7
+    skipped = {line["step"] for line in curve_of(straight)} - {1, 6, 12}
+    assert [line for line in curve_of(legs) if line["step"] != 7] == [
+        line for line in curve_of(straight) if line["step"] != 7
     ]
     assert 7 in skipped
+    read = "tests.distributed.pretrain_cases:contents"
     ours, expected = (
-        warm_ranks(1, f"{CASES}:contents", folder=folders.latest_checkpoint(output))[0]
+        warm_ranks(1, read, folder=folders.latest_checkpoint(output), also="guard")[0]
         for output in (legs, straight)
     )
     assert ours["guard"]["skipped"] == len(decided[0]) and len(ours["guard"]["window"]) == 3

@@ -7,12 +7,13 @@ from unittest import mock
 import torch
 
 from pltmoe import engines
-from pltmoe.config import RunConfig, config_from_dict
+from pltmoe.config import RunConfig
 from pltmoe.engines import megatron_optimizer
 from pltmoe.engines.base import StepResult
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime import distributed, seeds
+from tests.configs import PLT2, run_config
 
 MOE = {
     "vocab_size": 64,
@@ -27,22 +28,11 @@ MOE = {
     "moe_aux_loss_coeff": 0.02,
     "moe_z_loss_coeff": 0.01,
     "moe_expert_bias_update_rate": 0.01,
-    "num_loops": 2,
-    "cross_loop_shift": True,
-    "share_first_loop_kv": True,
-    "gated_swa": True,
     "window_keys": 4,
     "init_std": 0.3,
+    **PLT2,
 }
 """PLT-2 with every loss of the router on."""
-
-ONE_LOOP = {
-    "num_loops": 1,
-    "cross_loop_shift": False,
-    "share_first_loop_kv": False,
-    "gated_swa": False,
-}
-"""What makes it a vanilla model."""
 
 DENSE = {k: v for k, v in MOE.items() if "moe" not in k and k != "num_experts"} | {
     "ffn_hidden_size": 48
@@ -51,29 +41,15 @@ DENSE = {k: v for k, v in MOE.items() if "moe" not in k and k != "num_experts"} 
 
 def tiny_config(model: dict[str, Any] | None = None, **changes: Any) -> RunConfig:
     """Return a run of 16-token sequences; ``changes`` are dotted paths with ``__`` for dots."""
-    tree: dict[str, Any] = {
+    sections = {
         "name": "tiny",
-        "model": dict(model or MOE),
-        "data": {
-            "tokenizer": "tokenizer.model",
-            "train": [{"path": "text"}],
-            "sequence_length": 16,
-        },
+        "model": model or MOE,
+        "data__sequence_length": 16,
         "optimizer": {"lr": 1e-2, "warmup_steps": 2, "min_lr": 1e-3},
-        "train": {
-            "output_dir": "run",
-            "steps": 10,
-            "global_batch_size": 8,
-            "micro_batch_size": 2,
-        },
+        "train__global_batch_size": 8,
+        "train__micro_batch_size": 2,
     }
-    for path, value in changes.items():
-        *sections, key = path.split("__")
-        node = tree
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[key] = value
-    return config_from_dict(tree)
+    return run_config(**sections | changes)
 
 
 def build_engine(config: RunConfig) -> Any:

@@ -11,20 +11,19 @@ from pltmoe.inference.model import Kernels, PLTDecoder
 from pltmoe.inference.prefill import prefill
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.weights import Weights, random_weights
-from tests.launch import REPOSITORY
+from tests.configs import CLP, LOOP2, PLT2, PLT3
+from tests.repository import CONFIGS
 
 SLOTS = 512
 LENGTHS = (3, 77, 200)
 NAMES = ["plt2", "plt3", "loop2", "clp", "vanilla"]
 LOOPS = {
     "vanilla": {},
-    "loop2": {"num_loops": 2},
-    "clp": {"num_loops": 2, "cross_loop_shift": True},
-    "plt2": {"num_loops": 2, "cross_loop_shift": True, "share_first_loop_kv": True,
-             "gated_swa": True, "moe_loop_routing": "shared"},
-    "plt3": {"num_loops": 3, "cross_loop_shift": True, "share_first_loop_kv": True,
-             "gated_swa": True, "normalize_per_loop": True, "hidden_scale": 0.5},
-}  # fmt: skip
+    "loop2": LOOP2,
+    "clp": CLP,
+    "plt2": PLT2 | {"moe_loop_routing": "shared"},
+    "plt3": PLT3 | {"normalize_per_loop": True, "hidden_scale": 0.5},
+}
 
 
 ALL_EXPERTS = {"moe_top_k": 16}
@@ -39,7 +38,7 @@ def weights_on(
     **changes: Any,
 ) -> Weights:
     """Return the same random weights wherever they lie."""
-    base = load_config(REPOSITORY / "configs/quickstart_vanilla.yaml").model.model_dump()
+    base = load_config(CONFIGS / "quickstart_vanilla.yaml").model.model_dump()
     model = model_from_dict(base | LOOPS[name] | changes)
     weights = random_weights(model, "cpu", dtype, fp8=fp8)
     for x in [weights, *weights.layers]:

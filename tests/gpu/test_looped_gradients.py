@@ -7,18 +7,13 @@ import torch
 
 from pltmoe.model.megatron_config import Fp8
 from pltmoe.runtime import devices
-from tests.unit.config.trees import DENSE, LOOP_ROWS
 from tests.unit.model.looped_gradients import (
+    DENSE_TIED,
     PLT3,
-    SIZES,
     assert_near,
     flags_of_upstream,
     gradients,
 )
-
-DENSE_TIED = DENSE | LOOP_ROWS["5 plt2"] | SIZES | {
-    "moe_ffn_hidden_size": None, "ffn_hidden_size": 128, "tied_embeddings": True,
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("recipe", [None, "tensorwise", "delayed"])

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from pltmoe.tracking.legs import BRANCHES_TAG
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY
 from tests.slurm.cluster import Cluster, wait_until, why_not
 
 PATIENCE_S = 400.0

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from pltmoe.runtime.heartbeat import HANG_EXIT_CODE, RANKS_BEHIND
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY
 from tests.slurm.cluster import wait_until
 from tests.slurm.conftest import PATIENCE_S, Site
 

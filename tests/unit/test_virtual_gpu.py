@@ -1,14 +1,11 @@
 """What the code for GPUs does with tensors there, seen without one: see tests/virtual_gpu.py."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
 
-from tests.launch import REPOSITORY
+from tests.repository import run_python
 
 pytestmark = pytest.mark.xdist_group(__name__)
 TRAINING = ["PLT-2", "vanilla", "shared routing", "recompute all", "recompute some"]
@@ -16,14 +13,7 @@ LOSS, NORM = "to: engines/stepping.py", "_local_scalar_dense: megatron/core/opti
 
 
 def run(*command: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", *command],
-        cwd=REPOSITORY,
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-    )
+    done = run_python("-W", "ignore", "-m", *command, TRITON_INTERPRET="1")
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
     return done.stdout
 

@@ -21,16 +21,16 @@ from pltmoe.inference.engine import Engine, Session  # noqa: E402
 from pltmoe.inference.sampling import SamplingOptions  # noqa: E402
 from pltmoe.parallel.groups import destroy_groups  # noqa: E402
 from pltmoe.train.benchmark.candidates import random_batches  # noqa: E402
+from tests.configs import ONE_LOOP  # noqa: E402
 from tests.distributed.tiny import build_engine, tiny_config  # noqa: E402
 from tests.gpu.test_engine import SLOTS, prompts, weights_on  # noqa: E402
 
 SIZES = {"hidden_size": 64, "head_dim": 16}
 """What PyTorch's grouped product takes."""
 LOCAL = {"train__precision": "bf16", "train__transformer_impl": "local"}
-LOOP = {"cross_loop_shift": False, "share_first_loop_kv": False, "gated_swa": False}
 TRAINING: dict[str, dict[str, Any]] = {
     "PLT-2": {},
-    "vanilla": {"model__num_loops": 1, **{f"model__{key}": value for key, value in LOOP.items()}},
+    "vanilla": {f"model__{key}": value for key, value in ONE_LOOP.items()},
     "shared routing": {"model__num_loops": 3, "model__moe_loop_routing": "shared"},
     "recompute all": {"parallel__recompute": "full"},
     "recompute some": {"parallel__recompute": "selective"},

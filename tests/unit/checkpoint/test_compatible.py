@@ -86,7 +86,7 @@ def test_what_does_not_decide_the_result_may_change(check, changes):
         ),
         ({"data__sequence_length": 32}, "data.sequence_length: checkpoint 16, config 32"),
         ({"data__reset_position_ids": True}, "data.reset_position_ids: checkpoint False"),
-        ({"data__train": [{"path": "b"}]}, "data.train: checkpoint .*'text'.*, config .*'b'"),
+        ({"data__train": [{"path": "b"}]}, "data.train: checkpoint .*'corpus'.*, config .*'b'"),
         ({"model": MOE | {"num_layers": 3}}, "model.num_layers: checkpoint 2, config 3"),
         (
             {"model": MOE | {"moe_loop_routing": "shared"}},
@@ -132,21 +132,21 @@ def test_other_text_behind_the_same_path(tokenizer, caplog):
         step=5,
         train_samples=80,
         tokenizer_sha256=sha256_of(tokenizer),
-        data={"text": "1" * 64, "gone": "3" * 64},
+        data={"corpus": "1" * 64, "gone": "3" * 64},
     )
 
     def resume(now, **changes):
         config = tiny_config(data__tokenizer=str(tokenizer), **changes)
         check_resume(FOLDER, manifest, config, now)
 
-    resume({"text": "1" * 64})
+    resume({"corpus": "1" * 64})
     resume({})  # nothing is known of it: an older checkpoint, or another path
     with pytest.raises(CheckpointError) as error:
-        resume({"text": "2" * 64})
-    assert "data.contents: text (.bin, .idx) is not the text that the checkpoint" in str(
+        resume({"corpus": "2" * 64})
+    assert "data.contents: corpus (.bin, .idx) is not the text that the checkpoint" in str(
         error.value
     )
-    resume({"text": "2" * 64}, checkpoint__accept_changes=["data.contents"])
+    resume({"corpus": "2" * 64}, checkpoint__accept_changes=["data.contents"])
     assert "accepted change: data.contents" in caplog.text
 
 

@@ -3,14 +3,13 @@
 import errno
 import gc
 import subprocess
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pltmoe.checkpoint import folders, in_process, saving, store
+from pltmoe.checkpoint import folders, saving, store
 from pltmoe.checkpoint.integrity import check_files
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.errors import CheckpointError
@@ -36,21 +35,6 @@ def loaded(folder: Path, size: int) -> dict[str, torch.Tensor]:
 def begin(directory: Path, tensor: torch.Tensor, step: int, background: bool = True):
     manifest = Manifest(config=tiny_config(), step=step)
     return store.begin_save(directory, state(tensor), manifest, background=background)
-
-
-@pytest.fixture
-def gate(monkeypatch):
-    """Writing waits at this gate until it is opened; ``gate.error`` is what it then meets."""
-    gate, write = threading.Event(), in_process._write_file
-    gate.error = None
-
-    def slow(*args, **kwargs):
-        assert gate.wait(60)
-        return (0, gate.error) if gate.error else write(*args, **kwargs)
-
-    monkeypatch.setattr(in_process, "_write_file", slow)
-    yield gate
-    gate.set()
 
 
 def test_what_is_saved_is_the_state_when_the_save_began(groups, tmp_path, gate):

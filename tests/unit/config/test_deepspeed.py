@@ -7,7 +7,7 @@ import pytest
 from pltmoe.config import config_from_dict
 from pltmoe.config.deepspeed import merged
 from pltmoe.errors import ConfigError
-from tests.unit.config.trees import run_tree
+from tests.configs import run_tree
 
 
 def test_the_section_adds_and_the_fields_decide():

@@ -4,7 +4,7 @@ import pytest
 
 from pltmoe.config import model_from_dict
 from pltmoe.config.describe import describe_model, variant
-from tests.unit.config.trees import LOOP_ROWS, MOE
+from tests.configs import LOOP_ROWS, MOE
 
 PLT2 = MOE | LOOP_ROWS["5 plt2"]
 

@@ -35,3 +35,11 @@ def jsonl(tmp_path: Path, documents: list[str]) -> Path:
     path = tmp_path / "text.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     return path
+
+
+@pytest.fixture
+def counting(tmp_path: Path) -> Path:
+    """A dataset whose tokens count."""
+    from tests.unit.data.datasets import counting_documents, write_dataset  # imports Megatron
+
+    return write_dataset(tmp_path / "counting", counting_documents())

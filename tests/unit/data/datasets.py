@@ -5,10 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from pltmoe.config import RunConfig, config_from_dict
+from pltmoe.config import RunConfig
+from pltmoe.data.datasets import batches
 from pltmoe.data.indexed import bin_path, idx_path, write_index
 from pltmoe.data.tokenizer import Tokenizer
+from tests import configs
+
+SEQUENCE = 16
 
 
 def write_dataset(
@@ -22,36 +27,48 @@ def write_dataset(
     return prefix
 
 
+def counting_documents(documents: int = 40, length: int = 50) -> list[np.ndarray]:
+    """Documents whose tokens count up from 10, through all documents, modulo 500; eod at ends."""
+    stream = 10 + np.arange(documents * length) % 500
+    return [np.append(part, 2) for part in stream.reshape(documents, length)]
+
+
 def run_config(
-    tokenizer: Tokenizer,
-    train: Any,
-    *,
-    sequence_length: int,
-    seed: int = 1,
-    vocab_size: int = 600,
-    **data: Any,
+    tokenizer: Tokenizer, train: Any, *, vocab_size: int = 600, seed: int = 1, **data: Any
 ) -> RunConfig:
-    """Return a run of a tiny model on ``train``, a prefix or a list of sources."""
-    sources = train if isinstance(train, list) else [{"path": train}]
-    return config_from_dict(
-        {
-            "name": "data",
-            "model": {
-                "vocab_size": vocab_size,
-                "num_layers": 1,
-                "hidden_size": 8,
-                "num_attention_heads": 1,
-                "num_kv_heads": 1,
-                "head_dim": 8,
-                "ffn_hidden_size": 8,
-            },
-            "data": {
-                "tokenizer": tokenizer.model_path,
-                "train": sources,
-                "sequence_length": sequence_length,
-                **data,
-            },
-            "optimizer": {"lr": 1e-3},
-            "train": {"output_dir": "runs/x", "steps": 1, "global_batch_size": 1, "seed": seed},
-        }
+    """Return a run of a tiny model on ``train``, a prefix or a list of sources; 16 tokens each."""
+    return configs.run_config(
+        model=configs.DENSE | {"vocab_size": vocab_size},
+        data={
+            "sequence_length": SEQUENCE,
+            "tokenizer": tokenizer.model_path,
+            "train": train,
+            **data,
+        },
+        train__seed=seed,
     )
+
+
+class Numbers(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
+    """Sequences that are their own index."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        keys = ("tokens", "labels", "loss_mask", "position_ids")
+        return dict.fromkeys(keys, torch.tensor([index]))
+
+
+def all_batches(dataset: Any, **where: Any) -> list[dict[str, torch.Tensor]]:
+    """Return the batches of one rank."""
+    chosen = {"consumed_samples": 0, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, **where}
+    return list(batches(dataset, **chosen))
+
+
+def tokens_of(found: list[dict[str, torch.Tensor]]) -> list[list[int]]:
+    """Return the sequences of batches."""
+    return [row.tolist() for batch in found for row in batch["tokens"]]

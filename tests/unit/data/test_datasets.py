@@ -3,7 +3,6 @@
 import hashlib
 import itertools
 import tracemalloc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,48 +12,25 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pltmoe.config import RunConfig, config_from_dict
 from pltmoe.data import datasets as module
 from pltmoe.data.datasets import batches, build_datasets
-from pltmoe.data.indexed import bin_path, idx_path
-from pltmoe.data.manifest import manifest_path
-from pltmoe.data.preprocess import PreprocessOptions, preprocess
+from pltmoe.data.indexed import idx_path
 from pltmoe.data.tokenizer import Tokenizer
-from pltmoe.data.tokenizer_training import TrainingOptions, train_tokenizer
 from pltmoe.errors import DataError
-from tests.unit.data.datasets import run_config, write_dataset
-
-_SEQUENCE = 16
-
-
-def _counting(documents: int = 40, length: int = 50) -> list[np.ndarray]:
-    """Documents whose tokens count up from 10, through all documents, modulo 500; eod at ends."""
-    stream = 10 + np.arange(documents * length) % 500
-    return [np.append(part, 2) for part in stream.reshape(documents, length)]
-
-
-def _all(dataset: Any, **where: Any) -> list[dict[str, torch.Tensor]]:
-    chosen = {"consumed_samples": 0, "micro_batch_size": 2, "dp_rank": 0, "dp_size": 1, **where}
-    return list(batches(dataset, **chosen))
-
-
-def _tokens(found: list[dict[str, torch.Tensor]]) -> list[list[int]]:
-    return [row.tolist() for batch in found for row in batch["tokens"]]
-
-
-@pytest.fixture
-def counting(tmp_path: Path) -> Path:
-    return write_dataset(tmp_path / "counting", _counting())
-
-
-def _config(tokenizer: Tokenizer, train: Any, **data: Any) -> RunConfig:
-    return run_config(tokenizer, train, sequence_length=_SEQUENCE, **data)
+from tests.unit.data.datasets import (
+    SEQUENCE,
+    Numbers,
+    all_batches,
+    run_config,
+    tokens_of,
+    write_dataset,
+)
 
 
 def test_batches_have_what_the_model_takes(tokenizer: Tokenizer, counting: Path):
-    train, valid, test = build_datasets(_config(tokenizer, counting), tokenizer, (30, 0, 0))
+    train, valid, test = build_datasets(run_config(tokenizer, counting), tokenizer, (30, 0, 0))
     assert valid is None and test is None and len(train) >= 30
-    batch = _all(train, micro_batch_size=3)[0]
+    batch = all_batches(train, micro_batch_size=3)[0]
     assert set(batch) == {"tokens", "labels", "loss_mask", "position_ids"}
     assert "attention_mask" not in train[0], "an s x s mask is made for each sequence"
     for key, dtype in (
@@ -62,34 +38,34 @@ def test_batches_have_what_the_model_takes(tokenizer: Tokenizer, counting: Path)
         ("labels", torch.int64),
         ("loss_mask", torch.float32),
     ):
-        assert batch[key].shape == (3, _SEQUENCE) and batch[key].dtype == dtype
+        assert batch[key].shape == (3, SEQUENCE) and batch[key].dtype == dtype
     assert batch["position_ids"].dtype == torch.int64
-    assert batch["position_ids"].tolist() == [list(range(_SEQUENCE))] * 3
+    assert batch["position_ids"].tolist() == [list(range(SEQUENCE))] * 3
     assert batch["loss_mask"].eq(1).all()
 
 
 def test_labels_are_the_next_tokens_of_contiguous_text(tokenizer: Tokenizer, tmp_path: Path):
     one = [10 + np.arange(3000) % 500]
-    config = _config(tokenizer, write_dataset(tmp_path / "one", one))
+    config = run_config(tokenizer, write_dataset(tmp_path / "one", one))
     train, _, _ = build_datasets(config, tokenizer, (150, 0, 0))
-    for batch in _all(train):
+    for batch in all_batches(train):
         assert torch.equal(batch["labels"][:, :-1], batch["tokens"][:, 1:])
         assert torch.equal(batch["labels"], (batch["tokens"] - 10 + 1) % 500 + 10)
 
 
 def test_every_token_of_an_epoch_is_a_label_once(tokenizer: Tokenizer, tmp_path: Path):
-    one = [10 + np.arange(10 * _SEQUENCE + 1)]
-    config = _config(tokenizer, write_dataset(tmp_path / "one", one))
+    one = [10 + np.arange(10 * SEQUENCE + 1)]
+    config = run_config(tokenizer, write_dataset(tmp_path / "one", one))
     train, _, _ = build_datasets(config, tokenizer, (10, 0, 0))
-    labels = torch.cat([batch["labels"].flatten() for batch in _all(train)])
-    assert sorted(labels.tolist()) == list(range(11, 11 + 10 * _SEQUENCE))
+    labels = torch.cat([batch["labels"].flatten() for batch in all_batches(train)])
+    assert sorted(labels.tolist()) == list(range(11, 11 + 10 * SEQUENCE))
 
 
 def test_positions_restart_and_loss_is_masked_on_request(tokenizer: Tokenizer, counting: Path):
-    config = _config(tokenizer, counting, reset_position_ids=True, mask_document_ends=True)
+    config = run_config(tokenizer, counting, reset_position_ids=True, mask_document_ends=True)
     train, _, _ = build_datasets(config, tokenizer, (100, 0, 0))
     seen = 0
-    for batch in _all(train):
+    for batch in all_batches(train):
         ends = batch["tokens"] == tokenizer.eod
         seen += int(ends.sum())
         assert torch.equal(batch["loss_mask"], 1.0 - ends.float())
@@ -107,8 +83,8 @@ def test_blend_respects_weights(tokenizer: Tokenizer, tmp_path: Path):
     for i, weight in enumerate((3.0, 1.0, 6.0)):
         prefix = write_dataset(tmp_path / str(i), [np.full(200, 100 + i)] * 30)
         sources.append({"path": prefix, "weight": weight})
-    train, _, _ = build_datasets(_config(tokenizer, sources), tokenizer, (400, 0, 0))
-    origin = np.array([row[0] - 100 for row in _tokens(_all(train))])
+    train, _, _ = build_datasets(run_config(tokenizer, sources), tokenizer, (400, 0, 0))
+    origin = np.array([row[0] - 100 for row in tokens_of(all_batches(train))])
     assert len(origin) >= 400
     for stretch in (origin[:40], origin[100:200], origin[:400]):
         counts = np.bincount(stretch, minlength=3)
@@ -117,9 +93,9 @@ def test_blend_respects_weights(tokenizer: Tokenizer, tmp_path: Path):
 
 def test_split_cuts_by_documents_without_overlap(tokenizer: Tokenizer, tmp_path: Path):
     prefix = write_dataset(tmp_path / "x", [np.full(64, 100 + i) for i in range(100)])
-    config = _config(tokenizer, prefix, split=(80, 15, 5))
+    config = run_config(tokenizer, prefix, split=(80, 15, 5))
     sets = build_datasets(config, tokenizer, (100, 20, 5))
-    seen = [{t for row in _tokens(_all(found)) for t in row} for found in sets]
+    seen = [{t for row in tokens_of(all_batches(found)) for t in row} for found in sets]
     assert not seen[0] & seen[1] and not seen[1] & seen[2] and not seen[0] & seen[2]
     assert max(seen[0]) < 180 <= min(seen[1]) and max(seen[1]) < 195 <= min(seen[2])
 
@@ -133,47 +109,35 @@ def test_split_of_a_blend(tokenizer: Tokenizer, tmp_path: Path):
         }
         for i in range(2)
     ]
-    config = _config(tokenizer, sources, split=(90, 10, 0))
+    config = run_config(tokenizer, sources, split=(90, 10, 0))
     train, valid, test = build_datasets(config, tokenizer, (60, 10, 0))
     assert test is None
     for found, allowed in ((train, range(45)), (valid, range(45, 50))):
-        tokens = {t for row in _tokens(_all(found)) for t in row}
+        tokens = {t for row in tokens_of(all_batches(found)) for t in row}
         assert {t % 100 for t in tokens} <= set(allowed)
         assert {t // 100 for t in tokens} == {1, 2}
 
 
 def test_own_validation_sources(tokenizer: Tokenizer, counting: Path, tmp_path: Path):
     other = write_dataset(tmp_path / "other", [np.full(100, 7)] * 5)
-    config = _config(tokenizer, counting, valid=[{"path": other}])
+    config = run_config(tokenizer, counting, valid=[{"path": other}])
     train, valid, _ = build_datasets(config, tokenizer, (20, 8, 0))
-    assert {t for row in _tokens(_all(valid)) for t in row} == {7}
-    assert 7 not in {t for row in _tokens(_all(train)) for t in row}
+    assert {t for row in tokens_of(all_batches(valid)) for t in row} == {7}
+    assert 7 not in {t for row in tokens_of(all_batches(train)) for t in row}
 
 
 def test_too_little_text_is_repeated(tokenizer: Tokenizer, counting: Path):
-    train, _, _ = build_datasets(_config(tokenizer, counting), tokenizer, (500, 0, 0))
-    assert len(_tokens(_all(train))) >= 500
+    train, _, _ = build_datasets(run_config(tokenizer, counting), tokenizer, (500, 0, 0))
+    assert len(tokens_of(all_batches(train))) >= 500
 
 
 def test_seed_decides_the_order(tokenizer: Tokenizer, counting: Path):
     orders = []
     for seed in (1, 1, 2):
-        config = run_config(tokenizer, counting, sequence_length=_SEQUENCE, seed=seed)
-        orders.append(_tokens(_all(build_datasets(config, tokenizer, (50, 0, 0))[0])))
+        config = run_config(tokenizer, counting, seed=seed)
+        orders.append(tokens_of(all_batches(build_datasets(config, tokenizer, (50, 0, 0))[0])))
     assert orders[0] == orders[1] != orders[2]
     assert sorted(orders[0]) != orders[0], "not shuffled"
-
-
-class _Indices(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
-    def __init__(self, size: int):
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        keys = ("tokens", "labels", "loss_mask", "position_ids")
-        return dict.fromkeys(keys, torch.tensor([index]))
 
 
 @settings(max_examples=60, deadline=None)
@@ -190,7 +154,7 @@ def test_a_step_has_the_same_sequences_for_every_layout(
     total, step = 60, micro * dp_size * accumulation
     ranks = [
         batches(
-            _Indices(total),
+            Numbers(total),
             consumed_samples=steps_done * step,
             micro_batch_size=micro,
             dp_rank=rank,
@@ -211,51 +175,45 @@ def test_a_step_has_the_same_sequences_for_every_layout(
 def test_same_global_order_for_one_and_two_ranks_and_after_a_resume(
     tokenizer: Tokenizer, counting: Path
 ):
-    train, _, _ = build_datasets(_config(tokenizer, counting), tokenizer, (40, 0, 0))
-    alone = _tokens(_all(train, micro_batch_size=1))
+    train, _, _ = build_datasets(run_config(tokenizer, counting), tokenizer, (40, 0, 0))
+    alone = tokens_of(all_batches(train, micro_batch_size=1))
     both: list[list[int]] = []
-    for a, b in zip(*(_ranks(train, 2)), strict=True):
+    ranks = (all_batches(train, dp_rank=rank, dp_size=2) for rank in range(2))
+    for a, b in zip(*ranks, strict=True):
         both += a["tokens"].tolist() + b["tokens"].tolist()
     assert both == alone[: len(both)] and len(both) >= 40
-    assert _tokens(_all(train, consumed_samples=10, micro_batch_size=1)) == alone[10:]
-
-
-def _ranks(dataset: Any, size: int) -> list[Iterator[dict[str, torch.Tensor]]]:
-    return [
-        batches(dataset, consumed_samples=0, micro_batch_size=2, dp_rank=rank, dp_size=size)
-        for rank in range(size)
-    ]
+    assert tokens_of(all_batches(train, consumed_samples=10, micro_batch_size=1)) == alone[10:]
 
 
 def test_workers_change_neither_order_nor_random_state(tokenizer: Tokenizer, counting: Path):
     """DataLoader draws a seed from the global state unless told otherwise, workers or not."""
-    train, _, _ = build_datasets(_config(tokenizer, counting), tokenizer, (20, 0, 0))
+    train, _, _ = build_datasets(run_config(tokenizer, counting), tokenizer, (20, 0, 0))
     state = torch.get_rng_state()
-    plain = _tokens(_all(train))
-    assert _tokens(_all(train, num_workers=2)) == plain
+    plain = tokens_of(all_batches(train))
+    assert tokens_of(all_batches(train, num_workers=2)) == plain
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_ends_with_the_last_complete_row_of_micro_batches():
     for rank in range(2):
-        assert len(_all(_Indices(11), micro_batch_size=2, dp_rank=rank, dp_size=2)) == 2
-    assert _all(_Indices(4), consumed_samples=9) == []
+        assert len(all_batches(Numbers(11), micro_batch_size=2, dp_rank=rank, dp_size=2)) == 2
+    assert all_batches(Numbers(4), consumed_samples=9) == []
 
 
 def test_index_is_built_once(tokenizer: Tokenizer, counting: Path, tmp_path: Path, monkeypatch):
-    config = _config(tokenizer, counting, cache_dir=tmp_path / "cache")
-    first = _tokens(_all(build_datasets(config, tokenizer, (20, 0, 0))[0]))
+    config = run_config(tokenizer, counting, cache_dir=tmp_path / "cache")
+    first = tokens_of(all_batches(build_datasets(config, tokenizer, (20, 0, 0))[0]))
     (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert not folder.name.startswith(".")
     monkeypatch.setattr(module, "_build_cache", None)
-    assert _tokens(_all(build_datasets(config, tokenizer, (20, 0, 0))[0])) == first
+    assert tokens_of(all_batches(build_datasets(config, tokenizer, (20, 0, 0))[0])) == first
 
 
 def test_killed_while_the_index_is_built(
     tokenizer: Tokenizer, counting: Path, tmp_path, monkeypatch
 ):
     """Megatron takes an index file that is there for a complete one."""
-    config = _config(tokenizer, counting, cache_dir=tmp_path / "cache")
+    config = run_config(tokenizer, counting, cache_dir=tmp_path / "cache")
     build = module._build
 
     def killed(*args: Any, **kwargs: Any) -> None:
@@ -272,11 +230,11 @@ def test_dataset_made_anew_under_its_name_is_not_read_through_the_old_index(
     tokenizer: Tokenizer, tmp_path: Path
 ):
     """Megatron names a cached index after the dataset's path: the old index fitted any new data."""
-    config = _config(tokenizer, tmp_path / "x", cache_dir=tmp_path / "cache")
+    config = run_config(tokenizer, tmp_path / "x", cache_dir=tmp_path / "cache")
     for first, length in ((100, 400), (200, 40)):
         write_dataset(tmp_path / "x", [np.full(length, first)] * (4000 // length))
         train, _, _ = build_datasets(config, tokenizer, (20, 0, 0))
-        assert {t for row in _tokens(_all(train)) for t in row} == {first}
+        assert {t for row in tokens_of(all_batches(train)) for t in row} == {first}
 
 
 def test_an_index_without_a_manifest_is_not_read_into_memory_at_once(tmp_path: Path):
@@ -289,144 +247,6 @@ def test_an_index_without_a_manifest_is_not_read_into_memory_at_once(tmp_path: P
     peak_bytes = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak_bytes < 1e6
-
-
-# --- what is refused before training starts ---------------------------------------------------
-
-
-@pytest.fixture
-def prepared(tmp_path: Path, jsonl: Path, tokenizer: Tokenizer) -> Path:
-    prefix = tmp_path / "prepared"
-    preprocess([jsonl], prefix, tokenizer.model_path, PreprocessOptions(progress=False))
-    return prefix
-
-
-def _refused(config: RunConfig, tokenizer: Tokenizer, message: str, samples=(20, 0, 0)) -> None:
-    with pytest.raises(DataError, match=message):
-        build_datasets(config, tokenizer, samples)
-
-
-def _other_tokenizer(tmp_path: Path, corpus: Path, **options: Any) -> Tokenizer:
-    return train_tokenizer(
-        [corpus], tmp_path / "other.model", TrainingOptions(**options), progress=False
-    )
-
-
-def test_prepared_data_is_accepted(tokenizer: Tokenizer, prepared: Path):
-    train, _, _ = build_datasets(_config(tokenizer, prepared), tokenizer, (20, 0, 0))
-    text = tokenizer.decode(t for row in _tokens(_all(train)) for t in row)
-    assert "document 1" in text
-
-
-def test_vocabulary_larger_than_the_model(tokenizer: Tokenizer, counting: Path):
-    config = run_config(tokenizer, counting, sequence_length=_SEQUENCE, vocab_size=512)
-    _refused(config, tokenizer, r"model\.vocab_size \(512\) is smaller than .* \(600\)")
-
-
-def test_tokenizer_of_another_size(prepared: Path, tmp_path: Path, corpus: Path):
-    other = _other_tokenizer(tmp_path, corpus, vocab_size=500, max_bytes=100_000)
-    _refused(_config(other, prepared), other, r"vocabulary of 600 pieces, but .* has 500")
-
-
-def test_other_tokenizer_of_the_same_size(prepared: Path, tmp_path: Path, corpus: Path):
-    other = _other_tokenizer(tmp_path, corpus, vocab_size=600, max_bytes=100_000)
-    _refused(_config(other, prepared), other, "another tokenizer of the same size")
-
-
-def test_half_written_bin(tokenizer: Tokenizer, prepared: Path):
-    bin_path(prepared).write_bytes(bin_path(prepared).read_bytes()[:-100])
-    _refused(_config(tokenizer, prepared), tokenizer, r"prepared\.bin: \d+ bytes, but .* expects")
-
-
-def test_a_file_replaced_by_one_of_the_same_size(tokenizer: Tokenizer, prepared: Path):
-    data = bytearray(bin_path(prepared).read_bytes())
-    data[100] ^= 1
-    bin_path(prepared).write_bytes(data)
-    _refused(_config(tokenizer, prepared), tokenizer, "are not the files that .*json was written")
-
-
-def test_files_of_another_run(tokenizer: Tokenizer, prepared: Path):
-    write_dataset(prepared, _counting())
-    _refused(_config(tokenizer, prepared), tokenizer, r"prepared\.manifest\.json recorded \d+")
-
-
-@pytest.mark.parametrize("bad", [600, 60_000])
-def test_token_id_out_of_range_without_a_manifest(tokenizer: Tokenizer, tmp_path: Path, bad: int):
-    prefix = write_dataset(tmp_path / "x", [np.array([5, 6, bad, 7] * 50)])
-    _refused(
-        _config(tokenizer, prefix), tokenizer, rf"x\.bin: holds token id {bad}, but .* 0 \.\. 599"
-    )
-
-
-def test_negative_token_id(tokenizer: Tokenizer, tmp_path: Path):
-    prefix = write_dataset(tmp_path / "x", [np.array([5, -6] * 50)], np.dtype(np.int32))
-    _refused(_config(tokenizer, prefix), tokenizer, "holds token id -6")
-
-
-def test_token_id_out_of_range_in_the_manifest(tokenizer: Tokenizer, prepared: Path):
-    text = manifest_path(prepared).read_text()
-    at = text.index('"max_token_id"')
-    manifest_path(prepared).write_text(
-        text[:at] + '"max_token_id": 999,' + text[text.index(",", at) + 1 :]
-    )
-    _refused(_config(tokenizer, prepared), tokenizer, "holds token id 999")
-
-
-def test_scan_is_done_once_for_a_file_as_it_is(
-    tokenizer: Tokenizer, counting: Path, monkeypatch: pytest.MonkeyPatch
-):
-    build_datasets(_config(tokenizer, counting), tokenizer, (20, 0, 0))
-    with monkeypatch.context() as patch:
-        patch.setattr("pltmoe.data.indexed.IndexedPair.largest_id", None)
-        build_datasets(_config(tokenizer, counting), tokenizer, (20, 0, 0))
-    content = bin_path(counting).read_bytes()
-    bin_path(counting).write_bytes(content[:-2] + b"\xff\xff")
-    _refused(_config(tokenizer, counting), tokenizer, "holds token id 65535")
-
-
-@pytest.mark.parametrize("missing", [bin_path, idx_path])
-def test_missing_file(tokenizer: Tokenizer, counting: Path, missing: Any):
-    missing(counting).unlink()
-    _refused(_config(tokenizer, counting), tokenizer, r"counting\.(bin|idx): no such file")
-    assert not (counting.parent / "index_cache").exists(), "nothing is made beside a mistyped path"
-
-
-def test_part_of_the_split_without_documents(tokenizer: Tokenizer, tmp_path: Path):
-    """Megatron would count epochs of nothing for ever."""
-    prefix = write_dataset(tmp_path / "x", [np.full(100, 5)] * 10)
-    config = _config(tokenizer, prefix, split=(98, 2, 0))
-    _refused(config, tokenizer, r"leaves none of the 10 documents of .* for 'valid'", (5, 1, 0))
-    assert build_datasets(config, tokenizer, (5, 0, 0))[1] is None
-
-
-def test_short_part_of_the_split_is_told(tokenizer: Tokenizer, tmp_path: Path, caplog):
-    prefix = write_dataset(tmp_path / "x", [np.full(10, 5)] * 10)
-    build_datasets(_config(tokenizer, prefix, split=(90, 10, 0)), tokenizer, (5, 2, 0))
-    assert "has 10 tokens for 'valid', less than one sequence (16)" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("data", "samples", "message"),
-    [
-        ({}, (5, 1, 0), r"1 sequences for 'valid' are wanted, .* or set data\.valid"),
-        ({}, (5, 0, 1), "1 sequences for 'test' are wanted, but nothing says"),
-        ({"split": (100, 0, 0)}, (5, 1, 0), "for 'valid' are wanted"),
-    ],
-)
-def test_samples_from_nowhere(tokenizer: Tokenizer, counting: Path, data, samples, message):
-    _refused(_config(tokenizer, counting, **data), tokenizer, message, samples)
-
-
-def test_cache_that_cannot_be_written(tokenizer: Tokenizer, counting: Path, tmp_path: Path):
-    (tmp_path / "file").write_text("")
-    config = _config(tokenizer, counting, cache_dir=tmp_path / "file" / "cache")
-    _refused(config, tokenizer, r"the index cache cannot be written there \(Not a directory\)")
-
-
-def test_config_file_shape(tokenizer: Tokenizer, counting: Path):
-    """run_config of these tests is a configuration that a file could hold."""
-    tree = _config(tokenizer, counting).model_dump(mode="json")
-    assert config_from_dict(tree) == _config(tokenizer, counting)
 
 
 def test_whatever_rank_0_meets_reaches_every_rank():

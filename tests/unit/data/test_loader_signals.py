@@ -3,25 +3,14 @@
 import multiprocessing
 import subprocess
 
-import torch
-
 from pltmoe.data.datasets import batches
-
-_KEYS = ("tokens", "labels", "position_ids", "loss_mask")
-
-
-class Numbers(torch.utils.data.Dataset):
-    def __len__(self) -> int:
-        return 100
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return {key: torch.tensor([index]) for key in _KEYS}
+from tests.unit.data.datasets import Numbers
 
 
 def test_loaders_outlive_the_signals_of_others_and_end_with_the_trainer():
     """With shipped settings (num_workers 2) a SIGTERM to the job used to crash it, unsaved."""
     before = set(multiprocessing.active_children())
-    loader = batches(Numbers(), consumed_samples=0, micro_batch_size=1, dp_rank=0, dp_size=1,
+    loader = batches(Numbers(100), consumed_samples=0, micro_batch_size=1, dp_rank=0, dp_size=1,
                      num_workers=1)  # fmt: skip
     assert next(loader)["tokens"].item() == 0
     (worker,) = set(multiprocessing.active_children()) - before

@@ -396,20 +396,17 @@ def test_json_key_and_include(tmp_path: Path, tokenizer: Tokenizer):
     assert (manifest.documents, manifest.text_bytes, manifest.json_key) == (1, 3, "content")
 
 
-def test_damaged_manifest(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path):
+def test_a_manifest_that_is_damaged_or_of_a_later_format(
+    tmp_path: Path, tokenizer: Tokenizer, jsonl: Path
+):
     prefix = tmp_path / "out"
-    preprocess([jsonl], prefix, tokenizer.model_path, _options())
+    manifest = preprocess([jsonl], prefix, tokenizer.model_path, _options())
     manifest_path(prefix).write_text('{"documents": 4}')
     with pytest.raises(DataError, match=r"out\.manifest\.json: damaged manifest"):
         read_manifest(prefix)
     manifest_path(prefix).write_bytes(b"\xff")
     with pytest.raises(DataError, match="damaged manifest; preprocess the dataset again"):
         read_manifest(prefix)
-
-
-def test_manifest_of_a_later_format(tmp_path: Path, tokenizer: Tokenizer, jsonl: Path):
-    prefix = tmp_path / "out"
-    manifest = preprocess([jsonl], prefix, tokenizer.model_path, _options())
     manifest_path(prefix).write_text(json.dumps({**manifest.model_dump(), "format": 99}))
     with pytest.raises(DataError, match="manifest format 99 is not known here"):
         read_manifest(prefix)

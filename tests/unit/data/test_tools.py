@@ -11,19 +11,11 @@ from pathlib import Path
 from pltmoe.data.indexed import bin_path, idx_path, parts_folder
 from pltmoe.data.manifest import manifest_path
 from pltmoe.data.tokenizer import Tokenizer
-from tests.launch import REPOSITORY
-
-_ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
-
-
-def _command(tool: str, *arguments: object) -> list[str]:
-    return [sys.executable, str(REPOSITORY / "tools" / tool), *map(str, arguments)]
+from tests.repository import PYTHONPATH, REPOSITORY, run_python, run_tool
 
 
 def _run(tool: str, *arguments: object, status: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        _command(tool, *arguments), env=_ENVIRONMENT, capture_output=True, text=True
-    )
+    done = run_tool(tool, *arguments) if status else run_python(f"tools/{tool}", *arguments)
     assert done.returncode == status, done.stderr
     return done
 
@@ -80,9 +72,10 @@ def test_killed_run_continues_with_the_same_bytes(
     arguments = ("preprocess_data.py", corpus, "--tokenizer", tokenizer.model_path)
     _run(*arguments, "--output", reference, "--workers", 1)
 
+    tool, *words = map(str, (*arguments, "--output", prefix, "--workers", 2))
     killed = subprocess.Popen(
-        _command(*arguments, "--output", prefix, "--workers", 2),
-        env=_ENVIRONMENT,
+        [sys.executable, REPOSITORY / "tools" / tool, *words],
+        env=os.environ | {"PYTHONPATH": PYTHONPATH},
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60

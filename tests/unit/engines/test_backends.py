@@ -15,7 +15,7 @@ from pltmoe.plan.planner import make_plan
 from pltmoe.runtime import devices, te_attention
 from pltmoe.runtime.devices import Backend
 from pltmoe.runtime.fp8 import Machine
-from tests.unit.config.trees import DENSE, LOOP_ROWS, MOE, run_tree
+from tests.configs import DENSE, LOOP_ROWS, MOE, run_tree
 
 H200, B200 = Machine((9, 0), (9, 19, 0), (13, 0)), Machine((10, 0), (9, 21, 0), (13, 0))
 TE = Backend("TE", "Transformer Engine is installed")

@@ -8,14 +8,13 @@ import torch
 
 from pltmoe.hf.convert import ExportOptions, export_checkpoint
 from tests.unit.hf.checkpoints import TEXT_VOCABULARY, write_checkpoint
-from tests.unit.hf.conftest import tokenizer_model  # noqa: F401
 from tests.unit.hf.models import small_model
 
 SLOTS = 2048
 
 
 @pytest.fixture(scope="session")
-def exports(tmp_path_factory, tokenizer_model) -> dict[str, Path]:  # noqa: F811
+def exports(tmp_path_factory, tokenizer_model) -> dict[str, Path]:
     """PLT-2 (custom code, fp32) and vanilla (stock Qwen3-MoE, bf16), as folders."""
     found = {}
     for name, dtype in (("plt2", torch.float32), ("vanilla", torch.bfloat16)):

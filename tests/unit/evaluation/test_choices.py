@@ -1,9 +1,7 @@
 """What can be evaluated, and every way in which it is refused before a model is loaded."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -16,9 +14,9 @@ from pltmoe.evaluation.local_tasks import write_local_tasks
 from pltmoe.evaluation.scores import scores_of
 from pltmoe.tracking.journal import Journal
 from pltmoe.tracking.scores import find_run, log_scores
+from tests.repository import run_python, run_tool
 from tools import evaluate
 
-ROOT = Path(__file__).parents[3]
 pytestmark = pytest.mark.xdist_group("evaluation")
 
 
@@ -97,16 +95,12 @@ def test_what_is_in_the_cache_is_not_missing(empty_cache, monkeypatch):
 
 def test_the_tool_ends_with_one_line_before_anything_is_loaded(empty_cache):
     """The folder of the model does not even exist."""
-    command = [sys.executable, "tools/evaluate.py", "--model", "nowhere", "--output", "x.json"]
-    command += ["--tasks", "paper_dense"]
-    environment = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "HF_HOME": str(empty_cache)}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    words = ("--model", "nowhere", "--output", "x.json", "--tasks", "paper_dense")
+    done = run_python("tools/evaluate.py", *words, HF_HUB_OFFLINE="1", HF_HOME=str(empty_cache))
     assert done.returncode == 1
     assert done.stderr.startswith("error: these data sets")
     assert done.stderr.count("\n") == 1
-    listed = [sys.executable, "tools/evaluate.py", "--list"]
-    out = subprocess.run(listed, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
-    assert "| GSM8k | `gsm8k` | 5 |" in out
+    assert "| GSM8k | `gsm8k` | 5 |" in run_tool("evaluate.py", "--list").stdout
 
 
 @pytest.mark.parametrize(

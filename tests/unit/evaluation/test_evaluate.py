@@ -2,9 +2,6 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,16 +13,16 @@ from pltmoe.errors import ConfigError
 from pltmoe.evaluation.harness import EvaluationOptions, PreparedTasks, choose, evaluate
 from pltmoe.evaluation.local_tasks import write_local_tasks
 from pltmoe.evaluation.scores import as_markdown, as_metrics, scores_of
+from tests.repository import REPOSITORY, run_python, run_tool
 from tests.unit.evaluation.conftest import SLOTS
 
 pytestmark = pytest.mark.xdist_group("evaluation")
-ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Documents of source code, of which the tokenizer has pieces like a bracket with a newline."""
-    lines = (ROOT / "tests/unit/hf/test_generation.py").read_text().splitlines(keepends=True)
+    lines = (REPOSITORY / "tests/unit/hf/test_generation.py").read_text().splitlines(True)
     file = tmp_path_factory.mktemp("text") / "valid.jsonl"
     pieces = ["".join(lines[i : i + 35]) for i in range(0, len(lines), 35)]
     file.write_text("".join(json.dumps({"text": piece}) + "\n" for piece in pieces))
@@ -155,15 +152,9 @@ def test_a_task_and_a_group_of_the_users_own(exports, text, tmp_path):
         PreparedTasks(choose(options), options)
 
 
-def tool(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "tools/evaluate.py", *map(str, arguments)]
-    variables = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True)
-
-
 def test_local_tasks_need_a_text(exports, tmp_path):
     arguments = ("--tasks", "local", "--model", exports["plt2"], "--output", tmp_path / "x.json")
-    done = tool(*arguments, HF_HUB_OFFLINE="1")
+    done = run_tool("evaluate.py", *arguments)
     assert "error: --tasks local: is made from a text of yours: --text FILE" in done.stderr
     assert done.returncode == 1
 
@@ -182,7 +173,8 @@ def test_the_tool_works_without_a_network_and_logs_to_the_run(exports, text, tmp
     Delivery(run_dir, uri).deliver()
     out = tmp_path / "out/results.json"
     options = ("--tasks", "local", "--text", text, "--limit", 5, "--step", 7, "--run", run_dir)
-    done = tool("--model", exports["plt2"], *options, "--output", out, HF_HUB_OFFLINE="1")
+    where = ("--model", exports["plt2"], "--output", out)
+    done = run_python("tools/evaluate.py", *where, *options, HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     kept = json.loads(out.read_text())
     assert kept["results"]["local_perplexity"]["bits_per_byte,none"] > 0

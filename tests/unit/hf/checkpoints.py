@@ -4,16 +4,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.checkpoint.store import begin_save
-from pltmoe.config import ModelConfig, RunConfig, config_from_dict
+from pltmoe.config import ModelConfig, RunConfig
 from pltmoe.engines.sharded_state import model_state
+from pltmoe.hf.checkpoint_tensors import CheckpointTensors
+from pltmoe.hf.convert_back import import_folder
+from pltmoe.hf.mapping import rows
 from pltmoe.model.megatron_config import transformer_config
 from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import layout_for
 from pltmoe.runtime import distributed
+from tests import configs
 from tests.unit.hf.models import small_model
 
 TEXT_VOCABULARY = 400
@@ -26,15 +31,7 @@ def model_of(name: str, **changes: Any) -> ModelConfig:
 
 def run_config(m: ModelConfig) -> RunConfig:
     """Return a run that could have written a checkpoint of ``m``."""
-    return config_from_dict(
-        {
-            "name": "small",
-            "model": m.model_dump(),
-            "data": {"tokenizer": "t.model", "train": [{"path": "text"}], "sequence_length": 32},
-            "optimizer": {"lr": 1e-3},
-            "train": {"output_dir": "run", "steps": 10, "global_batch_size": 1},
-        }
-    )
+    return configs.run_config(model=m.model_dump())
 
 
 def write_checkpoint(
@@ -64,3 +61,24 @@ def write_checkpoint(
     finally:
         destroy_groups()
         distributed.stop()
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of an exported folder."""
+    found = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+def check_round_trip(checkpoint: Path, folder: Path, output: Path, m: ModelConfig) -> None:
+    """Import an exported folder and compare it with its checkpoint, bit for bit."""
+    import_folder(folder, output, run_config(m), progress=False)
+    before, after = CheckpointTensors(checkpoint, m), CheckpointTensors(output, m)
+    for row in rows(m):
+        a, b = before.read(row), after.read(row)
+        assert a.dtype == b.dtype and torch.equal(a, b), row.megatron
+    assert (output / "tokenizer.model").read_bytes() == (
+        checkpoint / "tokenizer.model"
+    ).read_bytes()

@@ -1,14 +1,18 @@
 """Small models for the tests of the Hugging Face side: every ablation row, dense and MoE."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from pltmoe.config import ModelConfig, model_from_dict
 from pltmoe.hf.configuration_plt_moe import PLTMoEConfig
 from pltmoe.hf.fields import to_hf_fields
 from pltmoe.hf.modeling_plt_moe import PLTMoEForCausalLM
 from pltmoe.model.reference import ReferencePLT
+from tests.configs import CLP, LOOP2, PLT2, PLT3, SHARED_KV
 
 _BASE: dict[str, Any] = {
     "vocab_size": 61,
@@ -21,39 +25,34 @@ _BASE: dict[str, Any] = {
 }
 _MOE = {"num_experts": 4, "moe_top_k": 2, "moe_ffn_hidden_size": 12}
 _DENSE = {"ffn_hidden_size": 24}
-_LOOP2 = {"num_loops": 2}
-_CLP = _LOOP2 | {"cross_loop_shift": True}
-_SHARED = _CLP | {"share_first_loop_kv": True}
-_PLT2 = _SHARED | {"gated_swa": True}
-_PLT3 = _PLT2 | {"num_loops": 3}
 _NORMED = {"normalize_per_loop": True, "emb_scale": 0.7, "hidden_scale": 0.3}
 
 MODELS: dict[str, dict[str, Any]] = {
     "vanilla": _MOE,
-    "loop2": _MOE | _LOOP2,
-    "clp": _MOE | _CLP,
-    "shared": _MOE | _SHARED,
-    "plt2": _MOE | _PLT2,
-    "plt3": _MOE | _PLT3,
-    "plt3_normed": _MOE | _PLT3 | _NORMED,
-    "plt2_mha": _MOE | _PLT2 | {"num_kv_heads": 4},
-    "plt2_wide_window": _MOE | _PLT2 | {"window_keys": 64},
-    "plt2_window_of_one": _MOE | _PLT2 | {"window_keys": 1},
-    "plt2_gate_hidden": _MOE | _PLT2 | {"gate_use_hidden_states": True},
-    "plt2_expert_bias": _MOE | _PLT2 | {"moe_expert_bias_update_rate": 0.001},
+    "loop2": _MOE | LOOP2,
+    "clp": _MOE | CLP,
+    "shared": _MOE | SHARED_KV,
+    "plt2": _MOE | PLT2,
+    "plt3": _MOE | PLT3,
+    "plt3_normed": _MOE | PLT3 | _NORMED,
+    "plt2_mha": _MOE | PLT2 | {"num_kv_heads": 4},
+    "plt2_wide_window": _MOE | PLT2 | {"window_keys": 64},
+    "plt2_window_of_one": _MOE | PLT2 | {"window_keys": 1},
+    "plt2_gate_hidden": _MOE | PLT2 | {"gate_use_hidden_states": True},
+    "plt2_expert_bias": _MOE | PLT2 | {"moe_expert_bias_update_rate": 0.001},
     "plt3_shared_routing": _MOE
-    | _PLT3
+    | PLT3
     | _NORMED
     | {"moe_expert_bias_update_rate": 0.001, "moe_loop_routing": "shared"},
-    "loop2_shared_routing": _MOE | _LOOP2 | {"moe_loop_routing": "shared"},
-    "plt2_no_qk_norm": _MOE | _PLT2 | {"qk_norm": False},
+    "loop2_shared_routing": _MOE | LOOP2 | {"moe_loop_routing": "shared"},
+    "plt2_no_qk_norm": _MOE | PLT2 | {"qk_norm": False},
     "loop3": _MOE | {"num_loops": 3},
-    "clp3_normed": _MOE | _CLP | {"num_loops": 3} | _NORMED,
-    "plt2_no_shift": _MOE | _PLT2 | {"cross_loop_shift": False},
+    "clp3_normed": _MOE | CLP | {"num_loops": 3} | _NORMED,
+    "plt2_no_shift": _MOE | PLT2 | {"cross_loop_shift": False},
     "dense_vanilla": _DENSE,
-    "dense_plt2": _DENSE | _PLT2,
-    "dense_plt3_normed": _DENSE | _PLT3 | _NORMED,
-    "tied": _DENSE | _PLT2 | {"tied_embeddings": True},
+    "dense_plt2": _DENSE | PLT2,
+    "dense_plt3_normed": _DENSE | PLT3 | _NORMED,
+    "tied": _DENSE | PLT2 | {"tied_embeddings": True},
 }
 
 
@@ -71,6 +70,11 @@ EVERY_KIND = [
 def small_model(name: str, **changes: Any) -> ModelConfig:
     """Return the model section called ``name``, with ``changes``."""
     return model_from_dict(_BASE | MODELS[name] | changes)
+
+
+def tokens(b: int = 2, s: int = 13, seed: int = 1) -> Tensor:
+    """Return random token ids [b, s]."""
+    return torch.randint(0, 61, (b, s), generator=torch.Generator().manual_seed(seed))
 
 
 def random_reference(
@@ -97,3 +101,23 @@ def pair(m: ModelConfig, seed: int = 0, **options: Any) -> tuple[ReferencePLT, P
     model = hf_model(m, **options).double()
     model.load_state_dict(reference.state_dict())
     return reference, model.eval()
+
+
+def stock_model(m: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
+    """Return transformers' model with per-expert weights fused as transformers 5 keeps them."""
+    moe = m.is_moe
+    config = (Qwen3MoeConfig if moe else Qwen3Config)(**to_hf_fields(m))
+    model = (Qwen3MoeForCausalLM if moe else Qwen3ForCausalLM)(config)
+    state = dict(weights)
+    for layer in range(m.num_layers if moe else 0):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        parts = {
+            name: torch.stack(
+                [state.pop(f"{prefix}{e}.{name}.weight") for e in range(m.num_experts)]
+            )
+            for name in ("gate_proj", "up_proj", "down_proj")
+        }
+        state[prefix + "gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], 1)
+        state[prefix + "down_proj"] = parts["down_proj"]
+    model.load_state_dict(state)
+    return model.eval()

@@ -6,9 +6,15 @@ import pytest
 import torch
 
 from pltmoe.hf.modeling_plt_moe import PLTMoECache
-from tests.unit.hf.models import EVERY_KIND, pair, small_model
-from tests.unit.hf.test_generation import assert_greedy, generate, left_padded, tokens
-from tests.unit.hf.test_one_pass import BOUND, assert_same_cache, short_window
+from tests.unit.hf.decoding import (
+    BOUND,
+    assert_greedy,
+    assert_same_cache,
+    generate,
+    left_padded,
+    short_window,
+)
+from tests.unit.hf.models import EVERY_KIND, pair, small_model, tokens
 
 
 @torch.no_grad()

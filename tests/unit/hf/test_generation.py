@@ -6,40 +6,14 @@ from transformers import DynamicCache
 
 from pltmoe.hf import modeling_plt_moe
 from pltmoe.hf.modeling_plt_moe import PLTMoECache, PLTMoEModel
-from tests.unit.hf.models import ABLATION, EVERY_KIND, MODELS, pair, small_model
-
-NEW_TOKENS = 7
+from tests.unit.hf.decoding import assert_greedy, generate, left_padded
+from tests.unit.hf.models import ABLATION, EVERY_KIND, MODELS, pair, small_model, tokens
 
 
 @pytest.fixture(autouse=True)
 def short_pieces(monkeypatch):
     """Cut even these short texts into several pieces of the window, as long ones are."""
     monkeypatch.setattr(modeling_plt_moe, "WINDOW_CHUNK", 4)
-
-
-def tokens(b, s, seed=1):
-    return torch.randint(0, 61, (b, s), generator=torch.Generator().manual_seed(seed))
-
-
-def assert_greedy(reference, prompt, generated):
-    """Check that the reference, which knows no cache, would have chosen the same tokens."""
-    logits = reference(torch.cat([prompt, generated], 1)).logits
-    chosen = logits[:, prompt.size(1) - 1 : -1].argmax(-1)
-    assert torch.equal(chosen, generated)
-
-
-def left_padded(prompts, pad=0):
-    """Return ids and mask of prompts [1, s] of different lengths, padded on the left."""
-    longest = max(p.size(1) for p in prompts)
-    ids = [torch.nn.functional.pad(p, (longest - p.size(1), 0), value=pad) for p in prompts]
-    mask = [torch.arange(longest)[None] >= longest - p.size(1) for p in prompts]
-    return torch.cat(ids), torch.cat(mask).long()
-
-
-def generate(model, ids, **options):
-    defaults = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "pad_token_id": 0}
-    out = model.generate(ids, **(defaults | {"eos_token_id": None} | options))
-    return out[:, ids.size(1) :]
 
 
 @torch.no_grad()

@@ -4,8 +4,6 @@ The real weights are 15 GB; here is a random model with exactly their names and 
 """
 
 import json
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,11 +12,11 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pltmoe.errors import ConfigError, ConversionError
+from pltmoe.errors import ConversionError
 from pltmoe.hf.fields import from_hf_fields
 from pltmoe.hf.loopcoder import convert_loopcoder
 from pltmoe.inference.weights import describe_folder
-from tests.contracts.source import REPOSITORY
+from tests.repository import run_tool
 
 FIELDS = {
     "architectures": ["IQuestPLTCoderForCausalLM"], "model_type": "iquestpltcoder",
@@ -228,22 +226,14 @@ def test_missing_fields_and_tensors_are_named(tmp_path):
         convert_loopcoder(tmp_path / "fields", tmp_path / "ours", progress=False)
 
 
-def test_the_tool_knows_the_layout(tmp_path, monkeypatch, capsys):
+def test_the_tool_knows_the_layout(tmp_path):
     write_folder(tmp_path / "theirs", FIELDS)
-    tool = str(REPOSITORY / "tools/convert_from_hf.py")
-    main = runpy.run_path(tool, run_name="tool")["main"]
-
-    def run(*more):
-        given = ["--model", str(tmp_path / "theirs"), "--output", str(tmp_path / "ours")]
-        monkeypatch.setattr(sys, "argv", [tool, *given, *more])
-        main()
-
-    with pytest.raises(ConversionError, match="a Hugging Face folder as it is: leave out"):
-        run("--dtype", "bfloat16")
-    run()
-    assert "PLT-2, one pass per token" in capsys.readouterr().out
+    folders = ("--model", tmp_path / "theirs", "--output", tmp_path / "ours")
+    refused = run_tool("convert_from_hf.py", *folders, "--dtype", "bfloat16").stderr
+    assert "a Hugging Face folder as it is: leave out" in refused
+    assert "PLT-2, one pass per token" in run_tool("convert_from_hf.py", *folders).stdout
     assert Path(tmp_path / "ours" / "config.json").is_file()
     fields = FIELDS | {"architectures": ["Qwen3ForCausalLM"]}
     (tmp_path / "theirs" / "config.json").write_text(json.dumps(fields))
-    with pytest.raises(ConfigError, match="give --config, the run that will start from these"):
-        run()
+    said = run_tool("convert_from_hf.py", *folders).stderr
+    assert "give --config, the run that will start from these" in said

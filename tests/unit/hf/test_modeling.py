@@ -7,13 +7,7 @@ import torch.nn.functional as F
 from pltmoe.hf import modeling_plt_moe
 from pltmoe.model.reference import language_model_loss
 from tests.launch import Ranks
-from tests.unit.hf.models import MODELS, hf_model, pair, small_model
-
-NUM_SLOTS = 13
-
-
-def tokens(b=2, s=NUM_SLOTS, seed=1):
-    return torch.randint(0, 61, (b, s), generator=torch.Generator().manual_seed(seed))
+from tests.unit.hf.models import MODELS, hf_model, pair, small_model, tokens
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -36,17 +30,6 @@ def test_logits_and_gradients_equal_the_reference(name, attention, monkeypatch):
             assert grads[name] is None, name
         else:
             assert (parameter.grad - grads[name]).abs().max() < 1e-10, name
-
-
-@pytest.mark.parametrize("name", ["plt2", "plt3_normed", "loop3", "dense_plt3_normed"])
-def test_no_logit_depends_on_a_later_token(name):
-    _, model = pair(small_model(name))
-    x, y = tokens(), tokens()
-    y[:, 7] = (y[:, 7] + 1) % 61
-    before, after = model(x).logits, model(y).logits
-    # not bit for bit: an expert's matrix product has another shape when routing changes
-    assert (before[:, :7] - after[:, :7]).abs().max() < 1e-12
-    assert not torch.allclose(before[:, 7:], after[:, 7:])
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -8,18 +8,16 @@ import torch
 
 from pltmoe.hf import modeling_plt_moe
 from pltmoe.hf.modeling_plt_moe import PLTMoECache, slots_needed
-from tests.unit.hf.models import MODELS, pair, small_model
-from tests.unit.hf.test_generation import left_padded, tokens
+from tests.unit.hf.decoding import (
+    BOUND,
+    SHORT_WINDOW,
+    assert_same_cache,
+    left_padded,
+    short_window,
+)
+from tests.unit.hf.models import MODELS, pair, small_model, tokens
 
-BOUND = 1e-12
 SHIFTED = [name for name, fields in MODELS.items() if fields.get("cross_loop_shift")]
-SHORT_WINDOW = {"window_keys": 3}
-
-
-def short_window(name):
-    """Return the pair ``name`` whose later loops reach 4 slots back."""
-    changes = SHORT_WINDOW if MODELS[name].get("gated_swa") else {}
-    return pair(small_model(name, **changes))
 
 
 class Recorder:
@@ -102,15 +100,6 @@ def test_hidden_states_of_a_decoded_slot(name):
     found = model(x[:, 8:], past_key_values=cache, output_hidden_states=True).hidden_states
     for a, b in zip(expected, found, strict=True):
         assert (a[:, -1:] - b).abs().max() < BOUND
-
-
-def assert_same_cache(found, expected):
-    for a, b in zip(found.layers, expected.layers, strict=True):
-        assert (a.keys - b.keys).abs().max() < BOUND if b.keys.numel() else True
-        assert a.values.shape == b.values.shape
-        assert not b.values.numel() or (a.values - b.values).abs().max() < BOUND
-    for a, b in zip(found.last_hidden, expected.last_hidden, strict=True):
-        assert (a is b is None) or (a - b).abs().max() < BOUND
 
 
 @torch.no_grad()

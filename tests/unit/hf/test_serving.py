@@ -22,6 +22,7 @@ from tests.ports import free_port
 from tests.unit.hf.checkpoints import TEXT_VOCABULARY, write_checkpoint
 from tests.unit.hf.models import small_model
 
+pytestmark = pytest.mark.xdist_group(__name__)
 PROMPT, NEW_TOKENS = "def test_logits(name):", 12
 START_SECONDS = 240
 

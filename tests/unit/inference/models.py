@@ -52,11 +52,6 @@ def cache_of(decoder: PLTDecoder, batch: int, capacity: int = 40) -> StaticCache
     return StaticCache(decoder.m, batch, capacity, "cpu", torch.float64)
 
 
-def tokens(b: int, s: int, seed: int = 1) -> Tensor:
-    """Return random token ids [b, s]."""
-    return torch.randint(0, 61, (b, s), generator=torch.Generator().manual_seed(seed))
-
-
 def kept(cache: StaticCache, sequence: int) -> list[Tensor]:
     """Return everything the next step of a sequence reads, rings in the order of slots."""
     length = int(cache.lengths_b[sequence])

@@ -36,7 +36,7 @@ from pltmoe.inference.engine import Session
 from pltmoe.inference.model import PLTDecoder
 from pltmoe.inference.weights import random_weights
 from pltmoe.reports.summary import read_decode
-from tests.contracts.source import REPOSITORY
+from tests.repository import CONFIGS
 from tests.unit.inference.folders import write_folder
 from tests.unit.inference.models import model
 from tools import benchmark_decode
@@ -51,7 +51,7 @@ WHERE = {"device": "CPU", "versions": "v", "commit": "c", "dtype": "float32", "s
 
 
 def tiny(names: tuple[str, ...]) -> list[Candidate]:
-    found = candidates(REPOSITORY / "configs", [ABLATION])
+    found = candidates(CONFIGS, [ABLATION])
     return [
         Candidate(c.group, c.name, c.model.model_copy(update=TINY))
         for c in found
@@ -70,7 +70,7 @@ def of(result: Result, model: str, batch: int = 3) -> dict[str, Any]:
 
 
 def test_the_models_are_those_of_the_paper() -> None:
-    found = {c.name: c.model for c in candidates(REPOSITORY / "configs", [ABLATION, HEADLINE])}
+    found = {c.name: c.model for c in candidates(CONFIGS, [ABLATION, HEADLINE])}
     rows = {VANILLA: (1, 0, 0, 0), LOOP2: (2, 0, 0, 0), CLP: (2, 1, 0, 0), SHARED_KV: (2, 1, 1, 0),
             PLT2: (2, 1, 1, 1), PLT3: (3, 1, 1, 1)}  # fmt: skip
     for name, row in rows.items():
@@ -81,8 +81,8 @@ def test_the_models_are_those_of_the_paper() -> None:
 
 
 def test_scaled_down_models_keep_what_the_ratios_depend_on() -> None:
-    full = candidates(REPOSITORY / "configs", [ABLATION, HEADLINE])
-    small = candidates(REPOSITORY / "configs", [ABLATION, HEADLINE], scaled_down=True)
+    full = candidates(CONFIGS, [ABLATION, HEADLINE])
+    small = candidates(CONFIGS, [ABLATION, HEADLINE], scaled_down=True)
     layers = {c.name: c.model.num_layers for c in small}
     assert 3 * layers[SMALL_PLT] == 2 * layers[BIG_VANILLA]
     for before, after in zip(full, small, strict=True):
@@ -237,7 +237,7 @@ def test_the_command_measures_a_configuration_and_draws_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = "--batches 1,2 --context 8 --new-tokens 2 --rounds 1 --prefill 0"
-    config = REPOSITORY / "configs/quickstart_plt2.yaml"
+    config = CONFIGS / "quickstart_plt2.yaml"
 
     def run(*arguments: str) -> None:
         command = ["benchmark_decode.py", *arguments, *sizes.split(), "--output", str(tmp_path)]

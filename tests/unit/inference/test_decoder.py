@@ -9,7 +9,8 @@ from pltmoe.inference import prefill as prefill_module
 from pltmoe.inference.cache import StaticCache
 from pltmoe.inference.model import PLTDecoder
 from pltmoe.inference.prefill import cut_back, prefill, slots_needed
-from tests.unit.inference.models import NAMES, cache_of, kept, model, pair, tokens
+from tests.unit.hf.models import tokens
+from tests.unit.inference.models import NAMES, cache_of, kept, model, pair
 
 NUM_SLOTS = 30  # the suffixes of all small models with a window of 4 are shorter
 EXACT = 1e-12

@@ -9,8 +9,8 @@ from pltmoe.errors import ConfigError, DataError, EngineError
 from pltmoe.inference.engine import Engine, Session
 from pltmoe.inference.sampling import Sampler, SamplingOptions
 from pltmoe.inference.weights import random_weights
-from tests.unit.hf.models import random_reference
-from tests.unit.inference.models import model, pair, tokens, weights_of
+from tests.unit.hf.models import random_reference, tokens
+from tests.unit.inference.models import model, pair, weights_of
 
 PROMPTS = [[5, 3, 8, 1, 9, 2, 7], [4], [6, 6, 1, 20, 33]]
 DRAWN = [

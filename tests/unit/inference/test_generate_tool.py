@@ -4,7 +4,7 @@ import io
 import json
 import runpy
 import shutil
-import sys
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from pltmoe.inference.engine import Engine
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.text import TextStream
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY, run_tool
 
 PROMPTS = ["def test_", "import torch\n", "x"]
 
@@ -23,13 +23,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def generate(monkeypatch, *arguments, stdin=None):
-    """Run the tool in this process; return its exit code or message."""
-    monkeypatch.setattr(sys, "argv", ["generate.py", *map(str, arguments)])
-    monkeypatch.setattr(sys, "stdin", stdin or io.StringIO())
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(REPOSITORY / "tools/generate.py"), run_name="__main__")
-    return end.value.code
+generate = partial(run_tool, "generate.py")
 
 
 def prompts_as_arguments():
@@ -41,28 +35,27 @@ def tokenizer(exported):
     return AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
 
 
-def test_both_engines_write_the_same_text(exported, tmp_path, monkeypatch, capsys):
+def test_both_engines_write_the_same_text(exported, tmp_path):
     texts = {}
     for name in ("pltmoe", "transformers"):
         output = tmp_path / f"{name}.json"
         common = ["--model", exported, "--engine", name, "--output", output, "--dtype", "float64"]
-        code = generate(monkeypatch, *common, "--max-new-tokens", 12, *prompts_as_arguments())
-        assert code is None
+        shown = generate(*common, "--max-new-tokens", 12, *prompts_as_arguments())
+        assert shown.returncode == 0, shown.stderr
         texts[name] = json.loads(output.read_text())
-        shown = capsys.readouterr()
         for sample in texts[name]:
-            assert sample["prompt"] + sample["text"] in shown.out
-        assert "ms per token" in shown.err and "tokens/s" in shown.err
+            assert sample["prompt"] + sample["text"] in shown.stdout
+        assert "ms per token" in shown.stderr and "tokens/s" in shown.stderr
     assert [s["prompt"] for s in texts["pltmoe"]] == PROMPTS
     assert texts["pltmoe"] == texts["transformers"]
 
 
-def test_a_seed_gives_one_text_alone_and_in_a_batch(exported, tmp_path, monkeypatch):
+def test_a_seed_gives_one_text_alone_and_in_a_batch(exported, tmp_path):
     def texts(*arguments):
         output = tmp_path / "out.json"
         drawing = ["--temperature", 1.0, "--top-k", 30, "--top-p", 0.95, "--max-new-tokens", 10]
         common = ["--model", exported, "--output", output, "--dtype", "float64"]
-        assert generate(monkeypatch, *common, *drawing, *arguments) is None
+        assert generate(*common, *drawing, *arguments).returncode == 0
         return [sample["text"] for sample in json.loads(output.read_text())]
 
     together = texts("--seed", 3, *prompts_as_arguments())
@@ -71,7 +64,7 @@ def test_a_seed_gives_one_text_alone_and_in_a_batch(exported, tmp_path, monkeypa
     assert texts("--seed", 9, "--prompt", PROMPTS[1]) != together[1:2]
 
 
-def test_prompts_from_files_and_stdin(exported, tmp_path, monkeypatch):
+def test_prompts_from_files_and_stdin(exported, tmp_path):
     lines, objects = tmp_path / "p.txt", tmp_path / "p.jsonl"
     lines.write_text("import os\n\nclass A:\n")
     objects.write_text(json.dumps({"prompt": "a\nb"}) + "\n")
@@ -79,7 +72,7 @@ def test_prompts_from_files_and_stdin(exported, tmp_path, monkeypatch):
 
     def prompts(*arguments, stdin=None):
         common = ["--model", exported, "--max-new-tokens", 2, "--output", output]
-        assert generate(monkeypatch, *common, *arguments, stdin=stdin) is None
+        assert generate(*common, *arguments, stdin=stdin).returncode == 0
         return [sample["prompt"] for sample in json.loads(output.read_text())]
 
     assert prompts("--prompts-file", lines) == ["import os", "class A:"]
@@ -87,60 +80,58 @@ def test_prompts_from_files_and_stdin(exported, tmp_path, monkeypatch):
     assert prompts(stdin=io.StringIO("two\nlines\n")) == ["two\nlines"]
 
 
-def test_typed_prompts_and_going_on(exported, tokenizer, monkeypatch, capsys):
+def test_typed_prompts_and_going_on(exported, tokenizer):
     """An empty line continues; what was typed too long is refused and the next one taken."""
     typed = Terminal("\nimport os\n\n" + "long " * 200 + "\ncaf\udce9\n")
-    code = generate(monkeypatch, "--model", exported, "--max-new-tokens", 5, stdin=typed)
-    assert code is None
-    shown = capsys.readouterr()
+    shown = generate("--model", exported, "--max-new-tokens", 5, stdin=typed)
+    assert shown.returncode == 0, shown.stderr
     engine = Engine.load(exported, "cpu")
     ids = tokenizer("import os")["input_ids"]
     whole = engine.generate([ids], SamplingOptions(max_new_tokens=5))[0].tokens
     text = TextStream(tokenizer, ids)
     first = "".join(text.add(token) for token in whole) + text.finish()
-    assert f"import os{first}\n" in shown.out
-    assert shown.out.count(f"import os{first}") == 2
-    assert shown.err.count("ms per token") == 2
-    assert "error: prompt 1 (" in shown.err and "error: this is no text" in shown.err
+    assert f"import os{first}\n" in shown.stdout
+    assert shown.stdout.count(f"import os{first}") == 2
+    assert shown.stderr.count("ms per token") == 2
+    assert "error: prompt 1 (" in shown.stderr and "error: this is no text" in shown.stderr
 
 
-def test_stop_strings_end_the_text_before_them(exported, tmp_path, monkeypatch):
+def test_stop_strings_end_the_text_before_them(exported, tmp_path):
     output = tmp_path / "out.json"
     common = ["--model", exported, "--prompt", PROMPTS[0], "--output", output]
-    assert generate(monkeypatch, *common, "--max-new-tokens", 30) is None
+    assert generate(*common, "--max-new-tokens", 30).returncode == 0
     whole = json.loads(output.read_text())[0]["text"]
     stop = whole[9:12]
-    assert generate(monkeypatch, *common, "--max-new-tokens", 30, "--stop", stop) is None
+    assert generate(*common, "--max-new-tokens", 30, "--stop", stop).returncode == 0
     assert json.loads(output.read_text())[0]["text"] == whole[: whole.index(stop)]
 
 
-def test_a_stop_string_may_be_any_text(exported, monkeypatch):
+def test_a_stop_string_may_be_any_text(exported):
     tool = runpy.run_path(str(REPOSITORY / "tools/generate.py"))
     for typed, meant in ((r"\n\n", "\n\n"), ("é。", "é。"), (r"\\", "\\"), ("a\tb", "a\tb")):
         assert tool["_unescaped"](typed) == meant
-    code = generate(monkeypatch, "--model", exported, "--prompt", "x", "--stop", "end\\")
-    assert "at end of string; a backslash is" in code
+    said = generate("--model", exported, "--prompt", "x", "--stop", "end\\").stderr
+    assert "at end of string; a backslash is" in said
 
 
-def test_going_on_reads_the_tokens_that_were_made(exported, tokenizer, monkeypatch, capsys):
+def test_going_on_reads_the_tokens_that_were_made(exported, tokenizer):
     """Not the text again, whose tokens may be others."""
     arguments = ["--model", exported, "--max-new-tokens", 6, "--dtype", "float64"]
-    generate(monkeypatch, *arguments, stdin=Terminal("import os\n\n"))
+    shown = generate(*arguments, stdin=Terminal("import os\n\n")).stdout
     ids = tokenizer("import os")["input_ids"]
     engine = Engine.load(exported, "cpu", torch.float64)
     whole = engine.generate([ids], SamplingOptions(max_new_tokens=12))[0].tokens
     text = TextStream(tokenizer, ids)
-    assert "import os" + "".join(map(text.add, whole)) + text.finish() in capsys.readouterr().out
+    assert "import os" + "".join(map(text.add, whole)) + text.finish() in shown
 
 
-def test_transformers_times_count_no_padding(exported, tmp_path, monkeypatch, capsys):
+def test_transformers_times_count_no_padding(exported, tmp_path):
     """The second text ends early: what follows its end is not made."""
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
     common = ["--model", folder, "--engine", "transformers", "--max-new-tokens", 8]
     common += ["--prompt", "x", "--prompt", "import torch\n"]
-    assert generate(monkeypatch, *common) is None
-    assert " 16 new tokens in " in capsys.readouterr().err
+    assert " 16 new tokens in " in generate(*common).stderr
     texts = []
     for prompt in ("x", "import torch\n"):
         ids = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(prompt)["input_ids"]
@@ -150,9 +141,8 @@ def test_transformers_times_count_no_padding(exported, tmp_path, monkeypatch, ca
     path = folder / "generation_config.json"
     given = json.loads(path.read_text()) if path.is_file() else {}
     path.write_text(json.dumps(given | {"eos_token_id": end, "pad_token_id": end}))
-    assert generate(monkeypatch, *common) is None
     made = 8 + texts[1].index(end) + 1
-    shown = capsys.readouterr().err
+    shown = generate(*common).stderr
     assert f" {made} new tokens in " in shown and "with the prompts" in shown
 
 
@@ -202,7 +192,7 @@ def test_stop_strings_are_held_back_while_they_may_come(text, stop, expected):
     assert "".join(pieces) == stream.text == expected
 
 
-def test_errors_are_one_line(exported, tmp_path, monkeypatch):
+def test_errors_are_one_line(exported, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"text": "x"}\n')
     one = ["--prompt", "x"]
@@ -224,26 +214,24 @@ def test_errors_are_one_line(exported, tmp_path, monkeypatch):
         ("--max-slots and --max-batch are for --engine pltmoe",
          ["--model", exported, "--engine", "transformers", "--max-batch", 1, *one]),
     ):  # fmt: skip
-        code = generate(monkeypatch, *arguments)
-        assert isinstance(code, str) and code.startswith("error: ")
-        assert message in code and "\n" not in code
-    code = generate(
-        monkeypatch, "--model", exported, "--output", tmp_path / "x.json", stdin=Terminal()
-    )
-    assert "--output needs prompts: --prompt" in code
+        *_, said = generate(*arguments).stderr.splitlines()
+        assert said.startswith("error: ") and message in said
+    done = generate("--model", exported, "--output", tmp_path / "x.json", stdin=Terminal())
+    assert "--output needs prompts: --prompt" in done.stderr
     latin = io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8")
-    assert "a prompt is no text in UTF-8" in generate(monkeypatch, "--model", exported, stdin=latin)
+    done = generate("--model", exported, stdin=latin)
+    assert "a prompt is no text in UTF-8" in done.stderr
 
 
-def test_a_folder_without_tokenizer(exported, tmp_path, monkeypatch):
+def test_a_folder_without_tokenizer(exported, tmp_path):
     for name in ("config.json", "configuration_plt_moe.py", "modeling_plt_moe.py"):
         (tmp_path / name).write_text((exported / name).read_text())
-    code = generate(monkeypatch, "--model", tmp_path, "--prompt", "x")
-    assert "holds no tokenizer that loads" in code
+    done = generate("--model", tmp_path, "--prompt", "x")
+    assert "holds no tokenizer that loads" in done.stderr
 
 
-def test_max_slots_can_be_raised(exported, tmp_path, monkeypatch):
+def test_max_slots_can_be_raised(exported, tmp_path):
     output = tmp_path / "out.json"
     common = ["--model", exported, "--prompt", "x", "--output", output]
-    assert generate(monkeypatch, *common, "--max-new-tokens", 99, "--max-slots", 128) is None
+    assert generate(*common, "--max-new-tokens", 99, "--max-slots", 128).returncode == 0
     assert len(json.loads(output.read_text())[0]["text"]) > 50

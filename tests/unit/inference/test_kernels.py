@@ -2,9 +2,6 @@
 
 import json
 import logging
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,7 +10,7 @@ from pltmoe.inference import attention, experts
 from pltmoe.inference.kernels import choose_kernels
 from pltmoe.inference.kernels.tiles import rows_per_block
 from pltmoe.model.reference import attend
-from tests.contracts.source import REPOSITORY
+from tests.repository import run_python
 from tests.unit.inference.kernel_cases import (
     ATTENTION,
     CHOOSE,
@@ -25,12 +22,12 @@ from tests.unit.inference.kernel_cases import (
     expert_inputs,
 )
 
+pytestmark = pytest.mark.xdist_group(__name__)
+
 
 @pytest.fixture(scope="module")
 def errors() -> dict[str, float]:
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "tests.unit.inference.kernel_cases"]
-    done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+    done = run_python("-m", "tests.unit.inference.kernel_cases", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

@@ -17,10 +17,9 @@ from pltmoe.inference.model import PLTDecoder
 from pltmoe.inference.prefill import prefill
 from pltmoe.inference.sampling import SamplingOptions
 from pltmoe.inference.weights import describe_folder, load_weights, random_weights
-from tests.unit.hf.models import pair, random_reference, small_model
-from tests.unit.hf.test_stock import stock_model
+from tests.unit.hf.models import pair, random_reference, small_model, stock_model, tokens
 from tests.unit.inference.folders import MAX_SLOTS, write_folder
-from tests.unit.inference.models import NAMES, model, tokens, weights_of
+from tests.unit.inference.models import NAMES, model, weights_of
 
 
 @torch.no_grad()

@@ -6,20 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 from torch import Tensor
 
-from pltmoe.config import config_from_dict
 from pltmoe.engines.megatron_optimizer import wrap_in_ddp
 from pltmoe.model.initialize import initialize
 from pltmoe.model.megatron_config import Fp8
 from pltmoe.parallel.layout import layout_for
 from pltmoe.parallel.pipeline import Pipeline, build_stage
+from tests.configs import DENSE, LOOP_ROWS, MOE, run_config
 from tests.distributed.tiny import batches
 from tests.single_process import device
-from tests.unit.config.trees import LOOP_ROWS, MOE, run_tree
 
 SIZES = {"hidden_size": 256, "head_dim": 64, "moe_ffn_hidden_size": 128, "init_std": 0.05}
 PLT3 = MOE | LOOP_ROWS["6 plt3"] | SIZES
+DENSE_TIED = DENSE | LOOP_ROWS["5 plt2"] | SIZES | {
+    "moe_ffn_hidden_size": None, "ffn_hidden_size": 128, "tied_embeddings": True,
+}  # fmt: skip
 
 
 def gradients(
@@ -33,13 +36,16 @@ def gradients(
     fp8: Fp8 | None = None,
 ) -> dict[str, Tensor]:
     """Return main_grad of every weight after the second of two steps (no update between)."""
-    tree = run_tree(train__micro_batch_size=2, data__sequence_length=16)
-    tree["model"] = model
-    tree["train"] |= {
-        "global_batch_size": 2 * micro_batches, "gradient_accumulation_fusion": fused,
-    }  # fmt: skip
-    config = config_from_dict(tree)
+    config = run_config(
+        model=model,
+        data__sequence_length=16,
+        train__micro_batch_size=2,
+        train__global_batch_size=2 * micro_batches,
+        train__gradient_accumulation_fusion=fused,
+    )
     layout = layout_for(config, 1)
+    # What a model that runs without a pipeline leaves has another shape.
+    MoEAuxLossAutoScaler.main_loss_backward_scale = None
     stage = build_stage(config, layout, groups, dtype, device(), impl, fp8)
     initialize(stage, 1)
     ddp = wrap_in_ddp(stage, groups)

@@ -11,8 +11,7 @@ import torch
 from megatron.core.tensor_parallel import layers
 from torch import Tensor
 
-from tests.gpu.test_looped_gradients import DENSE_TIED
-from tests.unit.model.looped_gradients import PLT3, assert_near, gradients
+from tests.unit.model.looped_gradients import DENSE_TIED, PLT3, assert_near, gradients
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a GPU: tests/gpu runs the kernel itself"

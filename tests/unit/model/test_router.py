@@ -147,25 +147,21 @@ def test_statistics_add_up_and_reset(build: Callable[..., Any]) -> None:
     assert not any(stat.any() for stat in collect_loop_stats(plt.layers).values())
 
 
-def test_expert_bias_counts_tokens_of_all_loops(build: Callable[..., Any]) -> None:
-    model, plt, expected = run_both(build, moe_expert_bias_update_rate=1e-3)
+@pytest.mark.parametrize(("routing", "loops"), [("independent", (1, 2, 3)), ("shared", (1,))])
+def test_expert_bias_counts_tokens_of_the_loops_that_choose(
+    routing: str, loops: tuple[int, ...], build: Callable[..., Any]
+) -> None:
+    model, plt, expected = run_both(
+        build, moe_loop_routing=routing, moe_expert_bias_update_rate=1e-3
+    )
     for number, layer in enumerate(plt.layers, start=1):
         counts = sum(
             torch.bincount(r.experts.flatten(), minlength=model.num_experts)
             for r in expected.routers
-            if r.layer == number
+            if r.layer == number and r.loop in loops
         )
         assert torch.equal(layer.mlp.router.local_tokens_per_expert.long(), counts)
-        assert counts.sum() == model.num_loops * 32 * model.moe_top_k
-
-
-def test_expert_bias_counts_loop_1_when_it_alone_chooses(build: Callable[..., Any]) -> None:
-    model, plt, expected = run_both(
-        build, moe_loop_routing="shared", moe_expert_bias_update_rate=1e-3
-    )
-    for layer, record in zip(plt.layers, expected.routers[:2], strict=True):
-        counts = torch.bincount(record.experts.flatten(), minlength=model.num_experts)
-        assert torch.equal(layer.mlp.router.local_tokens_per_expert.long(), counts)
+        assert counts.sum() == len(loops) * 32 * model.moe_top_k
 
 
 def test_expert_bias_moves_towards_balance(build: Callable[..., Any]) -> None:

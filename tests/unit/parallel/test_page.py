@@ -1,7 +1,7 @@
 """docs/parallelism.md says what is tested, and no more."""
 
 from tests.distributed.layouts import TESTED, moved_table, table, trained_table
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY
 
 
 def test_the_table_of_tested_layouts_is_the_list_that_is_tested():

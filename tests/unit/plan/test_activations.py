@@ -14,6 +14,7 @@ from pltmoe.parallel.layout import layout_for
 from pltmoe.plan import activations
 from pltmoe.plan.planner import _stage_memory
 from pltmoe.plan.weights import stage_weights
+from tests.configs import CLP, PLT2, SHARED_KV
 from tests.distributed.tiny import tiny_config
 from tests.unit.plan.live_memory import LiveMemory
 
@@ -33,10 +34,7 @@ MOE = BASE | {
     "moe_aux_loss_coeff": 0.01,
     "moe_z_loss_coeff": 0.001,
 }
-LOOP = {"num_loops": 2}
-CLP = LOOP | {"cross_loop_shift": True}
-SHARED = CLP | {"share_first_loop_kv": True}
-PLT = SHARED | {"gated_swa": True, "window_keys": 16}
+PLT = PLT2 | {"window_keys": 16}
 CASES = {
     "dense": (DENSE, 2, 80),
     "dense-mha-plain": (DENSE | {"num_kv_heads": 4, "qk_norm": False}, 1, 128),
@@ -48,7 +46,7 @@ CASES = {
     "moe": (MOE, 2, 128),
     "moe-many-experts": (MOE | {"num_experts": 64, "moe_ffn_hidden_size": 8}, 1, 128),
     "moe-clp": (MOE | CLP, 1, 96),
-    "moe-shared-kv": (MOE | SHARED, 2, 96),
+    "moe-shared-kv": (MOE | SHARED_KV, 2, 96),
     "moe-plt2": (MOE | PLT, 3, 128),
     "moe-plt3": (MOE | PLT | {"num_loops": 3}, 1, 256),
     "moe-plt3-shared-routing": (

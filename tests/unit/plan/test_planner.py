@@ -1,7 +1,5 @@
 """The planner against the schedule's table, the device table, and hand-made numbers."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -20,10 +18,10 @@ from pltmoe.plan.report import as_text
 from pltmoe.plan.search import candidates, search
 from pltmoe.plan.weights import stage_weights, zero_bytes
 from pltmoe.runtime.devices import peak_flops
+from tests.configs import ONE_LOOP
 from tests.distributed.tiny import DENSE, MOE, tiny_config
+from tests.repository import CONFIGS
 from tests.unit.parallel.tables import in_flight
-
-CONFIGS = Path(__file__).parents[3] / "configs"
 
 
 def config(name: str, *overrides: str) -> RunConfig:
@@ -70,11 +68,9 @@ def test_parameters_of_all_ranks_are_those_of_the_model(name, layout):
 )
 def test_loop_chunks_under_way_are_the_schedules(stages, loops, chunks, micro_batches):
     """Also where the planner looks at fewer micro batches than the step has."""
-    model = MOE | {"num_layers": 8, "num_loops": loops}
-    if loops == 1:
-        model |= {"cross_loop_shift": False, "share_first_loop_kv": False, "gated_swa": False}
+    kind = ONE_LOOP if loops == 1 else {"num_loops": loops}
     run = tiny_config(
-        model,
+        MOE | kind | {"num_layers": 8},
         parallel__pipeline_parallel_size=stages,
         parallel__model_chunks_per_stage=chunks,
         train__global_batch_size=2 * micro_batches,

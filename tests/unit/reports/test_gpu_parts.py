@@ -4,14 +4,13 @@ import os
 import re
 import shlex
 import subprocess
-import sys
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from pltmoe.reports import gpu_parts
-from tests.launch import REPOSITORY
+from tests.repository import CONFIGS, REPOSITORY, run_python
 
 
 def test_what_tells_most_comes_first_and_data_before_their_use() -> None:
@@ -129,18 +128,12 @@ def test_the_decode_parts_name_models_and_options_that_exist() -> None:
     """A part that fails at the command line would waste a lent machine."""
     from pltmoe.inference.benchmark.suite import ABLATION, HEADLINE, candidates
 
-    names = {c.name for c in candidates(REPOSITORY / "configs", [ABLATION, HEADLINE])}
+    names = {c.name for c in candidates(CONFIGS, [ABLATION, HEADLINE])}
     parts = [part for part in gpu_parts.PARTS if part.name.startswith("decode-")]
-    help_text = subprocess.run(
-        [sys.executable, "tools/benchmark_decode.py", "--help"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    ).stdout
+    options = re.findall(r"--[a-z0-9-]+", run_python("tools/benchmark_decode.py", "--help").stdout)
     assert parts
     for part in parts:
         words = shlex.split(part.commands[0])
-        options = set(re.findall(r"--[a-z0-9-]+", help_text))
-        assert {word for word in words if word.startswith("--")} <= options
+        assert {word for word in words if word.startswith("--")} <= set(options)
         only = [words[i + 1] for i, word in enumerate(words) if word == "--only"]
         assert set(only) <= names

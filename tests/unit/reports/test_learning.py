@@ -7,34 +7,16 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.image import imread
 
-from pltmoe.config import write_config
 from pltmoe.reports import learning
 from pltmoe.reports.learning import losses_table, order, read_rows
 from pltmoe.reports.style import save
-from pltmoe.tracking.jsonl import JsonlTracker
-from tests.unit.tracking.runs import run_config
+from tests.unit.reports.logged_runs import logged_rows
 
 PAPER = {"row1": 3.30, "row2": 3.11, "row3": 3.112, "row4": 3.20, "row5": 3.108, "row6": 3.00}
-NOISE = 0.01
-
-
-def logged(folder: Path, losses: dict[str, float], seeds: tuple[int, ...] = (1, 2)) -> Path:
-    """Write runs whose last validation loss is the given one, +- half of NOISE by seed."""
-    for name, last in losses.items():
-        for seed in seeds:
-            run_dir = folder / f"{name}-seed{seed}"
-            tracker = JsonlTracker(run_dir, lambda step: step * 8 * 128)
-            tracker.start({})
-            write_config(run_config(run_dir, train__steps=100), run_dir / "config.yaml")
-            for step in range(10, 101, 10):
-                loss = last + NOISE * (seed - 1.5) + 3 * (math.exp(-step / 25) - math.exp(-4))
-                tracker.log(step, {"train/loss": loss, "valid/loss": loss})
-            tracker.finish("FINISHED")
-    return folder
 
 
 def test_the_papers_order_shows_where_it_is(tmp_path: Path) -> None:
-    rows = read_rows(logged(tmp_path, PAPER), list(PAPER))
+    rows = read_rows(logged_rows(tmp_path, PAPER), list(PAPER))
     said = order(rows)
     assert said.startswith("**The paper's order shows at this scale**")
     assert "Of its 10 statements: 10 shows." in said
@@ -44,21 +26,21 @@ def test_the_papers_order_shows_where_it_is(tmp_path: Path) -> None:
 
 def test_reversed_rows_and_rows_within_the_spread_are_named(tmp_path: Path) -> None:
     losses = PAPER | {"row1": 2.90, "row4": 3.115}
-    said = order(read_rows(logged(tmp_path, losses), list(losses)))
+    said = order(read_rows(logged_rows(tmp_path, losses), list(losses)))
     assert said.startswith("**The paper's order does not show as a whole at this scale**")
     assert "- row 4 better than row 1: **does not show** (+0.2150, spread 0.0100)" in said
     assert "- row 5 better than row 4: **not told apart** (-0.0070, spread 0.0100)" in said
 
 
 def test_one_seed_tells_nothing_apart_and_missing_rows_are_not_run(tmp_path: Path) -> None:
-    rows = read_rows(logged(tmp_path, {"row1": 3.0, "row4": 2.0}, seeds=(1,)), list(PAPER))
+    rows = read_rows(logged_rows(tmp_path, {"row1": 3.0, "row4": 2.0}, seeds=(1,)), list(PAPER))
     said = order(rows)
     assert "- row 4 better than row 1: **not told apart** (-1.0000, one seed has no spread)" in said
     assert "Of its 10 statements: 1 not told apart, 9 not run." in said
 
 
 def test_only_runs_that_reached_their_end_count(tmp_path: Path) -> None:
-    logged(tmp_path, {"row1": 3.0, "row2": 3.1})
+    logged_rows(tmp_path, {"row1": 3.0, "row2": 3.1})
     (tmp_path / "row3-seed1").mkdir()
     unfinished = tmp_path / "row2-seed2/metrics.jsonl"
     unfinished.write_text("".join(unfinished.read_text().splitlines(keepends=True)[:5]))
@@ -76,8 +58,8 @@ def test_only_runs_that_reached_their_end_count(tmp_path: Path) -> None:
 
 def test_models_are_compared_over_the_seeds_that_they_share(tmp_path: Path, monkeypatch) -> None:
     """Seed 2 is the worse one by 0.01: a model without it would look better than it is."""
-    logged(tmp_path, {"row5": 3.0, "row6": 3.0, "plt3": 3.004}, seeds=(1,))
-    logged(tmp_path, {"row5": 3.0, "row6": 2.95}, seeds=(2,))
+    logged_rows(tmp_path, {"row5": 3.0, "row6": 3.0, "plt3": 3.004}, seeds=(1,))
+    logged_rows(tmp_path, {"row5": 3.0, "row6": 2.95}, seeds=(2,))
     rows = read_rows(tmp_path, ["row5", "row6", "plt3"])
     lines = [line.split("|")[1:-1] for line in losses_table(rows).splitlines()]
     assert [[cell.strip() for cell in line[3:]] for line in lines if "---" not in line[0]] == [
@@ -128,7 +110,7 @@ def test_the_picture_is_whole_whatever_it_is_drawn_from(names, panels, tmp_path,
     figures = []
     monkeypatch.setattr(learning, "save", lambda f, path: figures.append(f) or save(f, path))
     title = "a title that is longer than one panel " * 3
-    learning.draw(read_rows(logged(tmp_path, losses), names), tmp_path / "learning.png", title)
+    learning.draw(read_rows(logged_rows(tmp_path, losses), names), tmp_path / "learning.png", title)
     picture = imread(tmp_path / "learning.png")
     assert picture.shape[1] > 1000 and picture[..., :3].min() < 0.5
     (figure,) = figures

@@ -5,8 +5,6 @@ import json
 import math
 import os
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -25,28 +23,9 @@ from pltmoe.reports.glance import Extras, final_loss, in_a_line
 from pltmoe.reports.plots import Bars, _running_mean, plot_costs
 from pltmoe.reports.runs import Run, read_run
 from pltmoe.reports.summary import read_decode, read_generated, tell_apart, write_report
-from pltmoe.tracking.jsonl import JsonlTracker
-from tests.unit.tracking.runs import LOOPED, PLT, metrics_of, run_config
-
-ROOT = Path(__file__).parents[3]
-TAGS = {"device": "CPU (2 cores)", "layout": "EP2 x DP2", "precision": "fp32", "commit": "abc"}
-DECODE = {
-    "vanilla": {"ms_per_token": 8.134, "batch": 4, "context": 224, "device": "CPU (2 threads)"},
-    "plt2": {"ms_per_token": 16.25, "batch": 4, "context": 224, "device": "CPU (2 threads)"},
-}
-
-
-def logged_run(folder: Path, name: str, steps: int = 200, **changes: object) -> Path:
-    run_dir = folder / name
-    config = run_config(run_dir, name=name, train__steps=200, **changes)
-    tracker = JsonlTracker(run_dir, lambda step: step * 8 * 128)
-    tracker.start(TAGS)
-    write_config(config, run_dir / "config.yaml")
-    for step in range(10, steps + 1, 10):
-        speed = {"perf/tokens_per_second": 9000.0 + step}
-        tracker.log(step, metrics_of(step, config) | speed)
-    tracker.finish("FINISHED")
-    return run_dir
+from tests.repository import run_python, run_tool
+from tests.unit.reports.logged_runs import DECODE, cells, logged_run
+from tests.unit.tracking.runs import LOOPED, PLT, run_config
 
 
 @pytest.fixture(scope="module")
@@ -144,13 +123,6 @@ def raw_lines(run_dir: Path) -> list[dict]:
 def csv_rows(path: Path) -> list[dict[str, str]]:
     with path.open() as file:
         return list(csv.DictReader(file))
-
-
-def cells(report: Path, label: str) -> list[str]:
-    """The cells of the row of the report that begins with ``label``."""
-    rows = [line for line in report.read_text().splitlines() if line.startswith(f"| {label}")]
-    assert len(rows) == 1, label
-    return [cell.strip() for cell in rows[0].strip("|").split("|")[1:]]
 
 
 def test_the_report_says_whether_loops_were_one_pass(run_dirs):
@@ -343,24 +315,12 @@ def test_bad_files_of_other_tools_are_named(tmp_path):
 def test_the_tool(run_dirs, tmp_path):
     decode = tmp_path / "decode.json"
     decode.write_text(json.dumps(DECODE))
-    tool = [sys.executable, "tools/compare_runs.py"]
-    command = [*tool, *map(str, run_dirs), "--output", str(tmp_path)]
-    done = subprocess.run(
-        [*command, "--decode", str(decode), "--title", "By the tool"],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    bare = {"PATH": "", "HOME": str(tmp_path)}
+    words = ("--output", tmp_path, "--decode", decode, "--title", "By the tool")
+    done = run_python("tools/compare_runs.py", *run_dirs, *words, **bare)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "report.md").read_text().startswith("# By the tool\n")
-    failed = subprocess.run(
-        [*tool, str(tmp_path), "--output", str(tmp_path / "x")],
-        cwd=ROOT,
-        env={"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-    )
+    failed = run_tool("compare_runs.py", tmp_path, "--output", tmp_path / "x")
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ") and "Traceback" not in failed.stderr
 

@@ -12,7 +12,8 @@ from pltmoe.reports.glance import Extras
 from pltmoe.reports.runs import Run, read_run
 from pltmoe.reports.scores import PAPER_TASKS, common_tasks, read_evaluation
 from pltmoe.reports.summary import write_report
-from tests.unit.reports.test_reports import ROOT, cells, logged_run
+from tests.repository import CONFIGS
+from tests.unit.reports.logged_runs import cells, logged_run
 from tests.unit.tracking.runs import PLT
 
 
@@ -126,9 +127,7 @@ def test_bad_results_are_named(tmp_path):
     ],
 )
 def test_the_papers_models_are_known_by_their_size_and_length(tokens, expected):
-    configs = [
-        load_config(ROOT / f"configs/{n}.yaml") for n in ("plt_1.7b_40b", "vanilla_2.5b_60b")
-    ]
+    configs = [load_config(CONFIGS / f"{n}.yaml") for n in ("plt_1.7b_40b", "vanilla_2.5b_60b")]
     runs = [Run(config, [{"step": 1, "tokens": tokens}], "here") for config in configs]
     assert expected in paper.statement(runs)
     assert "not the paper's models" in paper.statement(runs[:1])

@@ -1,6 +1,5 @@
 """How a tool ends, as its caller sees it: exit code, streams, and no torch for that."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ import pytest
 
 from pltmoe.errors import ConfigError
 from pltmoe.runtime.command_line import output_file
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY, run_python
 
 TOOL = """
 import sys
@@ -44,23 +43,13 @@ finally:
     ],
 )
 def test_ends_with_a_code_and_at_most_one_line(body: str, code: int, said: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TOOL.format(body=body)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-c", TOOL.format(body=body))
     assert (done.returncode, done.stderr, done.stdout) == (code, said, "False\n")
 
 
 @pytest.mark.parametrize("kind", ["KeyError", "ConnectionError", "BrokenPipeError"])
 def test_a_defect_keeps_its_traceback(kind: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TOOL.format(body=f"raise {kind}('defect')")],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+    done = run_python("-c", TOOL.format(body=f"raise {kind}('defect')"))
     assert done.returncode == 1
     assert "Traceback" in done.stderr and kind in done.stderr
 
@@ -81,14 +70,10 @@ def test_what_is_printed_need_not_be_read_nor_fit_the_terminal() -> None:
     _, said = process.communicate(b"x")
     assert (process.returncode, said) == (141, b"")
     for show in ("\u03c0", "a path: \udce9"):
-        done = subprocess.run(
-            [sys.executable, "-c", TOOL.format(body=f"print({show!a})")],
-            cwd=REPOSITORY,
-            env={**os.environ, "PYTHONIOENCODING": "ascii"},
-            capture_output=True,
-        )
-        assert (done.returncode, done.stderr) == (0, b"")
-        assert ascii(show)[1:-1].encode() in done.stdout
+        tool = TOOL.format(body=f"print({show!a})")
+        done = run_python("-c", tool, PYTHONIOENCODING="ascii")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert ascii(show)[1:-1] in done.stdout
 
 
 def test_streams_may_be_closed(tmp_path: Path) -> None:
@@ -102,8 +87,7 @@ def test_streams_may_be_closed(tmp_path: Path) -> None:
 
 def test_a_tool_needs_no_docstrings() -> None:
     """PYTHONOPTIMIZE=2 takes them away."""
-    command = [sys.executable, "-OO", "tools/plan.py", "--help"]
-    assert subprocess.run(command, cwd=REPOSITORY, capture_output=True).returncode == 0
+    assert run_python("-OO", "tools/plan.py", "--help").returncode == 0
 
 
 def test_an_output_is_looked_at_before_the_work(tmp_path: Path) -> None:

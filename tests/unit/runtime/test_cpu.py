@@ -1,7 +1,6 @@
 """What stands in for CUDA: devices, dtype names, random state, and nothing else."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import torch
 from pltmoe.runtime import cpu
 from pltmoe.runtime.cpu import is_standing_in, stand_in_for_cuda
 from tests.distributed.run_files import finish, make_files, start_ranks
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY, run_python
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a GPU: nothing stands in for it"
@@ -64,9 +63,7 @@ def test_nothing_is_touched_where_there_is_a_gpu() -> None:
         "assert not stand_in_for_cuda() and not is_standing_in();"
         "assert (torch.zeros, torch.Tensor.to) == before; print('untouched')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script], cwd=REPOSITORY, capture_output=True, text=True
-    )
+    done = run_python("-c", script)
     assert done.stdout.strip() == "untouched", done.stderr
 
 

@@ -20,18 +20,23 @@ _SLURM = {
 
 @pytest.fixture
 def environment(monkeypatch):
+    """``environment(RANK=0, WORLD_SIZE=2)``: what a launcher says; nothing of it is set before."""
     for name in (*_VARIABLES, *_SLURM, "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     # Another test may have left this process in a group of one.
     monkeypatch.setattr(distributed.dist, "is_initialized", lambda: False)
-    return monkeypatch.setenv
+
+    def given(**variables):
+        for name, value in variables.items():
+            monkeypatch.setenv(name, str(value))
+
+    return given
 
 
 @pytest.fixture
 def slurm(environment):
     """A task of a job with 8; the test says of which step."""
-    for name, value in _SLURM.items():
-        environment(name, str(value))
+    environment(**_SLURM)
     return environment
 
 
@@ -66,32 +71,26 @@ def test_checks_that_lack_a_collective_are_turned_down(monkeypatch, caplog):
 
 def test_without_a_launcher_one_process_runs_alone(environment):
     assert distributed.processes_from_environment() == Processes(0, 1, 0)
-    environment("MASTER_ADDR", "127.0.0.1")  # often left over in a shell
+    environment(MASTER_ADDR="127.0.0.1")  # often left over in a shell
     assert distributed.processes_from_environment() == Processes(0, 1, 0)
 
 
 def test_the_launcher_says_who_is_who(environment):
-    values = {"RANK": 5, "WORLD_SIZE": 8, "LOCAL_RANK": 1, "MASTER_ADDR": "a", "MASTER_PORT": 1}
-    for name, value in values.items():
-        environment(name, str(value))
+    environment(RANK=5, WORLD_SIZE=8, LOCAL_RANK=1, MASTER_ADDR="a", MASTER_PORT=1)
     assert distributed.processes_from_environment() == Processes(5, 8, 1)
 
 
 def test_a_task_of_srun_takes_its_rank_from_slurm(slurm):
-    slurm("SLURM_STEP_ID", "0")
-    slurm("MASTER_ADDR", "node1")
-    slurm("MASTER_PORT", "20007")
+    slurm(SLURM_STEP_ID=0, MASTER_ADDR="node1", MASTER_PORT=20007)
     assert distributed.processes_from_environment() == Processes(5, 8, 1)
     assert not distributed.is_main()
-    slurm("SLURM_STEP_NUM_TASKS", "6")  # a step smaller than the job
+    slurm(SLURM_STEP_NUM_TASKS=6)  # a step smaller than the job
     assert distributed.processes_from_environment() == Processes(5, 6, 1)
 
 
 def test_torchrun_inside_a_step_is_believed(slurm):
-    slurm("SLURM_STEP_ID", "0")
-    values = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "a", "MASTER_PORT": 1}
-    for name, value in values.items():
-        slurm(name, str(value))
+    slurm(SLURM_STEP_ID=0)
+    slurm(RANK=0, WORLD_SIZE=2, LOCAL_RANK=0, MASTER_ADDR="a", MASTER_PORT=1)
     assert distributed.processes_from_environment() == Processes(0, 2, 0)
     assert distributed.is_main()
 
@@ -99,33 +98,27 @@ def test_torchrun_inside_a_step_is_believed(slurm):
 @pytest.mark.parametrize("step", [None, "4294967291", "4294967290"], ids=["old", "batch", "salloc"])
 def test_a_batch_script_or_shell_in_an_allocation_runs_alone(slurm, step):
     if step:
-        slurm("SLURM_STEP_ID", step)
+        slurm(SLURM_STEP_ID=step)
     assert distributed.processes_from_environment() == Processes(0, 1, 0)
     assert distributed.is_main()
 
 
 def test_srun_without_an_address_is_an_error(slurm):
-    slurm("SLURM_STEP_ID", "0")
-    slurm("MASTER_ADDR", "node1")
+    slurm(SLURM_STEP_ID=0, MASTER_ADDR="node1")
     with pytest.raises(EngineError, match="srun started 8 tasks without MASTER_PORT"):
         distributed.processes_from_environment()
-    slurm("SLURM_NTASKS", "1")
-    slurm("SLURM_PROCID", "0")
-    slurm("SLURM_LOCALID", "0")
+    slurm(SLURM_NTASKS=1, SLURM_PROCID=0, SLURM_LOCALID=0)
     assert distributed.processes_from_environment() == Processes(0, 1, 0)
 
 
 def test_half_an_environment_is_an_error(environment):
-    environment("RANK", "0")
-    environment("WORLD_SIZE", "2")
+    environment(RANK=0, WORLD_SIZE=2)
     with pytest.raises(EngineError, match="has RANK, WORLD_SIZE but not MASTER_ADDR, MASTER_PORT"):
         distributed.processes_from_environment()
 
 
 def test_a_rank_that_is_no_number_is_an_error(environment):
-    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment(name, "2")
-    environment("RANK", "first")
+    environment(WORLD_SIZE=2, MASTER_ADDR="a", MASTER_PORT=2, RANK="first")
     with pytest.raises(EngineError, match="RANK is 'first', expected a number"):
         distributed.processes_from_environment()
 
@@ -140,9 +133,7 @@ def test_a_rank_that_is_no_number_is_an_error(environment):
     ],
 )
 def test_numbers_that_cannot_be_are_an_error(environment, rank, world_size, port, said):
-    values = {"RANK": rank, "WORLD_SIZE": world_size, "MASTER_ADDR": "a", "MASTER_PORT": port}
-    for name, value in values.items():
-        environment(name, str(value))
+    environment(RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="a", MASTER_PORT=port)
     with pytest.raises(EngineError, match=said):
         distributed.processes_from_environment()
 
@@ -157,14 +148,12 @@ def test_more_processes_than_gpus(monkeypatch):
 
 def test_who_speaks_before_the_processes_have_met(environment):
     """The first of each machine, whoever has an error of its own, all in a broken environment."""
-    for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        environment(name, "4")
+    environment(WORLD_SIZE=4, MASTER_ADDR="a", MASTER_PORT=4)
     spoken = {}
     for rank, local_rank in ((0, 0), (1, 1), (2, 0), (3, 1)):
-        environment("RANK", str(rank))
-        environment("LOCAL_RANK", str(local_rank))
+        environment(RANK=rank, LOCAL_RANK=local_rank)
         errors = EngineError("all alike"), RankError("this one")
         spoken[rank] = [distributed.speaks_for_error(error) for error in errors]
     assert spoken == {0: [True, True], 1: [False, True], 2: [True, True], 3: [False, True]}
-    environment("LOCAL_RANK", "second")
+    environment(LOCAL_RANK="second")
     assert distributed.speaks_for_error(EngineError("LOCAL_RANK is 'second'"))

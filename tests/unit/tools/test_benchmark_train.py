@@ -1,16 +1,16 @@
 """The command from end to end with a model of no size: what it writes, not how fast it is."""
 
 import json
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.launch import REPOSITORY
+from tests.repository import run_python, run_tool
 
+ONE_WORKER = pytest.mark.xdist_group(__name__)
+"""Of the tests that read one measurement."""
 TINY = [
     "model.vocab_size=64",
     "model.num_layers=2",
@@ -30,14 +30,8 @@ TINY = [
 def run(
     *arguments: str, launcher: tuple[str, ...] = (), **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *launcher, "tools/benchmark_train.py", *arguments],
-        cwd=REPOSITORY,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | variables,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+    one = {"OMP_NUM_THREADS": "1"} | variables
+    return run_python(*launcher, "tools/benchmark_train.py", *arguments, **one)
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +47,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return folder, done.stdout
 
 
+@ONE_WORKER
 def test_loops(measured: tuple[Path, str]) -> None:
     folder, said = measured
     found = json.loads((folder / "loops.json").read_text())
@@ -85,6 +80,7 @@ def test_one_model_alone(tmp_path: Path) -> None:
     assert not (tmp_path / "mfu.profile.md").exists()
 
 
+@ONE_WORKER
 def test_megatron_computes_the_same(measured: tuple[Path, str]) -> None:
     folder, _ = measured
     found = json.loads((folder / "megatron.json").read_text())
@@ -99,6 +95,7 @@ def test_megatron_computes_the_same(measured: tuple[Path, str]) -> None:
     assert found["goal"]["at_most"] == 1.03
 
 
+@ONE_WORKER
 def test_says_where_and_how(measured: tuple[Path, str]) -> None:
     folder, _ = measured
     page = (folder / "megatron.md").read_text()
@@ -114,7 +111,7 @@ def test_says_where_and_how(measured: tuple[Path, str]) -> None:
 
 
 def test_unknown_comparison() -> None:
-    done = run("--compare", "loops,deepspeed")
+    done = run_tool("benchmark_train.py", "--compare", "loops,deepspeed")
     assert done.returncode == 2
     assert (
         "unknown comparison deepspeed; there are loops, megatron, pipeline, precision, mfu"

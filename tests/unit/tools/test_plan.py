@@ -1,30 +1,22 @@
 """tools/plan.py: the page in docs, what fits, what is refused, and pictures."""
 
 import json
-import subprocess
-import sys
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from sentencepiece import SentencePieceTrainer
 
-from tests.launch import REPOSITORY
+from tests.repository import REPOSITORY, run_python, run_tool
 
 PLT = "configs/plt_1.7b_40b.yaml"
 
 
-def plan(*arguments: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "tools/plan.py", *map(str, arguments)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-    )
+plan = partial(run_tool, "plan.py")
 
 
 def test_the_page_in_docs_is_what_the_command_writes(tmp_path: Path):
-    assert plan("--table", tmp_path / "plan.md").returncode == 0
+    assert run_python("tools/plan.py", "--table", tmp_path / "plan.md").returncode == 0
     assert (tmp_path / "plan.md").read_text() == (REPOSITORY / "docs/plan.md").read_text()
 
 

@@ -28,12 +28,12 @@ from pltmoe.train.benchmark.timing import (
     quartiles,
     ratio,
 )
-from tests.launch import REPOSITORY
+from tests.repository import CONFIGS
 
 
 def quickstart(*overrides: str) -> RunConfig:
-    path = REPOSITORY / "configs/quickstart_plt2.yaml"
-    return load_config(path, ["parallel.expert_parallel_size=1", *overrides])
+    one_rank = "parallel.expert_parallel_size=1"
+    return load_config(CONFIGS / "quickstart_plt2.yaml", [one_rank, *overrides])
 
 
 def test_candidates_take_turns() -> None:

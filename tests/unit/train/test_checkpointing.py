@@ -8,7 +8,7 @@ import pytest
 import torch
 from megatron.core.dist_checkpointing import ShardedTensor
 
-from pltmoe.checkpoint import folders, in_process
+from pltmoe.checkpoint import folders
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.errors import EngineError
 from pltmoe.train.callbacks import Checkpointing
@@ -16,17 +16,6 @@ from pltmoe.train.pretrain import _end_save
 from tests.distributed.tiny import tiny_config
 
 WAIT_S = 0.3
-
-
-@pytest.fixture
-def gate(monkeypatch):
-    """Writing waits here until the gate is opened."""
-    gate, write = threading.Event(), in_process._write_file
-    monkeypatch.setattr(
-        in_process, "_write_file", lambda *a, **k: (gate.wait(60), write(*a, **k))[1]
-    )
-    yield gate
-    gate.set()
 
 
 @pytest.fixture
