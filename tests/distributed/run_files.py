@@ -19,11 +19,11 @@ VOCABULARY = 400
 
 
 def make_files(folder: Path) -> Path:
-    """Write a corpus of this repository's own modules and a configuration; return the YAML file."""
+    """Write a corpus, of a text that never changes, and a configuration; return the YAML file."""
     text = folder / "text"
     text.mkdir()
-    for number, source in enumerate(sorted((REPOSITORY / "pltmoe" / "config").glob("*.py"))):
-        (text / f"{number}.txt").write_text(source.read_text())
+    for number, paragraph in enumerate((REPOSITORY / "LICENSE").read_text().split("\n\n")):
+        (text / f"{number:02}.txt").write_text(paragraph)
     train_tokenizer([text], folder / "tokenizer.model", TrainingOptions(vocab_size=VOCABULARY))
     preprocess([text], folder / "corpus", folder / "tokenizer.model")
     tree = {
