@@ -194,7 +194,7 @@ def _legend(figure: Figure, loops: int, chunks: int) -> None:
                 colour = _colour(kind, loop, chunk, chunks)
                 handles.append(Patch(facecolor=colour, label=f"loop {loop}{of} {name}"))
     handles.append(Patch(facecolor=_WAITING, label="waits"))
-    columns = min(len(handles), 7)
+    columns = min(len(handles), 6)
     figure.legend(
         handles=handles, loc="outside lower left", ncols=columns, frameon=False, fontsize=9
     )

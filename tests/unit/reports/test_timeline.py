@@ -1,7 +1,11 @@
 """Pictures of the pipeline: everything is drawn, and the text has the width that was asked for."""
 
-import pytest
+import io
 
+import pytest
+from matplotlib.figure import Figure
+
+from pltmoe.reports import timeline
 from pltmoe.reports.timeline import draw_timeline, timeline_text
 
 
@@ -10,6 +14,13 @@ def test_picture_is_written_whole(shape, tmp_path):
     path = draw_timeline(*shape, tmp_path / "timeline.png")
     assert path.read_bytes().startswith(b"\x89PNG")
     assert [p.name for p in tmp_path.iterdir()] == ["timeline.png"]
+
+
+def test_the_legend_of_many_loops_and_chunks_is_as_wide_as_the_picture():
+    figure = Figure(figsize=(timeline._WIDTH_INCHES, 6), layout="constrained")
+    timeline._legend(figure, loops=3, chunks=4)
+    figure.savefig(io.BytesIO())
+    assert figure.legends[0].get_window_extent().x1 < figure.bbox.x1
 
 
 def test_text_shows_each_loop_and_the_waiting():
