@@ -209,4 +209,5 @@ def _not_finite_loss(local: Tensor) -> str:
     broken = [
         f"rank {rank}: {loss}" for rank, loss in enumerate(per_rank) if not math.isfinite(loss)
     ]
-    return f"the loss is not finite ({', '.join(broken) or 'only their sum overflows'})"
+    more = f" and {len(broken) - 8} more ranks" if len(broken) > 8 else ""
+    return f"the loss is not finite ({', '.join(broken[:8]) or 'only their sum overflows'}{more})"
