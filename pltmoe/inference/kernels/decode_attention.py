@@ -79,7 +79,8 @@ def _one_pass(
     ROWS: tl.constexpr, WINDOWS: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """One program per KV head of a sequence: cache, windows and gate."""
-    sequence, group = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
+    program = tl.program_id(0).to(tl.int64)
+    sequence, group = program // G, program % G
     q_qk, loop, query_head, mask = _load_rows(
         q_ptr, sequence, group, stride_qb, stride_ql, stride_qh, L, PER, K, BLOCK_K, ROWS
     )
@@ -118,7 +119,8 @@ def _split(
     ROWS: tl.constexpr, PRECISION: tl.constexpr
 ):  # fmt: skip
     """One program per KV head and split; parts from ``splits`` on are the later loops' windows."""
-    sequence, group = (tl.program_id(0) // G).to(tl.int64), tl.program_id(0) % G
+    program = tl.program_id(0).to(tl.int64)
+    sequence, group = program // G, program % G
     part, parts = tl.program_id(1), tl.num_programs(1)
     q_qk, loop, query_head, mask = _load_rows(
         q_ptr, sequence, group, stride_qb, stride_ql, stride_qh, L, PER, K, BLOCK_K, ROWS

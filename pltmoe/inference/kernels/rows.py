@@ -95,8 +95,9 @@ def _store(
     BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """One program per KV head of a row."""
-    row, group = tl.program_id(0) // G, tl.program_id(0) % G
-    sequence, loop = (row // L).to(tl.int64), row % L
+    program = tl.program_id(0).to(tl.int64)
+    row, group = program // G, program % G
+    sequence, loop = row // L, row % L
     head = tl.arange(0, BLOCK_K)
     inside = head < K
     k_at = k_ptr + sequence * stride_kb + loop * stride_kl + group * stride_kg + head

@@ -172,6 +172,25 @@ def store_error(rings: bool, device: str, dtype: torch.dtype) -> float:
     return relative_error(*written)
 
 
+def far_error() -> float:
+    """Use a cache whose third head begins 2^31 numbers after its first."""
+    from pltmoe.inference.kernels.decode_attention import decode_attention
+    from pltmoe.inference.kernels.rows import store
+
+    sizes: dict[str, Any] = {"L": 2, "h": 3, "g": 3, "n": 40, "lengths": (29,), "window": False}
+    q_bLhk, near, _, length_b = attention_inputs("cpu", torch.float16, **sizes)
+    far = torch.empty(2**31 + near[0, 0].numel(), dtype=near.dtype)
+    far = far.as_strided(near.shape, (0, 2**30, near.size(3), 1)).copy_(near)
+    both = [
+        torch.cat([decode_attention(q_bLhk, x, x, length_b, splits=splits) for splits in SPLITS])
+        for x in (near, far)
+    ]
+    for x in (near, far):
+        store(q_bLhk, q_bLhk, x, x, length_b)
+    written = [x[:, :, :30].reshape(3, -1) for x in (near, far)]
+    return max(relative_error(*both), relative_error(*written))
+
+
 STEPS = ("plt2", "plt3_normed", "plt2_routing", "clp")
 """Models of tests/unit/inference/models.py that decode through the kernels."""
 
@@ -252,6 +271,7 @@ def main() -> None:
     errors |= {
         f"store-{rings}": store_error(rings, "cpu", torch.float32) for rings in (False, True)
     }
+    errors["store-far"] = far_error()
     errors |= {f"step-{name}": step_error(name) for name in STEPS}
     print(json.dumps(errors))
 

@@ -45,7 +45,7 @@ def test_expert_kernels_equal_the_plain_version(name: str, errors: dict[str, flo
     assert errors[name] < 2e-6
 
 
-@pytest.mark.parametrize("name", [*PROJECT, *CHOOSE, "store-False", "store-True"])
+@pytest.mark.parametrize("name", [*PROJECT, *CHOOSE, "store-False", "store-True", "store-far"])
 def test_row_kernels_equal_the_plain_versions(name: str, errors: dict[str, float]) -> None:
     assert errors[name] < 1e-6
 
