@@ -15,6 +15,7 @@ from pltmoe.hf.loopcoder import convert_loopcoder, is_loopcoder
 from pltmoe.runtime.command_line import run_tool
 from pltmoe.runtime.cpu import stand_in_for_cuda
 from pltmoe.runtime.logs import leave_out_import_warnings
+from pltmoe.runtime.tokenizer_files import find_tokenizer
 
 
 def main() -> None:
@@ -47,7 +48,9 @@ def main() -> None:
     dtype = getattr(torch, args.dtype) if args.dtype else None
     import_folder(args.model, args.output, config, dtype)
     print(f"{args.model} -> {args.output}; start a run from it with")
-    print(f"  checkpoint.load_weights={args.output}")
+    tokenizer = find_tokenizer(args.output)
+    more = "" if tokenizer is None else f" data.tokenizer={tokenizer}"
+    print(f"  checkpoint.load_weights={args.output}{more}")
 
 
 def _convert_loopcoder(args: argparse.Namespace) -> None:

@@ -16,7 +16,12 @@ def main() -> None:
     default = PreprocessOptions()
     parser = argparse.ArgumentParser(description=__doc__)
     add_text_arguments(parser, default.json_key)
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece model file")
+    parser.add_argument(
+        "--tokenizer",
+        type=Path,
+        required=True,
+        help="sentencepiece model, or tokenizer.json with its tokenizer_config.json beside it",
+    )
     parser.add_argument(
         "--output", type=Path, required=True, metavar="PREFIX", help=".bin and .idx are added"
     )

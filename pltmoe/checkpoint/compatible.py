@@ -22,11 +22,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pltmoe.checkpoint.manifest import TOKENIZER, Manifest
+from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.config import RunConfig, config_to_dict
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.devices import precision_name
 from pltmoe.runtime.files import sha256_of
+from pltmoe.runtime.tokenizer_files import find_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -144,8 +145,8 @@ def check_weights(directory: Path, manifest: Manifest, config: RunConfig) -> Non
     if trained and trained != sha256_of(used) and not _accepts(config, "data.tokenizer"):
         raise CheckpointError(
             f"the model in {directory} was trained with another tokenizer than data.tokenizer "
-            f"({used}), whose ids are other text: use {directory / TOKENIZER} and data made with "
-            "it, or accept the change with checkpoint.accept_changes=[data.tokenizer]"
+            f"({used}), whose ids are other text: use {find_tokenizer(directory)} and data made "
+            "with it, or accept the change with checkpoint.accept_changes=[data.tokenizer]"
         )
 
 

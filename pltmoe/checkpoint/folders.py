@@ -1,7 +1,7 @@
 """Checkpoint folders on disk: their names, which is the newest, which are deleted.
 
     OUTPUT_DIR/checkpoints/
-        step_00000100/        Megatron torch_dist files, tokenizer.model, manifest.json (last)
+        step_00000100/        Megatron torch_dist files, the tokenizer, manifest.json (last)
         .writing_step_...     being written, or left by a crash: never read, cleaned at start
         damaged_step_...      was found to be damaged (newest.py): kept, never read
         left_step_...         of a run that went back to an earlier step (newest.py): the same

@@ -1,7 +1,7 @@
 """What a checkpoint says about itself: ``manifest.json``, written last: where it is, all is.
 
 A checkpoint can be used from its folder alone: the manifest holds the complete configuration, and
-the tokenizer model lies next to it.
+the tokenizer lies next to it.
 """
 
 import hashlib
@@ -17,7 +17,6 @@ from pltmoe.errors import CheckpointError, ConfigError, DamagedCheckpointError
 from pltmoe.runtime.versions import commit, versions
 
 MANIFEST = "manifest.json"
-TOKENIZER = "tokenizer.model"
 _OWN_HASH = "manifest_sha256"
 
 Content = Literal["model", "optimizer", "random", "guard", "fp8_scales"]
@@ -47,7 +46,7 @@ class Manifest(BaseModel):
     contains: tuple[Content, ...] = ("model", "optimizer", "random", "guard")
     """What is in it; converted checkpoints have the model only."""
     tokenizer_sha256: str | None = None
-    """Hash of tokenizer.model."""
+    """Hash of the tokenizer's main file, tokenizer.model or tokenizer.json."""
     versions: dict[str, str] = Field(default_factory=versions)
     """Python and packages."""
     commit: str = Field(default_factory=commit)

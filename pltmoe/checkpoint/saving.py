@@ -23,10 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 from pltmoe.checkpoint.folders import OLD, WRITING, point_to
 from pltmoe.checkpoint.in_process import ShardWriter
 from pltmoe.checkpoint.integrity import checksums
-from pltmoe.checkpoint.manifest import TOKENIZER, Manifest, write_manifest
+from pltmoe.checkpoint.manifest import Manifest, write_manifest
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.distributed import highest, on_main
 from pltmoe.runtime.files import flush_to_disk, sha256_of
+from pltmoe.runtime.tokenizer_files import tokenizer_files
 
 _PATIENCE_S = 30.0
 
@@ -38,7 +39,7 @@ class Save:
         final: the folder; it appears when it is whole.
         state: sharded state dict of this rank.
         manifest: what to say about it; sizes, checksums and the tokenizer's hash are filled in.
-        tokenizer: sentencepiece model that is copied into the folder.
+        tokenizer: its main file; it and what belongs to it are copied into the folder.
         background: return at once, with a copy of ``state`` in host memory; else write now.
         point: let ``latest`` beside the folder name it at the end.
 
@@ -124,7 +125,8 @@ class Save:
         self._see_all([sums for _, _, sums in reports])
         self._shards.complete([results for _, results, _ in reports])
         if self._tokenizer is not None:
-            shutil.copyfile(self._tokenizer, writing / TOKENIZER)
+            for name, file in tokenizer_files(self._tokenizer).items():
+                shutil.copyfile(file, writing / name)
             more["tokenizer_sha256"] = sha256_of(self._tokenizer)
         known = {name: value for _, _, sums in reports for name, value in sums.items()}
         written = {p.relative_to(writing).as_posix(): p for p in writing.rglob("*") if p.is_file()}

@@ -49,7 +49,7 @@ def begin_save(
         directory: the run's ``checkpoints`` folder.
         state: sharded state dict of this rank.
         manifest: what to say about it; sizes, checksums and the tokenizer's hash are filled in.
-        tokenizer: sentencepiece model that is copied into the folder.
+        tokenizer: its main file; it and what belongs to it are copied into the folder.
         background: write while the caller goes on and changes the state.
 
     Raises:

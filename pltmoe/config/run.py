@@ -47,7 +47,8 @@ class DataConfig(Section):
     """Where tokens come from."""
 
     tokenizer: Path
-    """sentencepiece model file (tools/train_tokenizer.py)."""
+    """sentencepiece model (tools/train_tokenizer.py), or Hugging Face's tokenizer.json with the
+    tokenizer_config.json that names its eos_token beside it."""
     train: list[DataSource] = Field(min_length=1)
     """Sources of the training blend; a PREFIX is short for {path: PREFIX}, and for a list of it."""
     valid: list[DataSource] = []

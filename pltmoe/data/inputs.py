@@ -2,9 +2,10 @@
 
 from pltmoe.config.run import RunConfig
 from pltmoe.data.indexed import bin_path, idx_path
-from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.tokenizer import load_tokenizer
 from pltmoe.data.verify import verify_vocabulary
 from pltmoe.errors import DataError
+from pltmoe.runtime.tokenizer_files import tokenizer_files
 
 
 def check_inputs(config: RunConfig) -> None:
@@ -17,7 +18,7 @@ def check_inputs(config: RunConfig) -> None:
             tokenizer, or one with more pieces than ``model.vocab_size``.
     """
     data = config.data
-    named = [(data.tokenizer, "data.tokenizer")]
+    named = [(path, "data.tokenizer") for path in tokenizer_files(data.tokenizer).values()]
     for field, sources in (("data.train", data.train), ("data.valid", data.valid)):
         for source in sources:
             named += [(bin_path(source.path), field), (idx_path(source.path), field)]
@@ -28,4 +29,4 @@ def check_inputs(config: RunConfig) -> None:
             "tools/train_tokenizer.py and tools/preprocess_data.py, and name them: "
             "data.tokenizer=FILE 'data.train=[{path: PREFIX}]'"
         )
-    verify_vocabulary(config, Tokenizer(data.tokenizer))
+    verify_vocabulary(config, load_tokenizer(data.tokenizer))

@@ -19,7 +19,7 @@ import numpy as np
 from pltmoe.data.atomic import complete_file
 from pltmoe.data.indexed import token_dtype
 from pltmoe.data.sources import FileSlice, InputFile, Report, read_documents
-from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.tokenizer import Tokenizer, load_tokenizer
 from pltmoe.errors import DataError
 
 _FORMAT = 2  # raise it when the same text and options would give other bytes
@@ -201,4 +201,4 @@ def _check_unchanged(part: Part) -> None:
 @lru_cache(maxsize=1)
 def _tokenizer(path: Path) -> Tokenizer:
     """Load the tokenizer once per worker."""
-    return Tokenizer(path)
+    return load_tokenizer(path)

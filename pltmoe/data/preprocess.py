@@ -54,7 +54,7 @@ from pltmoe.data.parts import (
     write_part,
 )
 from pltmoe.data.sources import InputFile, find_inputs, reading_of
-from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.tokenizer import Tokenizer, load_tokenizer
 from pltmoe.data.workers import Workers
 from pltmoe.errors import DataError
 from pltmoe.runtime.files import flush_to_disk, sha256_of
@@ -102,7 +102,7 @@ def preprocess(
     if prefix.suffix in (".bin", ".idx"):
         short = prefix.with_suffix("")
         raise DataError(f"{prefix}: .bin and .idx are added to a prefix: give {short}")
-    tokenizer = Tokenizer(tokenizer_path)
+    tokenizer = load_tokenizer(tokenizer_path)
     files = _without_own(find_inputs(inputs, options.include), prefix)
     with Workers(min(options.workers, _most_workers(files))) as workers:
         job = _Job(prefix, tokenizer, files, _hash_inputs(files, workers, options), options)

@@ -1,97 +1,74 @@
-"""The sentencepiece tokenizer: lossless, so that ``decode(encode(text)) == text`` for any text.
+"""Text to token ids and back: sentencepiece models, and tokenizers of Hugging Face.
 
-BPE with byte fallback, no normalisation, no dummy prefix, every space kept. sentencepiece writes a
-space as U+2581 inside its pieces and turns that character back into a space when it decodes, so a
-U+2581 in the text itself would be lost; ``Tokenizer`` writes it as its three byte pieces instead.
-A Hugging Face fast tokenizer gives the same ids when its pieces hold real spaces (see hf/).
+What tools/train_tokenizer.py makes is lossless, ``decode(encode(text)) == text`` for any text: BPE
+with byte fallback, no normalisation, no dummy prefix, every space kept. Others warn if not.
 """
 
 import hashlib
+import json
 import logging
+import os
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
+import tokenizers
 
 from pltmoe.errors import DataError
+from pltmoe.runtime.tokenizer_files import HUGGING_FACE_CONFIG, is_hugging_face, tokenizer_files
 
 log = logging.getLogger(__name__)
 
 SPACE_MARK = "\u2581"
+_SPECIAL = ("unk_token", "bos_token", "eos_token", "pad_token")
 _MARKED = f"a{SPACE_MARK}b"
 _PROBE = "  a\tb \r\n\n\x00\ufb01 e\u0301 \U0001f600  "
 
 
-class Tokenizer:
-    """A sentencepiece model with what Megatron's datasets ask of a tokenizer.
+def load_tokenizer(path: str | Path) -> "Tokenizer":
+    """Load a sentencepiece model, or a ``tokenizer.json`` with its configuration beside it.
 
     Raises:
-        DataError: no such file, not a sentencepiece model, or one without an end-of-document piece.
+        DataError: no such file, not a tokenizer, or one that names nothing to end documents with.
+    """
+    path = Path(path)
+    return HuggingFaceTokenizer(path) if is_hugging_face(path) else SentencePieceTokenizer(path)
+
+
+class Tokenizer(ABC):
+    """A tokenizer with what Megatron's datasets ask of it.
+
+    Attributes:
+        model_path: its file.
+        sha256: of the file.
+        eod: id that ends every document.
+        pad: id of the padding token; -1 if there is none (Megatron's own value for that).
+        vocab_size: ids are ``0 .. vocab_size - 1``.
     """
 
-    def __init__(self, path: str | Path):
-        self.model_path = Path(path)
-        model = _read_model(self.model_path)
-        self._pieces = _load(model, self.model_path)
-        self.sha256 = hashlib.sha256(model).hexdigest()
-        if self._pieces.eos_id() < 0:
-            raise DataError(
-                f"{path}: has no end-of-sentence piece, which ends documents; "
-                "train a tokenizer with tools/train_tokenizer.py"
-            )
-        self._space_mark_ids: list[int] = []
-        if self._is_lossless():
-            names = (f"<0x{byte:02X}>" for byte in SPACE_MARK.encode())
-            self._space_mark_ids = [self._pieces.piece_to_id(name) for name in names]
-        if self.decode(self.encode(_MARKED)) != _MARKED:  # each part would get a dummy prefix
-            self._space_mark_ids = []
-            log.warning("%s is not lossless: decoding may not give back the same text", path)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of pieces; ids are ``0 .. vocab_size - 1``."""
-        return self._pieces.get_piece_size()
-
-    @property
-    def eod(self) -> int:
-        """Id that ends every document (sentencepiece's end of sentence)."""
-        return self._pieces.eos_id()
-
-    @property
-    def pad(self) -> int:
-        """Id of the padding piece; -1 if the model has none (Megatron's own value for that)."""
-        return self._pieces.pad_id()
-
-    @property
-    def bos(self) -> int:
-        """Id of the beginning-of-document piece, -1 if there is none; not used in training."""
-        return self._pieces.bos_id()
-
-    @property
-    def unk(self) -> int:
-        """Id of the unknown piece; with byte fallback no text ever maps to it."""
-        return self._pieces.unk_id()
+    model_path: Path
+    sha256: str
+    eod: int
+    pad: int
+    vocab_size: int
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
         """What names this tokenizer in Megatron's index cache: its contents, not its path."""
-        return OrderedDict({"class": type(self).__name__, "sha256": self.sha256})
+        return OrderedDict({"class": "Tokenizer", "sha256": self.sha256})
 
     def encode(self, text: str) -> list[int]:
-        """Return the ids of ``text``, without any special id added.
+        """Return the ids of ``text``; a document is these and ``eod``.
 
         Raises:
             DataError: the text holds a lone surrogate, which no encoding of Unicode can store.
         """
         try:
-            if not self._space_mark_ids or SPACE_MARK not in text:
-                return self._pieces.encode(text)
-            ids: list[int] = []
-            for i, part in enumerate(text.split(SPACE_MARK)):
-                ids += (self._space_mark_ids if i else []) + self._pieces.encode(part)
-            return ids
-        except (RuntimeError, TypeError):  # the second: sentencepiece before 0.2.2
+            return self._encode(text)
+        except (RuntimeError, TypeError):  # the second: sentencepiece before 0.2.2, tokenizers
             raise _encoding_error(text) from None
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -105,6 +82,69 @@ class Tokenizer:
             if not 0 <= i < self.vocab_size:
                 size = self.vocab_size
                 raise DataError(f"{self.model_path}: token id {i} is not in 0 .. {size - 1}")
+        return self._decode(ids)
+
+    @abstractmethod
+    def _encode(self, text: str) -> list[int]: ...
+
+    @abstractmethod
+    def _decode(self, ids: list[int]) -> str: ...
+
+    def _gives_back(self, text: str) -> bool:
+        return self.decode(self.encode(text)) == text
+
+    def _warn_of_losses(self) -> None:
+        log.warning("%s is not lossless: decoding may not give back the same text", self.model_path)
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece model.
+
+    It writes a space as U+2581 inside its pieces and turns that character back into a space when it
+    decodes, so a U+2581 in the text itself would be lost; here it is written as its three byte
+    pieces. A Hugging Face fast tokenizer gives the same ids when its pieces hold real spaces
+    (hf/fast_tokenizer.py). No special id is added to a text.
+    """
+
+    def __init__(self, path: Path):
+        self.model_path = path
+        model = _read(path)
+        self._pieces = _load_pieces(model, path)
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        self.eod, self.pad = self._pieces.eos_id(), self._pieces.pad_id()
+        self.vocab_size = self._pieces.get_piece_size()
+        if self.eod < 0:
+            raise DataError(
+                f"{path}: has no end-of-sentence piece, which ends documents; "
+                "train a tokenizer with tools/train_tokenizer.py"
+            )
+        self._space_mark_ids: list[int] = []
+        if self._is_lossless():
+            names = (f"<0x{byte:02X}>" for byte in SPACE_MARK.encode())
+            self._space_mark_ids = [self._pieces.piece_to_id(name) for name in names]
+        if not self._gives_back(_MARKED):  # each part would get a dummy prefix
+            self._space_mark_ids = []
+            self._warn_of_losses()
+
+    @property
+    def bos(self) -> int:
+        """Id of the beginning-of-document piece, -1 if there is none; not used in training."""
+        return self._pieces.bos_id()
+
+    @property
+    def unk(self) -> int:
+        """Id of the unknown piece; with byte fallback no text ever maps to it."""
+        return self._pieces.unk_id()
+
+    def _encode(self, text: str) -> list[int]:
+        if not self._space_mark_ids or SPACE_MARK not in text:
+            return self._pieces.encode(text)
+        ids: list[int] = []
+        for i, part in enumerate(text.split(SPACE_MARK)):
+            ids += (self._space_mark_ids if i else []) + self._pieces.encode(part)
+        return ids
+
+    def _decode(self, ids: list[int]) -> str:
         return self._pieces.decode(ids)
 
     def _is_lossless(self) -> bool:
@@ -114,7 +154,73 @@ class Tokenizer:
         )
 
 
-def _read_model(path: Path) -> bytes:
+class HuggingFaceTokenizer(Tokenizer):
+    """A ``tokenizer.json``, and of the ``tokenizer_config.json`` beside it what ends a document.
+
+    What the tokenizer puts in front of a text (Llama 3's ``<|begin_of_text|>``) begins documents,
+    too, so that training sees what a prompt will look like. The names of special tokens in a text
+    are ordinary text: no document ends in its middle because it talks about ``<|endoftext|>``. A
+    length that the file cuts texts to is not heeded.
+
+    A text of n MiB takes some 180 n MiB of memory for a moment.
+
+    Attributes:
+        names: of the special tokens that the configuration names, ``eos_token`` and others.
+        prefix: ids in front of every text.
+    """
+
+    def __init__(self, path: Path):
+        # A process encodes one text at a time, and one that encoded in parallel warns of each fork.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        self.model_path = path
+        model = _read(path)
+        self.sha256 = hashlib.sha256(model).hexdigest()
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_buffer(model)
+        except ValueError as error:
+            raise DataError(f"{path}: not a tokenizer of Hugging Face ({error})") from None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self._tokenizer.encode_special_tokens = True
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
+        named = _special_tokens(tokenizer_files(path)[HUGGING_FACE_CONFIG])
+        self.names = {k: name for k, name in named.items() if self._id(name) >= 0}
+        if "eos_token" not in self.names:
+            raise DataError(
+                f"{path.with_name(HUGGING_FACE_CONFIG)}: names no eos_token that {path.name} has, "
+                'which ends documents; add it, such as "eos_token": "<|endoftext|>"'
+            )
+        self.eod, self.pad = self._id(self.names["eos_token"]), self._id(named.get("pad_token", ""))
+        self.prefix = self._find_prefix()
+        if not self._gives_back(_PROBE):
+            self._warn_of_losses()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.model_path,)  # a copy would not know about special tokens
+
+    def _id(self, name: str) -> int:
+        index = self._tokenizer.token_to_id(name)
+        return -1 if index is None else index
+
+    def _find_prefix(self) -> list[int]:
+        whole = self._encode("a")
+        text = self._tokenizer.encode("a", add_special_tokens=False).ids
+        prefix = whole[: len(whole) - len(text)]
+        if whole != prefix + text:
+            raise DataError(
+                f"{self.model_path}: puts tokens behind every text, so that a prompt would have "
+                "ended; take them out of its post_processor (documents get their end all the same)"
+            )
+        return prefix
+
+    def _encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode_batch_fast([text])[0].ids  # a third of the time of encode
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
@@ -122,10 +228,24 @@ def _read_model(path: Path) -> bytes:
             f"{path}: no such tokenizer; make one with tools/train_tokenizer.py"
         ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror})") from None
+        more = "; name its tokenizer.json" if path.is_dir() else ""
+        raise DataError(f"{path}: cannot be read ({error.strerror}){more}") from None
 
 
-def _load(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
+def _special_tokens(path: Path) -> dict[str, str]:
+    """Return key -> name of the special tokens; each is a name, or an object with ``content``."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; it says which token ends a document (eos_token)")
+    try:
+        config = json.loads(_read(path))
+        tokens = {key: config.get(key) for key in _SPECIAL}
+    except (ValueError, AttributeError):
+        raise DataError(f"{path}: not the configuration of a tokenizer, a JSON object") from None
+    contents = {k: v.get("content") if isinstance(v, dict) else v for k, v in tokens.items()}
+    return {key: name for key, name in contents.items() if isinstance(name, str)}
+
+
+def _load_pieces(model: bytes, path: Path) -> sentencepiece.SentencePieceProcessor:
     pieces = sentencepiece.SentencePieceProcessor()
     try:
         usable = pieces.LoadFromSerializedProto(model) is not False and pieces.get_piece_size() > 0
@@ -145,4 +265,4 @@ def _encoding_error(text: str) -> DataError:
             f"text holds half a surrogate pair (U+{code:04X} at character {error.start}), "
             "which is not valid Unicode"
         )
-    return DataError(f"sentencepiece cannot encode a text of {len(text)} characters")
+    return DataError(f"the tokenizer cannot encode a text of {len(text)} characters")

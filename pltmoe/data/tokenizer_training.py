@@ -15,9 +15,10 @@ from tqdm import tqdm
 
 from pltmoe.data.atomic import complete_file
 from pltmoe.data.sources import FileSlice, InputFile, find_inputs, read_documents, reading_of
-from pltmoe.data.tokenizer import SPACE_MARK, Tokenizer
+from pltmoe.data.tokenizer import SPACE_MARK, Tokenizer, load_tokenizer
 from pltmoe.errors import DataError
 from pltmoe.runtime.files import sha256_of
+from pltmoe.runtime.tokenizer_files import is_hugging_face
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +51,11 @@ def train_tokenizer(
     is kept and returned.
 
     Raises:
-        DataError: no text, broken input, or a vocabulary that does not fit the text.
+        DataError: no text, broken input, a vocabulary that does not fit the text, or an ``output``
+            that is named like a tokenizer of Hugging Face.
     """
+    if is_hugging_face(output):
+        raise DataError(f"{output}: a sentencepiece model is no JSON; name it {output.stem}.model")
     files = find_inputs(inputs)
     manifest = {
         "options": asdict(options),
@@ -60,7 +64,7 @@ def train_tokenizer(
     }
     if _is_current(output, manifest):
         log.info("%s: up to date, reused", output)
-        return Tokenizer(output)
+        return load_tokenizer(output)
     sample = _sample(files, options, progress)
     log.info("training %d pieces on %d chunks of text", options.vocab_size, len(sample))
     model = _train(sample, options)
@@ -69,7 +73,7 @@ def train_tokenizer(
         manifest["model_sha256"] = sha256_of(temporary)
     with complete_file(manifest_path(output)) as temporary:
         temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    return Tokenizer(output)
+    return load_tokenizer(output)
 
 
 def manifest_path(model: Path) -> Path:

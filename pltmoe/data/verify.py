@@ -96,6 +96,12 @@ def _check_manifest(pair: IndexedPair, manifest: DatasetManifest, tokenizer: Tok
             f"than data.tokenizer {tokenizer.model_path}: their ids mean different text; "
             "use the tokenizer of the dataset, or preprocess it again"
         )
+    if manifest.tokenizer.end_of_document_id != tokenizer.eod:
+        raise DataError(
+            f"{where}: its documents end with id {manifest.tokenizer.end_of_document_id}, those of "
+            f"data.tokenizer {tokenizer.model_path} with {tokenizer.eod}: name the same eos_token "
+            "in its tokenizer_config.json, or preprocess it again"
+        )
     sizes = {bin_path(pair.prefix): manifest.bin.bytes, idx_path(pair.prefix): manifest.idx.bytes}
     for path, size in sizes.items():
         if path.stat().st_size != size:

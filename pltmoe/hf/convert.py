@@ -4,6 +4,7 @@
     manifest.json   configuration   -->   config.json, generation_config.json, README.md
     *.distcp        weights         -->   model-0000i-of-0000n.safetensors, ...index.json
     tokenizer.model                 -->   tokenizer.json, tokenizer_config.json, tokenizer.model
+    or tokenizer.json, ..._config.json    (the last if the checkpoint has it)
                                           configuration_plt_moe.py, modeling_plt_moe.py (PLT only)
 
 Nothing but the checkpoint is needed, and no more memory than one shard (verification, if the model
@@ -25,7 +26,7 @@ from tqdm import tqdm
 
 from pltmoe.checkpoint.find import find_checkpoint
 from pltmoe.checkpoint.integrity import check_files
-from pltmoe.checkpoint.manifest import TOKENIZER, Manifest, read_manifest
+from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.errors import ConversionError
 from pltmoe.hf import configuration_plt_moe, modeling_plt_moe
 from pltmoe.hf.checkpoint_tensors import CheckpointTensors
@@ -37,6 +38,7 @@ from pltmoe.hf.mapping import Row, rows
 from pltmoe.hf.model_card import model_card
 from pltmoe.hf.shards import ShardWriter, num_bytes
 from pltmoe.hf.verify import Verification, verify_export
+from pltmoe.runtime.tokenizer_files import find_tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -169,10 +171,10 @@ def _write_tokenizer(
     """Return the ids of the special tokens for config.json."""
     if not options.tokenizer:
         return {}
-    path = checkpoint / TOKENIZER
-    if not path.is_file():
+    path = find_tokenizer(checkpoint)
+    if path is None:
         raise ConversionError(
-            f"{path}: the checkpoint has no tokenizer; --no-tokenizer exports without one"
+            f"{checkpoint}: the checkpoint has no tokenizer; --no-tokenizer exports without one"
         )
     fast = write_tokenizer(path, folder, manifest.config.data.sequence_length)
     if len(fast) > manifest.config.model.vocab_size:

@@ -13,7 +13,7 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from torch import Tensor
 from tqdm import tqdm
 
-from pltmoe.checkpoint.manifest import TOKENIZER, Manifest
+from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.checkpoint.store import write_folder
 from pltmoe.config import ModelConfig, RunConfig
 from pltmoe.errors import ConversionError
@@ -22,6 +22,7 @@ from pltmoe.hf.fields import from_hf_fields
 from pltmoe.hf.folder_tensors import FolderTensors, read_json
 from pltmoe.hf.mapping import Row, check_names, rows
 from pltmoe.runtime import distributed
+from pltmoe.runtime.tokenizer_files import find_tokenizer
 
 _TRAINING_ONLY = {"init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"}
 _LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
@@ -61,13 +62,12 @@ def import_folder(
         for row in tqdm(table, desc="weights", disable=not progress):
             tensor = tensors.read(row)
             state |= _stored(row, tensor.to(_stored_dtype(row, tensor, dtype)), model)
-    tokenizer = folder / TOKENIZER
     manifest = Manifest(config=config, contains=("model",), precision=_precision(state))
     alone = distributed.Processes(rank=0, world_size=1, local_rank=0)
     distributed.start(alone)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(output, state, manifest, tokenizer if tokenizer.is_file() else None)
+        write_folder(output, state, manifest, find_tokenizer(folder))
     finally:
         distributed.stop()
     return model

@@ -1,4 +1,6 @@
-"""A Hugging Face fast tokenizer with the ids of a sentencepiece BPE model.
+"""The tokenizer of an export: a Hugging Face fast tokenizer with the ids of training.
+
+One of Hugging Face keeps its file; of a sentencepiece BPE model one is built.
 
 sentencepiece joins, again and again, the neighbouring pieces whose union has the best score; the
 leftmost of equals first. The fast tokenizer does the same with an ordered list of merges: one for
@@ -10,13 +12,21 @@ character cut in two) all become U+FFFD here; sentencepiece keeps the characters
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import sentencepiece
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
+from pltmoe.data.tokenizer import HuggingFaceTokenizer
 from pltmoe.errors import ConversionError
+from pltmoe.runtime.tokenizer_files import (
+    HUGGING_FACE,
+    HUGGING_FACE_CONFIG,
+    SENTENCEPIECE,
+    is_hugging_face,
+)
 
 _SPACE_MARK = "\u2581"
 _PROBES = (
@@ -87,15 +97,45 @@ def special_ids(pieces: sentencepiece.SentencePieceProcessor) -> dict[str, int]:
     return {name: index for name, index in ids.items() if index >= 0}
 
 
-def write_tokenizer(model_path: Path, folder: Path, max_length: int) -> PreTrainedTokenizerFast:
-    """Write tokenizer.json, its configuration and the sentencepiece model itself to ``folder``."""
-    fast = build_fast_tokenizer(model_path, max_length)
+def load_hugging_face(path: Path, max_length: int) -> PreTrainedTokenizerFast:
+    """Return what transformers makes of a ``tokenizer.json``, with the ids of training.
+
+    Documents begin with what the tokenizer puts in front of a text; where that is nothing, what
+    ends a document begins one, as of a sentencepiece model. Unlike in training, names of special
+    tokens in a text are these tokens, as users of the tokenizer expect.
+
+    Raises:
+        DataError: not such a tokenizer.
+        ConversionError: ids differ on a probe text.
+    """
+    ours = HuggingFaceTokenizer(path)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_file=str(path),
+        clean_up_tokenization_spaces=False,
+        model_max_length=max_length,
+        padding_side="left",
+        **ours.names,
+    )
+    fast.bos_token = fast.convert_ids_to_tokens([*ours.prefix, ours.eod][0])
+    for text in _PROBES:
+        if fast.encode(text, split_special_tokens=True) != ours.encode(text):
+            raise ConversionError(
+                f"{path}: transformers gives other ids for {text!r} than training "
+                "(--no-tokenizer leaves the tokenizer out)"
+            )
+    return fast
+
+
+def write_tokenizer(path: Path, folder: Path, max_length: int) -> PreTrainedTokenizerFast:
+    """Write tokenizer.json, its configuration and, if it is one, the sentencepiece model."""
+    is_ready = is_hugging_face(path)
+    fast = (load_hugging_face if is_ready else build_fast_tokenizer)(path, max_length)
     fast.save_pretrained(folder)
-    config_path = folder / "tokenizer_config.json"
+    config_path = folder / HUGGING_FACE_CONFIG
     config = json.loads(config_path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"  # a name that every version knows
     config_path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer.model").write_bytes(model_path.read_bytes())
+    shutil.copyfile(path, folder / (HUGGING_FACE if is_ready else SENTENCEPIECE))
     return fast
 
 

@@ -27,7 +27,7 @@ from pltmoe.config import RunConfig, write_config
 from pltmoe.data.atomic import complete_file
 from pltmoe.data.datasets import batches, build_datasets
 from pltmoe.data.fingerprint import fingerprints_of
-from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.tokenizer import load_tokenizer
 from pltmoe.engines import build_engine
 from pltmoe.engines.base import Batch, Engine
 from pltmoe.errors import CheckpointError, EngineError
@@ -107,7 +107,7 @@ class Data:
         planned = start.manifest.train_samples if start.manifest else 0
         self.train_samples = max(planned, start.consumed(config).sequences_after(train.steps))
         valid = train.eval_steps * train.global_batch_size if train.eval_interval else 0
-        tokenizer = Tokenizer(config.data.tokenizer)
+        tokenizer = load_tokenizer(config.data.tokenizer)
         self._train, self._valid, _ = build_datasets(
             config, tokenizer, (self.train_samples, valid, 0)
         )
@@ -135,7 +135,7 @@ def _find_start(config: RunConfig) -> Start:
     """Prepare the output folder and look for a checkpoint in it; the same answer on all ranks."""
     distributed.on_main(store.check_torch)
     distributed.on_main(lambda: _prepare_folder(config))
-    distributed.on_main(lambda: Tokenizer(config.data.tokenizer).sha256)  # raises what is wrong
+    distributed.on_main(lambda: load_tokenizer(config.data.tokenizer).sha256)  # or says why not
     fingerprints = distributed.on_main(lambda: fingerprints_of(config.data.train))
     newest = newest_intact(config.train.output_dir, config.checkpoint.verify)
     if newest is None:

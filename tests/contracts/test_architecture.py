@@ -31,8 +31,8 @@ MAY_IMPORT = {
 }  # fmt: skip
 # Beyond the table, with the reason.
 ALSO = {
-    # Two verbs that go from a checkpoint to Hugging Face and back.
-    "pltmoe/hf": {"checkpoint", "runtime"},
+    # Two verbs that go from a checkpoint to Hugging Face and back, with the tokenizer of the data.
+    "pltmoe/hf": {"checkpoint", "data", "runtime"},
     # Loads exported folders by the name table.
     "pltmoe/inference": {"hf"},
 }

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 
 from pltmoe.data.datasets import batches, build_datasets
-from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.tokenizer import load_tokenizer
 from pltmoe.errors import DataError
 from tests.unit.data.datasets import run_config
 
@@ -17,7 +17,7 @@ def read(model: Path, train: Any, samples: tuple[int, int, int], **data: Any) ->
     """Build datasets on every rank; return what this rank would train on, or its error."""
     if not dist.is_initialized():
         dist.init_process_group("gloo")
-    tokenizer = Tokenizer(model)
+    tokenizer = load_tokenizer(model)
     config = run_config(tokenizer, train, **data)
     try:
         sets = build_datasets(config, tokenizer, samples)

@@ -8,7 +8,7 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.tokenizer import Tokenizer, load_tokenizer
 from pltmoe.errors import DataError
 from tests.unit.data.odd_text import ODD_TEXTS
 
@@ -55,7 +55,7 @@ def test_special_ids_give_no_text(tokenizer: Tokenizer):
 def test_named_by_contents_not_by_path(tokenizer: Tokenizer, tmp_path: Path):
     copy = tmp_path / "copy.model"
     copy.write_bytes(tokenizer.model_path.read_bytes())
-    assert Tokenizer(copy).unique_identifiers == tokenizer.unique_identifiers
+    assert load_tokenizer(copy).unique_identifiers == tokenizer.unique_identifiers
 
 
 def test_travels_to_loader_processes(tokenizer: Tokenizer):
@@ -65,7 +65,7 @@ def test_travels_to_loader_processes(tokenizer: Tokenizer):
 
 def test_missing_file():
     with pytest.raises(DataError, match=r"nowhere\.model: no such tokenizer; make one with tools/"):
-        Tokenizer("nowhere.model")
+        load_tokenizer("nowhere.model")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model" * 100])
@@ -73,12 +73,12 @@ def test_other_file(tmp_path: Path, content: bytes):
     path = tmp_path / "other.model"
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"other\.model: not a sentencepiece model"):
-        Tokenizer(path)
+        load_tokenizer(path)
 
 
 def test_folder_instead_of_a_file(tmp_path: Path):
     with pytest.raises(DataError, match="cannot be read"):
-        Tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
 
 
 def _train(path: Path, **options: object) -> Path:
@@ -95,13 +95,13 @@ def _train(path: Path, **options: object) -> Path:
 def test_model_without_an_end_of_document(tmp_path: Path):
     path = _train(tmp_path / "no_eos.model", vocab_size=40, eos_id=-1, model_type="bpe")
     with pytest.raises(DataError, match="has no end-of-sentence piece"):
-        Tokenizer(path)
+        load_tokenizer(path)
 
 
 def test_foreign_model_works_but_says_that_it_loses_text(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ):
-    foreign = Tokenizer(_train(tmp_path / "foreign.model", vocab_size=40, model_type="bpe"))
+    foreign = load_tokenizer(_train(tmp_path / "foreign.model", vocab_size=40, model_type="bpe"))
     assert "is not lossless" in caplog.text
     assert foreign.decode(foreign.encode("words and more")) == "words and more"
     assert foreign.pad == -1
@@ -111,7 +111,7 @@ def test_a_dummy_prefix_is_not_put_into_the_text(tmp_path: Path, caplog: pytest.
     """As Llama's models have it: at each U+2581 the text would be cut and get one."""
     path = _train(tmp_path / "llama.model", vocab_size=300, model_type="bpe", byte_fallback=True,
                   normalization_rule_name="identity", remove_extra_whitespaces=False)  # fmt: skip
-    foreign = Tokenizer(path)
+    foreign = load_tokenizer(path)
     assert "is not lossless" in caplog.text
     assert foreign.decode(foreign.encode("a b")) == "a b"
     assert foreign.decode(foreign.encode("a\u2581b")) == "a b", "and not 'a \u2581 b'"

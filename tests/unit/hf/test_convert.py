@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from pltmoe.checkpoint.find import find_checkpoint
 from pltmoe.checkpoint.manifest import read_manifest, write_manifest
 from pltmoe.config.counts import count_parameters
-from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.tokenizer import load_tokenizer
 from pltmoe.errors import CheckpointError, ConversionError
 from pltmoe.hf import convert, shards, verify
 from pltmoe.hf.checkpoint_tensors import CheckpointTensors
@@ -197,7 +197,7 @@ def test_a_vanilla_model_is_a_stock_model(name, changes, architecture, tmp_path,
     text = "def test_odd(x):\n\treturn  'é\u2581😀'"
     assert AutoTokenizer.from_pretrained(export.folder, trust_remote_code=True)(text)[
         "input_ids"
-    ] == Tokenizer(tokenizer_model).encode(text)
+    ] == load_tokenizer(tokenizer_model).encode(text)
     check_round_trip(checkpoint, export.folder, tmp_path / "back", m)
 
 

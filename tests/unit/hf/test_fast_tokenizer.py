@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from pltmoe.data.tokenizer import Tokenizer
+from pltmoe.data.tokenizer import load_tokenizer
 from pltmoe.errors import ConversionError
 from pltmoe.hf.fast_tokenizer import build_fast_tokenizer, write_tokenizer
 
@@ -29,7 +29,8 @@ def both(tokenizer_model, tmp_path_factory):
     """Return sentencepiece's tokenizer and the fast one as a user loads it."""
     folder = tmp_path_factory.mktemp("export")
     write_tokenizer(tokenizer_model, folder, max_length=64)
-    return Tokenizer(tokenizer_model), AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    fast = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+    return load_tokenizer(tokenizer_model), fast
 
 
 def check(both, text):
@@ -85,7 +86,7 @@ def test_text_that_spells_special_pieces(tmp_path):
     )
     path = tmp_path / "tokenizer.model"
     path.write_bytes(model.getvalue())
-    ours, fast = Tokenizer(path), build_fast_tokenizer(path, 64)
+    ours, fast = load_tokenizer(path), build_fast_tokenizer(path, 64)
     assert {"/s>", "<"} <= set(fast.get_vocab()), "the parts are pieces"
     for text in ("</s>", "<0x41>", "a</s></s>"):
         check((ours, fast), text)
