@@ -2,7 +2,8 @@
 
 | field                                                   | resume           | weights only  |
 |---------------------------------------------------------|------------------|---------------|
-| fields of model.* that give tensors their shape         | must be equal    | must be equal |
+| fields of model.* that give tensors their shape         | must be equal    | must be equal,|
+|                                                         |                  | gates aside   |
 | the rest of model.*, optimizer.*, order of the data,    | must be equal,   | free          |
 | seed, batch sizes, precision, train.fp8_* (if it is     | or be accepted   |               |
 | fp8), train.spike_*,                                    |                  | (*)           |
@@ -15,6 +16,7 @@ schedule unless ``optimizer.decay_steps`` is given; another end is another learn
 step, so it counts as a change of ``optimizer.decay_steps``. Where the schedule stays the same, a
 run may be made longer or shorter. (*) Expert biases are part of the function: that they are left
 behind (a rate of 0) must be accepted, too; so must another tokenizer, whose ids are other text.
+A model with gates may start from one without, such as PLT from a vanilla model: they start at zero.
 """
 
 import logging
@@ -50,6 +52,9 @@ _SHAPE_FIELDS = (
 _SHAPES = frozenset(f"model.{field}" for field in _SHAPE_FIELDS)
 
 _BIAS = "model.moe_expert_bias_update_rate"
+_GATES = ("model.gated_swa", "model.gate_use_hidden_states")
+BIAS, GATE = ".expert_bias", ".plt_gate."
+"""In the names of tensors that a checkpoint may lack."""
 CONTENTS = "data.contents"
 """Stands for the text behind ``data.train`` in messages and ``checkpoint.accept_changes``."""
 _DATA_ORDER = ("train", "split", "sequence_length", "reset_position_ids", "mask_document_ends")
@@ -129,6 +134,8 @@ def check_weights(directory: Path, manifest: Manifest, config: RunConfig) -> Non
             would be left behind, or the tokenizer is another one.
     """
     changed = _changed(_shapes(manifest.config), _shapes(config))
+    if GATE in absent_tensors(manifest, config):
+        changed = {path: why for path, why in changed.items() if path not in _GATES}
     if changed:
         raise CheckpointError(
             f"the weights in {directory} do not fit the configuration: "
@@ -148,6 +155,19 @@ def check_weights(directory: Path, manifest: Manifest, config: RunConfig) -> Non
             f"({used}), whose ids are other text: use {find_tokenizer(directory)} and data made "
             "with it, or accept the change with checkpoint.accept_changes=[data.tokenizer]"
         )
+
+
+def absent_tensors(manifest: Manifest, config: RunConfig) -> tuple[str, ...]:
+    """Return what stands in the names of the model's tensors that the checkpoint lacks.
+
+    They start as in a new model, at zero.
+    """
+    theirs = manifest.config.model
+    lacks = {
+        BIAS: not theirs.moe_expert_bias_update_rate,
+        GATE: config.model.gated_swa and not theirs.gated_swa,
+    }
+    return tuple(part for part, is_absent in lacks.items() if is_absent)
 
 
 def _accepts(config: RunConfig, path: str) -> bool:

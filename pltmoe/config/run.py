@@ -186,7 +186,8 @@ class CheckpointConfig(Section):
     load_weights only model.moe_expert_bias_update_rate, for biases that are left behind."""
     load_weights: Path | None = None
     """Checkpoint folder whose weights a new run starts from (step 0, fresh optimizer), e.g. one
-    made by tools/convert_from_hf.py, or the folder of a run: its newest. Not used on resume."""
+    made by tools/convert_from_hf.py, or the folder of a run: its newest. Not used on resume. PLT
+    may start from a model without gates; they begin at zero."""
 
 
 class TrackingConfig(Section):

@@ -103,6 +103,8 @@ def preprocess(
         short = prefix.with_suffix("")
         raise DataError(f"{prefix}: .bin and .idx are added to a prefix: give {short}")
     tokenizer = load_tokenizer(tokenizer_path)
+    if not tokenizer.is_lossless:
+        log.warning("%s is not lossless: decoding may not give back the same text", tokenizer_path)
     files = _without_own(find_inputs(inputs, options.include), prefix)
     with Workers(min(options.workers, _most_workers(files))) as workers:
         job = _Job(prefix, tokenizer, files, _hash_inputs(files, workers, options), options)

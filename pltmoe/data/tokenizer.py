@@ -1,12 +1,11 @@
 """Text to token ids and back: sentencepiece models, and tokenizers of Hugging Face.
 
 What tools/train_tokenizer.py makes is lossless, ``decode(encode(text)) == text`` for any text: BPE
-with byte fallback, no normalisation, no dummy prefix, every space kept. Others warn if not.
+with byte fallback, no normalisation, no dummy prefix, every space kept. Others may not be.
 """
 
 import hashlib
 import json
-import logging
 import os
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -19,8 +18,6 @@ import tokenizers
 
 from pltmoe.errors import DataError
 from pltmoe.runtime.tokenizer_files import HUGGING_FACE_CONFIG, is_hugging_face, tokenizer_files
-
-log = logging.getLogger(__name__)
 
 SPACE_MARK = "\u2581"
 _SPECIAL = ("unk_token", "bos_token", "eos_token", "pad_token")
@@ -47,6 +44,7 @@ class Tokenizer(ABC):
         eod: id that ends every document.
         pad: id of the padding token; -1 if there is none (Megatron's own value for that).
         vocab_size: ids are ``0 .. vocab_size - 1``.
+        is_lossless: whether odd spaces, controls and accents come back as they were.
     """
 
     model_path: Path
@@ -54,6 +52,7 @@ class Tokenizer(ABC):
     eod: int
     pad: int
     vocab_size: int
+    is_lossless: bool
 
     @property
     def unique_identifiers(self) -> OrderedDict[str, str]:
@@ -93,9 +92,6 @@ class Tokenizer(ABC):
     def _gives_back(self, text: str) -> bool:
         return self.decode(self.encode(text)) == text
 
-    def _warn_of_losses(self) -> None:
-        log.warning("%s is not lossless: decoding may not give back the same text", self.model_path)
-
 
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece model.
@@ -119,12 +115,12 @@ class SentencePieceTokenizer(Tokenizer):
                 "train a tokenizer with tools/train_tokenizer.py"
             )
         self._space_mark_ids: list[int] = []
-        if self._is_lossless():
+        if self._pieces.is_byte(self._pieces.piece_to_id("<0x00>")) and self._gives_back(_PROBE):
             names = (f"<0x{byte:02X}>" for byte in SPACE_MARK.encode())
             self._space_mark_ids = [self._pieces.piece_to_id(name) for name in names]
-        if not self._gives_back(_MARKED):  # each part would get a dummy prefix
+        self.is_lossless = self._gives_back(_MARKED)
+        if not self.is_lossless:  # each part would get a dummy prefix
             self._space_mark_ids = []
-            self._warn_of_losses()
 
     @property
     def bos(self) -> int:
@@ -146,12 +142,6 @@ class SentencePieceTokenizer(Tokenizer):
 
     def _decode(self, ids: list[int]) -> str:
         return self._pieces.decode(ids)
-
-    def _is_lossless(self) -> bool:
-        pieces = self._pieces
-        return pieces.is_byte(pieces.piece_to_id("<0x00>")) and _PROBE == pieces.decode(
-            pieces.encode(_PROBE)
-        )
 
 
 class HuggingFaceTokenizer(Tokenizer):
@@ -192,8 +182,7 @@ class HuggingFaceTokenizer(Tokenizer):
             )
         self.eod, self.pad = self._id(self.names["eos_token"]), self._id(named.get("pad_token", ""))
         self.prefix = self._find_prefix()
-        if not self._gives_back(_PROBE):
-            self._warn_of_losses()
+        self.is_lossless = self._gives_back(_PROBE)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model_path,)  # a copy would not know about special tokens

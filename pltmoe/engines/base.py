@@ -4,7 +4,7 @@ An engine owns the model, the optimizer and the learning rate, and knows how the
 processes. The trainer owns data order, time, logging and files.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -80,7 +80,7 @@ class Engine(Protocol):
         """
         ...
 
-    def placeholders(self, *parts: str, expert_bias: bool = True) -> dict[str, Any]:
+    def placeholders(self, *parts: str, absent: Sequence[str] = ()) -> dict[str, Any]:
         """Return the sharded state to be filled from a checkpoint.
 
         Args:
@@ -88,7 +88,8 @@ class Engine(Protocol):
                 belong to ranks: they can only be asked for when as many processes wrote them, and
                 FP8 scales when their layout was the same. The guard (skipped steps, window of the
                 spikes) is the same on all.
-            expert_bias: whether the checkpoint has the experts' biases.
+            absent: in names of tensors that the checkpoint lacks, such as ``.expert_bias``: these
+                stay as they are.
         """
         ...
 

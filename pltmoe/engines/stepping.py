@@ -6,7 +6,7 @@ the metrics, and what is saved and restored besides the optimizer's state.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -67,8 +67,8 @@ class SteppingEngine:
 
     def _load_model(self, weights: dict[str, Any]) -> None:
         missing = self.model.load_state_dict(weights, strict=False)
-        strange = [key for key in missing.missing_keys if "expert_bias" not in key]
-        strange = [key for key in strange if not key.endswith("_extra_state")]
+        may_lack = (".expert_bias", ".plt_gate.", "_extra_state")  # see checkpoint/compatible.py
+        strange = [key for key in missing.missing_keys if not any(part in key for part in may_lack)]
         assert not strange and not missing.unexpected_keys, (strange, missing.unexpected_keys)
 
     def _forward_backward(self, batches: Iterator[Batch], forward_only: bool) -> Tensor:
@@ -98,11 +98,10 @@ class SteppingEngine:
             state["fp8_scales"] = sharded_state.rank_object("fp8_scales", scales)
         return state
 
-    def placeholders(self, *parts: str, expert_bias: bool = True) -> dict[str, Any]:
+    def placeholders(self, *parts: str, absent: Sequence[str] = ()) -> dict[str, Any]:
         """Return the sharded state to be filled; see the protocol."""
         weights = self._model_state()
-        if not expert_bias:
-            weights = {k: v for k, v in weights.items() if not k.endswith(".expert_bias")}
+        weights = {k: v for k, v in weights.items() if not any(part in k for part in absent)}
         wanted: dict[str, Any] = {"model": weights}
         if "optimizer" in parts:
             wanted["optimizer"] = self._optimizer_state(weights, loading=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pltmoe.checkpoint import folders, store
-from pltmoe.checkpoint.compatible import check_resume, check_weights
+from pltmoe.checkpoint.compatible import GATE, absent_tensors, check_resume, check_weights
 from pltmoe.checkpoint.find import find_checkpoint
 from pltmoe.checkpoint.integrity import check_files_together
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
@@ -179,7 +179,7 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
                     "FP8 scales begin anew: %s has none for this layout; the next step is less "
                     "exact than others", start.folder,
                 )  # fmt: skip
-        wanted = engine.placeholders(*parts, expert_bias=_has_expert_bias(start.manifest))
+        wanted = engine.placeholders(*parts, absent=absent_tensors(start.manifest, config))
         engine.restore(store.load_state(start.folder, wanted), start.step)
         return f"resumed from {start.folder} (step {start.step:,})"
     if (given := config.checkpoint.load_weights) is None:
@@ -189,13 +189,10 @@ def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> st
     check_weights(folder, manifest, config)
     if config.checkpoint.verify:
         check_files_together(folder, manifest)
-    wanted = engine.placeholders("model", expert_bias=_has_expert_bias(manifest))
-    engine.restore(store.load_state(folder, wanted), 0)
-    return f"from {folder} (step {manifest.step:,} of {manifest.config.name}); new optimizer"
-
-
-def _has_expert_bias(manifest: Manifest) -> bool:
-    return manifest.config.model.moe_expert_bias_update_rate > 0
+    absent = absent_tensors(manifest, config)
+    engine.restore(store.load_state(folder, engine.placeholders("model", absent=absent)), 0)
+    new = "new optimizer and gates" if GATE in absent else "new optimizer"
+    return f"from {folder} (step {manifest.step:,} of {manifest.config.name}); {new}"
 
 
 def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: StopRequest) -> int:

@@ -117,13 +117,13 @@ def test_each_rank_gets_its_random_states_back(warm_ranks, tmp_path):
     assert first[0] != second[0]
 
 
-def test_weights_alone_without_expert_biases(warm_ranks, tmp_path):
-    """As converted models have none: they start at zero, and master weights are the new ones."""
-    report = warm_ranks(1, f"{CASES}:weights_without_bias", folder=tmp_path)[0]
-    for name, weight in report["loaded"].items():
-        if "expert_bias" in name:
-            assert not weight.any()
-            continue
+def test_weights_alone_of_a_vanilla_model(warm_ranks, tmp_path):
+    """Gates and expert biases start at zero, and master weights are the new ones."""
+    report = warm_ranks(1, f"{CASES}:weights_of_a_vanilla_model", folder=tmp_path)[0]
+    new = [name for name in report["loaded"] if "expert_bias" in name or "plt_gate" in name]
+    assert len(new) == 2 * 3 and not any(report["loaded"][name].any() for name in new)
+    for name in report["loaded"].keys() - new:
+        weight = report["loaded"][name]
         assert torch.equal(weight, report["before"][name]), name
         (start, master), *_ = report["moments"][(name, "param")]
         expected = weight.float().flatten()[start : start + master.numel()]

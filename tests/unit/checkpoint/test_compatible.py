@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 
-from pltmoe.checkpoint.compatible import check_resume, check_weights
+from pltmoe.checkpoint.compatible import GATE, absent_tensors, check_resume, check_weights
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.files import sha256_of
+from tests.configs import PLT2
 from tests.distributed.tiny import MOE, tiny_config
 
 FOLDER = Path("run/checkpoints/step_00000005")
@@ -206,6 +207,21 @@ def test_weights_do_not_lose_expert_biases_unnoticed():
         check_weights(FOLDER, Manifest(config=tiny_config(), step=5), tiny_config(without))
     accepts = tiny_config(without, checkpoint__accept_changes=[path])
     check_weights(FOLDER, Manifest(config=tiny_config(), step=5), accepts)
+
+
+def test_gates_are_not_lost_but_may_be_new():
+    vanilla = {name: value for name, value in MOE.items() if name not in PLT2}
+    hidden = tiny_config(MOE | {"gate_use_hidden_states": True})
+    for config in (tiny_config(), hidden):
+        manifest = Manifest(config=tiny_config(vanilla), step=5)
+        check_weights(FOLDER, manifest, config)
+        assert absent_tensors(manifest, config) == (GATE,)
+        with pytest.raises(CheckpointError, match="model.gated_swa: checkpoint True, config False"):
+            check_weights(FOLDER, Manifest(config=config, step=5), tiny_config(vanilla))
+    with pytest.raises(CheckpointError, match="model.gate_use_hidden_states: checkpoint False"):
+        check_weights(FOLDER, Manifest(config=tiny_config(), step=5), hidden)
+    with pytest.raises(CheckpointError, match="model.num_layers: checkpoint 2, config 3"):
+        check_weights(FOLDER, manifest, tiny_config(MOE | {"num_layers": 3}))
 
 
 def test_weights_are_not_used_with_another_tokenizer_unnoticed(tokenizer):

@@ -62,11 +62,17 @@ def test_a_text_is_not_cut_or_filled(tmp_path: Path):
     assert load_tokenizer(path).encode("one two three") == whole
 
 
-def test_it_says_that_accents_are_composed(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    load_tokenizer(write_tokenizer(tmp_path / "lossless"))
-    assert not caplog.text
-    load_tokenizer(write_tokenizer(tmp_path / "qwen", composes=True))
-    assert "is not lossless" in caplog.text
+def test_preprocessing_says_that_accents_are_composed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    text = tmp_path / "a.txt"
+    text.write_text("e\u0301")
+    options = PreprocessOptions(progress=False)
+    for composes in (False, True):
+        path = write_tokenizer(tmp_path / str(composes), composes=composes)
+        preprocess([text], path.with_name("data"), path, options)
+        said = caplog.text.count("is not lossless: decoding may not")
+        assert (load_tokenizer(path).is_lossless, said) == (not composes, composes)
 
 
 def test_data_made_by_several_processes(tmp_path: Path):

@@ -38,7 +38,7 @@ def test_scales_of_fp8_come_back_in_the_same_layout(
     )
     found: dict[str, Any] = {}
     engine = SimpleNamespace(
-        placeholders=lambda *parts, expert_bias: found.setdefault("asked", parts),
+        placeholders=lambda *parts, absent: found.setdefault("asked", parts),
         restore=lambda loaded, step: found.update(step=step),
     )
     monkeypatch.setattr(pretrain.store, "load_state", lambda folder, wanted: wanted)
