@@ -42,16 +42,15 @@ def measure_exported(
     Raises:
         ConversionError: a folder holds no model.
     """
-    slots = setup.prompt_tokens + setup.new_tokens + 1
-    engines = {name: Engine.load(folder, max_slots=slots) for name, folder in models.items()}
-    sessions = {name: Session(e.decoder, setup.batch, slots) for name, e in engines.items()}
+    context = setup.prompt_tokens + setup.new_tokens
+    engines = {name: Engine.load(folder, max_slots=context) for name, folder in models.items()}
+    sessions = {name: Session(e.decoder, setup.batch, context) for name, e in engines.items()}
     steps: dict[str, list[float]] = {name: [] for name in engines}
     with tqdm(total=setup.rounds * len(engines), desc="decode", unit="round") as bar:
         for _ in range(setup.rounds):
             for name, session in sessions.items():
                 steps[name] += _decode(session, setup)
                 bar.update()
-    context = setup.prompt_tokens + setup.new_tokens
     return {
         name: {
             "ms_per_token": statistics.median(times),

@@ -177,7 +177,7 @@ def test_exported_folders_are_measured_through_the_engine(tmp_path: Path) -> Non
     for name, entry in read_decode(tmp_path / "decode.json").items():
         assert entry["passes"] == names[name]
         assert entry["context"] == 8 and entry["batch"] == 2 and entry["device"] == "CPU"
-        expected = kv_cache_bytes(model(name), 9, bytes_per_element=4)
+        expected = kv_cache_bytes(model(name), 8, bytes_per_element=4)
         assert entry["cache_bytes_per_sequence"] == expected
 
 
