@@ -47,11 +47,11 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="folder; with --model: JSON file")
     random = parser.add_argument_group("random weights")
-    random.add_argument("--compare", default="ablation,headline", help="of these, or none")
+    random.add_argument("--compare", default=",".join(GROUPS), help="%(default)s; none")
     random.add_argument("--config", action="append", type=Path, default=[], help="YAML of a run")
     random.add_argument("--only", action="append", default=[], help="name of a model; repeat")
     random.add_argument(
-        "--scaled-down", action="store_true", help="--compare small; always on a CPU"
+        "--scaled-down", action="store_true", help="their models small; always on a CPU"
     )
     random.add_argument("--fp8", action="store_true", help="experts in FP8 (not on a CPU)")
     random.add_argument("--fuse", action="store_true", help="compile between the large kernels")

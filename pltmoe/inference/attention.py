@@ -1,6 +1,7 @@
 """Attention of one decoded slot: all loops read loop 1's cache in one call, then their windows.
 
-This is the plain PyTorch version; kernels/decode_attention.py does the same in one Triton kernel.
+This is the plain PyTorch version; kernels/decode_attention.py does the same in Triton: in one
+kernel, or in two where the cache is split.
 
 Letters: b sequences, L loops, h query heads, g KV heads, k head size, n slots of the cache,
 w slots of a later loop's window, q query rows of one KV head.

@@ -6,7 +6,7 @@
     H_1                                    H         one vector: what loop 2 reads at the next slot
 
 Sequences lie left-aligned, so a batch of unequal lengths needs no padding: each has its own length.
-Bytes are those of the paper's formula, ``config.counts.kv_cache_bytes``.
+Bytes are those of ``config.counts.kv_cache_bytes``: the paper's formula and the hidden vectors.
 
 Letters: b sequences, L loops, l later loops (L - 1), g KV heads, n slots, w slots of the ring, k
 head size, d hidden.

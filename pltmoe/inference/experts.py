@@ -1,6 +1,6 @@
 """Mixture of experts for the few rows of a decode step: only experts in use are read.
 
-This is the plain PyTorch version; kernels/experts.py does the same in two Triton kernels.
+This is the plain PyTorch version; kernels/experts.py does the same in three Triton kernels.
 
 Letters: t rows (sequences x loops), d hidden, e experts, f expert width, r = t x top-k routed
 rows sorted by expert. ``expert_te`` and ``weight_te`` hold top-k columns.

@@ -74,8 +74,8 @@ def transformer_config(
         **_fp8_fields(fp8),
     )
     config.local_attention_in_fp8 = fp8 is not None and fp8.local_attention
-    # Megatron accepts an expert bias only with sigmoid scores, because its own top-k ignores the
-    # bias under softmax. Our router (router.py) adds it, and finalize_model_grads updates it.
+    # Set afterwards: Megatron refuses an expert bias with softmax scores, where its own top-k
+    # ignores it. Our router (router.py) adds it, and finalize_model_grads updates it.
     config.moe_router_enable_expert_bias = model.moe_expert_bias_update_rate > 0
     config.moe_router_bias_update_rate = model.moe_expert_bias_update_rate
     # Our own layers recompute (block.py, gated_attention.py), and none of Megatron's modules.

@@ -11,7 +11,7 @@
 
 All ranks pass the same marks in the same order, so the rank with the fewest is behind. A hang on a
 GPU does not show like this, because kernels are only queued: NCCL's flight recorder
-(TORCH_NCCL_TRACE_BUFFER_SIZE, TORCH_NCCL_DUMP_ON_TIMEOUT) does.
+(TORCH_FR_BUFFER_SIZE, TORCH_NCCL_DUMP_ON_TIMEOUT) does.
 """
 
 import faulthandler

@@ -78,8 +78,8 @@ TARGETS = (
            "share_of_copy_bandwidth", (16, 32, 64, 128, 256), None, 0.70),
     Target(f"{_SHARE}, shared routing", "-", HEADLINE, SMALL_SHARED, None,
            "share_of_copy_bandwidth", (16, 32, 64, 128, 256), None, 0.70),
-    Target("prefill of 32k, PLT-2 / vanilla, same size", "2", ABLATION, PLT2, VANILLA, "prefill",
-           (32768,), 1.10),
+    Target("prefill of 32k, PLT-2 / vanilla, same size", "2 (FLOPs)", ABLATION, PLT2, VANILLA,
+           "prefill", (32768,), 1.10),
 )  # fmt: skip
 
 
