@@ -1,7 +1,7 @@
 """The paper's two benchmark lists in the words of lm-evaluation-harness.
 
 The names, the data sets (on huggingface.co) and what they need are checked against the installed
-harness by a test; all seventeen benchmarks are in it. The paper's numbers of examples in the prompt
+harness by a test; it has them all. The paper's numbers of examples in the prompt
 are not known. The counts here are the customary ones: 5 for knowledge tests and for the whole dense
 list, what the harness prescribes for tasks that generate, and 0 for AGIEval, which has no examples
 to take from.

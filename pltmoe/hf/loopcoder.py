@@ -10,7 +10,7 @@ Llama, as ours, and one gate per layer:
 
 so weight and bias change their sign; nothing else does. The gate reads the residual stream through
 a norm of its own (``plt_gate_use_hidden_states``), or the query after RoPE. The window [64, 0] is
-65 keys in both. Between loops: final norm, scales, shift, as in the paper.
+65 keys in both. Between loops: final norm, scales, shift.
 """
 
 import json
