@@ -5,7 +5,7 @@
 | end                          | exit code | tracker  | checkpoint            |
 |------------------------------|-----------|----------|-----------------------|
 | all steps done               | 0         | FINISHED | last step             |
-| SIGTERM / Ctrl-C             | 143 / 130 | KILLED   | step that was running |
+| SIGTERM / SIGUSR1 / Ctrl-C   | 128 + it  | KILLED   | step that was running |
 | an error the user can act on | 2         | FAILED   | none                  |
 | a rank hangs                 | 75        | FAILED   | none                  |
 | anything else                | 1         | FAILED   | none                  |
