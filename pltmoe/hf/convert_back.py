@@ -4,6 +4,7 @@ The checkpoint holds the model only (no optimizer, step 0): start a run from it 
 ``checkpoint.load_weights``. Bit for bit the same tensors when the dtype is kept.
 """
 
+import json
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -77,24 +78,29 @@ def _read_model(folder: Path, config: RunConfig) -> ModelConfig:
     path = folder / "config.json"
     found, wanted = from_hf_fields(read_json(path), str(path)), config.model
     if differ := _differences(found, wanted):
+        words = [f"{name}: folder {a}, config {b}" for name, (a, b) in differ.items()]
+        more = ""
+        if found.num_loops == 1 and wanted.num_loops > 1:
+            overrides = " ".join(f"{name}={json.dumps(a)}" for name, (a, _) in differ.items())
+            more = f". Convert it with {overrides}: a run with loops may start from that"
         raise ConversionError(
-            f"{path} does not fit the model section of the configuration: {'; '.join(differ)}"
+            f"{path} does not fit the model section of the configuration: {'; '.join(words)}{more}"
         )
     return wanted
 
 
-def _differences(found: ModelConfig, wanted: ModelConfig) -> list[str]:
+def _differences(found: ModelConfig, wanted: ModelConfig) -> dict[str, tuple[Any, Any]]:
     """Compare what the model computes; what only training uses is free."""
     ignored = set(_TRAINING_ONLY)
-    if not wanted.gated_swa:
+    if not (found.gated_swa and wanted.gated_swa):
         ignored.add("window_keys")
-    differ = []
+    differ = {}
     for name in ModelConfig.model_fields:
         a, b = getattr(found, name), getattr(wanted, name)
         if name == "moe_expert_bias_update_rate":
             a, b = a > 0, b > 0
         if name not in ignored and a != b:
-            differ.append(f"model.{name}: folder {a}, config {b}")
+            differ[f"model.{name}"] = (a, b)
     return differ
 
 

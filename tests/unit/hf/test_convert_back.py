@@ -34,6 +34,18 @@ def test_a_folder_that_does_not_fit_the_run(plt_export, tmp_path):
     assert "model.num_loops: folder 2, config 3" in str(error.value)
 
 
+def test_a_vanilla_folder_for_a_run_with_loops(tmp_path):
+    """The error says with which overrides it is converted; PLT starts from what that gives."""
+    fields = to_hf_fields(model_of("vanilla"), 64)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    message = (
+        r"Convert it with model\.num_loops=1 model\.cross_loop_shift=false "
+        r"model\.share_first_loop_kv=false model\.gated_swa=false: a run with loops may"
+    )
+    with pytest.raises(ConversionError, match=message):
+        import_folder(tmp_path, tmp_path / "out", run_config(model_of("plt2")))
+
+
 def _store_twice(folder):
     index = folder / "model.safetensors.index.json"
     tree = json.loads(index.read_text())
