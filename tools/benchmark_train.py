@@ -91,7 +91,7 @@ def _arguments() -> argparse.Namespace:
         "--profile", action="store_true", help="show where a step's time goes; not of pipeline"
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     if args.compare and (unknown := sorted(set(args.compare.split(",")) - set(NAMES))):
         parser.error(f"unknown comparison {unknown[0]}; there are {', '.join(NAMES)}")
     return args

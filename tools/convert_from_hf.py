@@ -32,7 +32,7 @@ def main() -> None:
         "--dtype", choices=["float32", "bfloat16"], help="default: as in the folder"
     )
     parser.add_argument("overrides", nargs="*", help="e.g. model.num_loops=3")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
     config = None if args.config is None else load_config(args.config, args.overrides)
     if is_loopcoder(args.model):
         _convert_loopcoder(args)

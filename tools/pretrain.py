@@ -31,7 +31,7 @@ def main() -> int:
         help="print this field (nothing if it is not set) for a script, and end",
     )
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    arguments, unknown = parser.parse_known_args()
+    arguments, unknown = parser.parse_known_intermixed_args()
     if arguments.print:
         return _print_field(arguments, unknown)
 
