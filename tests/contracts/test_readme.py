@@ -41,6 +41,8 @@ def test_tests_that_the_docs_name_exist():
     for page in (REPOSITORY / "docs").glob("*.md"):
         if page.name == "log.md":  # what was, when it was written
             continue
-        for file, name in re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?", page.read_text()):
+        file = ""
+        for named, name in re.findall(r"`(tests/[\w/]+\.py|…(?=::))(?:::(\w+))?", page.read_text()):
+            file = file if named == "…" else named  # of the test before it
             where = REPOSITORY / file
             assert where.is_file() and f"def {name}" in where.read_text(), f"{page}: {file}::{name}"
