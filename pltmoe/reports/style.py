@@ -13,9 +13,12 @@ from matplotlib.figure import Figure
 
 from pltmoe.errors import DataError
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLOURS = (
+    "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C",
+)  # fmt: skip
+"""As many as the decode benchmark has models of one size."""
 LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
 INK, GRID = "#222222", "#dddddd"
 DETAIL_SHARE = 0.35
 """Share of the training, at its end, that is shown enlarged."""
