@@ -103,6 +103,8 @@ class PLTMoEConfig(PreTrainedConfig):
         eos_token_id: int | list[int] | None = None,
         **kwargs,
     ):
+        if unknown := [name for name in kwargs if name.startswith("plt_")]:
+            raise ValueError(f"PLTMoEConfig: {unknown[0]} is not known to this version of the code")
         self.vocab_size = vocab_size
         self.hidden_size = hidden_size
         self.num_hidden_layers = num_hidden_layers

@@ -82,8 +82,12 @@ def to_hf_fields(
         m: the model section.
         max_position_embeddings: the sequence length it was trained with.
         model_type: default :func:`hf_model_type`; ``plt_moe`` can express every model.
+
+    Raises:
+        ConversionError: a field of the model section that this file does not write.
     """
     kind = model_type or hf_model_type(m)
+    _refuse_unwritten(m, kind)
     fields: dict[str, Any] = {"model_type": kind, "architectures": [ARCHITECTURES[kind]]}
     fields |= {hf: getattr(m, ours) for ours, hf in SAME_MEANING.items()}
     fields |= {
@@ -137,6 +141,19 @@ def from_hf_fields(fields: Mapping[str, Any], where: str = "config.json") -> Mod
         return model_from_dict(tree, where)
     except ConfigError as error:
         raise ConversionError(str(error)) from None
+
+
+def _refuse_unwritten(m: ModelConfig, kind: str) -> None:
+    """Refuse what would be lost without a word: the logits of both sides would still agree."""
+    written = {"ffn_hidden_size", "rope_theta", "window_keys"}
+    written.update(SAME_MEANING, MOE_FIELDS, ROUTER_TRAINING_FIELDS)
+    written.update(LOOP_FIELDS if kind == "plt_moe" else ())
+    for name, field in ModelConfig.model_fields.items():
+        if name not in written and getattr(m, name) != field.default:
+            raise ConversionError(
+                f"model.{name} ({getattr(m, name)}) has no place in the config.json of a {kind}: "
+                "add it to pltmoe/hf/fields.py, and to what reads it (docs/design.md)"
+            )
 
 
 def _plt_fields(m: ModelConfig) -> dict[str, Any]:

@@ -25,13 +25,19 @@ _OUTPUT_PROJECTIONS = ("linear_proj.weight", "linear_fc2.weight")
 
 @torch.no_grad()
 def initialize(model: PLTModel, seed: int) -> None:
-    """Fill every parameter of ``model`` in place."""
+    """Fill every parameter of ``model`` in place.
+
+    Raises:
+        ValueError: a vector or number that is neither a norm's nor a gate's; noise would be wrong.
+    """
     std = model.plt.init_std
     for name, parameter in model.named_parameters():
         if "norm.weight" in name:
             parameter.fill_(1.0)
         elif ".plt_gate." in name:
             parameter.zero_()
+        elif parameter.dim() < 2:
+            raise ValueError(f"{name}: pltmoe/model/initialize.py does not say how it begins")
         else:
             everywhere = global_name(model, name)
             is_output = everywhere.endswith(_OUTPUT_PROJECTIONS)

@@ -7,7 +7,7 @@ from transformers import Qwen3MoeConfig
 
 from pltmoe.errors import ConversionError
 from pltmoe.hf.configuration_plt_moe import PLTMoEConfig
-from pltmoe.hf.fields import from_hf_fields, hf_model_type, to_hf_fields
+from pltmoe.hf.fields import LOOP_FIELDS, from_hf_fields, hf_model_type, to_hf_fields
 from tests.unit.hf.models import MODELS, small_model
 
 
@@ -58,6 +58,17 @@ def test_stock_models_where_they_compute_the_same(name, changes, kind):
     assert from_hf_fields(fields).model_dump(exclude={"window_keys"}) == m.model_dump(
         exclude={"window_keys"}
     )
+
+
+@pytest.mark.parametrize(("name", "kind"), [("plt2", "plt_moe"), ("vanilla", "qwen3_moe")])
+def test_a_new_field_of_the_model_is_not_lost(name, kind, monkeypatch):
+    """As long as this file does not know it; a stock model never will."""
+    monkeypatch.delitem(LOOP_FIELDS, "qk_norm")
+    monkeypatch.setattr("pltmoe.hf.fields.hf_model_type", lambda m: kind)
+    with pytest.raises(
+        ConversionError, match=rf"model.qk_norm \(False\) has no place .* a {kind}:"
+    ):
+        to_hf_fields(small_model(name, qk_norm=False))
 
 
 def test_a_configuration_that_transformers_wrote():
@@ -114,6 +125,7 @@ def test_exports_of_before_shared_routing_are_read():
         ({"plt_share_first_loop_kv": False}, "plt_gated_swa needs plt_share_first_loop_kv"),
         ({"plt_cross_loop_shift": False, "plt_hidden_scale": 0.5}, "plt_hidden_scale"),
         ({"plt_num_loops": 0}, "plt_num_loops"),
+        ({"plt_other": 2}, "plt_other is not known to this version"),
         ({"num_experts": 0}, "needs intermediate_size"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok"),
         ({"moe_intermediate_size": None}, "moe_intermediate_size"),

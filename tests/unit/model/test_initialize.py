@@ -32,6 +32,13 @@ def test_expert_numbers_are_global(build: Callable[..., Any]) -> None:
     assert global_name(plt, "final_norm.weight") == "final_norm.weight"
 
 
+def test_a_new_vector_does_not_begin_as_noise(build: Callable[..., Any]) -> None:
+    plt = build(small_model(**ALL["row5_plt2"]))
+    plt.loop_scale = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="loop_scale: .* does not say how it begins"):
+        initialize(plt, seed=1)
+
+
 def test_spread_and_constants(build: Callable[..., Any]) -> None:
     model = small_model(
         **ALL["row5_plt2"], hidden_size=256, moe_ffn_hidden_size=128, vocab_size=512, init_std=0.02
