@@ -63,12 +63,13 @@ class Tokenizer(ABC):
         """Return the ids of ``text``; a document is these and ``eod``.
 
         Raises:
-            DataError: the text holds a lone surrogate, which no encoding of Unicode can store.
+            DataError: the text holds a lone surrogate, which no encoding of Unicode can store, or
+                what the tokenizer has no id for, and none for the unknown.
         """
         try:
             return self._encode(text)
-        except (RuntimeError, TypeError):  # the second: sentencepiece before 0.2.2, tokenizers
-            raise _encoding_error(text) from None
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise _encoding_error(self.model_path, text, error) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``; special ids give no text.
@@ -180,9 +181,11 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{path.with_name(HUGGING_FACE_CONFIG)}: names no eos_token that {path.name} has, "
                 'which ends documents; add it, such as "eos_token": "<|endoftext|>"'
             )
+        self._tokenizer.add_special_tokens(list(self.names.values()))  # as transformers does
         self.eod, self.pad = self._id(self.names["eos_token"]), self._id(named.get("pad_token", ""))
         self.prefix = self._find_prefix()
-        self.is_lossless = self._gives_back(_PROBE)
+        self._check_end()
+        self.is_lossless = self._gives_back(_PROBE) and self._gives_back(_MARKED)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model_path,)  # a copy would not know about special tokens
@@ -192,7 +195,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return -1 if index is None else index
 
     def _find_prefix(self) -> list[int]:
-        whole = self._encode("a")
+        whole = self.encode("a")
         text = self._tokenizer.encode("a", add_special_tokens=False).ids
         prefix = whole[: len(whole) - len(text)]
         if whole != prefix + text:
@@ -201,6 +204,15 @@ class HuggingFaceTokenizer(Tokenizer):
                 "ended; take them out of its post_processor (documents get their end all the same)"
             )
         return prefix
+
+    def _check_end(self) -> None:
+        pieces = [name for name, i in self._tokenizer.get_vocab().items() if i == self.eod]
+        ids = self.encode(self.names["eos_token"])
+        if len(pieces) > 1 or self.eod in ids[len(self.prefix) :]:
+            raise DataError(
+                f"{self.model_path}: a text can hold id {self.eod} ({' and '.join(pieces)}), which "
+                f"ends documents: name another eos_token in {HUGGING_FACE_CONFIG}"
+            )
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode_batch_fast([text])[0].ids  # a third of the time of encode
@@ -245,7 +257,7 @@ def _load_pieces(model: bytes, path: Path) -> sentencepiece.SentencePieceProcess
     return pieces
 
 
-def _encoding_error(text: str) -> DataError:
+def _encoding_error(path: Path, text: str, reason: Exception) -> DataError:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -254,4 +266,4 @@ def _encoding_error(text: str) -> DataError:
             f"text holds half a surrogate pair (U+{code:04X} at character {error.start}), "
             "which is not valid Unicode"
         )
-    return DataError(f"the tokenizer cannot encode a text of {len(text)} characters")
+    return DataError(f"{path}: cannot encode a text of {len(text)} characters ({reason})")

@@ -46,6 +46,48 @@ def test_names_of_special_tokens_in_a_text_are_text(tmp_path: Path):
         assert copy.decode([BEGIN, *ids, END]) == text
 
 
+def test_the_end_is_special_although_the_file_does_not_say_so(tmp_path: Path):
+    path = write_tokenizer(tmp_path)
+    path.write_text(path.read_text().replace('"special": true', '"special": false'))
+    tokenizer, text = load_tokenizer(path), "it ends with <|endoftext|>"
+    assert END not in tokenizer.encode(text)
+    assert tokenizer.decode([*tokenizer.encode(text), END]) == text
+
+
+def test_an_end_that_a_text_can_hold(tmp_path: Path):
+    path = write_tokenizer(tmp_path)
+    configure(path, eos_token="e")
+    with pytest.raises(DataError, match=r"a text can hold id \d+ \(e\), which ends documents"):
+        load_tokenizer(path)
+    tree = json.loads(path.read_text())  # a new token gets the number of tokens for its id
+    tree["model"]["vocab"]["Z"] = len(tree["model"]["vocab"])
+    tree["added_tokens"].append(tree["added_tokens"][0] | {"id": 999, "content": "<end>"})
+    path.write_text(json.dumps(tree))
+    configure(path, eos_token="<end>")
+    with pytest.raises(DataError, match=r"a text can hold id 400 \((Z|<end>) and (Z|<end>)\)"):
+        load_tokenizer(path)
+
+
+def test_a_space_in_front_is_a_loss(tmp_path: Path):
+    path = write_tokenizer(tmp_path)
+    tree = json.loads(path.read_text())
+    tree["pre_tokenizer"] = tree["pre_tokenizer"]["pretokenizers"][1]
+    tree["pre_tokenizer"] |= {"add_prefix_space": True, "use_regex": True}
+    path.write_text(json.dumps(tree))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.decode(tokenizer.encode("a")) == " a"
+    assert not tokenizer.is_lossless
+
+
+def test_a_text_without_ids(tmp_path: Path):
+    path = write_tokenizer(tmp_path)
+    tree = json.loads(path.read_text())
+    tree["model"] = {"type": "WordLevel", "vocab": {"<|endoftext|>": END}, "unk_token": "?"}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=r"\.json: cannot encode a text of 1 characters \("):
+        load_tokenizer(path)
+
+
 def test_a_text_is_not_cut_or_filled(tmp_path: Path):
     """Files are saved with what they were last asked to do."""
     path = write_tokenizer(tmp_path)
