@@ -274,6 +274,8 @@ def _transformers(args: argparse.Namespace) -> Run:
         )
     check_code_cache(read_fields(args.model))
     tokenizer = _tokenizer(args.model, padding_side="left")
+    if tokenizer.pad_token is None:  # Llama 3; padding is masked, any token will do
+        tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
         args.model, trust_remote_code=True, dtype=args.dtype or "auto"
     )

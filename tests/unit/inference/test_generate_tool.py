@@ -126,9 +126,11 @@ def test_going_on_reads_the_tokens_that_were_made(exported, tokenizer):
 
 
 def test_transformers_times_count_no_padding(exported, tmp_path):
-    """The second text ends early: what follows its end is not made."""
+    """The second text ends early: what follows its end is not made. No token is one for padding."""
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
     common = ["--model", folder, "--engine", "transformers", "--max-new-tokens", 8]
     common += ["--prompt", "x", "--prompt", "import torch\n"]
     assert " 16 new tokens in " in generate(*common).stderr
