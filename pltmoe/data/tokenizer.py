@@ -153,7 +153,7 @@ class HuggingFaceTokenizer(Tokenizer):
     are ordinary text: no document ends in its middle because it talks about ``<|endoftext|>``. A
     length that the file cuts texts to is not heeded.
 
-    A text of n MiB takes some 180 n MiB of memory for a moment.
+    A text of n MiB takes 80 n to 300 n MiB of memory for a moment, the more the more tokens it is.
 
     Attributes:
         names: of the special tokens that the configuration names, ``eos_token`` and others.
