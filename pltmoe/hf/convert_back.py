@@ -77,8 +77,10 @@ def _read_model(folder: Path, config: RunConfig) -> ModelConfig:
     path = folder / "config.json"
     found, wanted = from_hf_fields(read_json(path), str(path)), config.model
     if differ := _differences(found, wanted):
+        more = ". Describe the folder's model there: a PLT run may start from its checkpoint"
         raise ConversionError(
             f"{path} does not fit the model section of the configuration: {'; '.join(differ)}"
+            + more * (wanted.gated_swa and not found.gated_swa)
         )
     return wanted
 

@@ -34,6 +34,13 @@ def test_a_folder_that_does_not_fit_the_run(plt_export, tmp_path):
     assert "model.num_loops: folder 2, config 3" in str(error.value)
 
 
+def test_a_vanilla_folder_for_a_plt_run(tmp_path):
+    fields = to_hf_fields(model_of("vanilla"), 32)
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(ConversionError, match="folder's model there: a PLT run may start from its"):
+        import_folder(tmp_path, tmp_path / "back", run_config(model_of("plt2")))
+
+
 def _store_twice(folder):
     index = folder / "model.safetensors.index.json"
     tree = json.loads(index.read_text())
