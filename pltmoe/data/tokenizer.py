@@ -42,7 +42,8 @@ class Tokenizer(ABC):
         model_path: its file.
         sha256: of the file.
         eod: id that ends every document.
-        pad: id of the padding token; -1 if there is none (Megatron's own value for that).
+        pad: id of a token that is only padding, which Megatron takes out of sequences; -1 if there
+            is none (its own value for that).
         vocab_size: ids are ``0 .. vocab_size - 1``.
         is_lossless: whether odd spaces, controls and accents come back as they were.
     """
@@ -182,7 +183,8 @@ class HuggingFaceTokenizer(Tokenizer):
                 'which ends documents; add it, such as "eos_token": "<|endoftext|>"'
             )
         self._tokenizer.add_special_tokens(list(self.names.values()))  # as transformers does
-        self.eod, self.pad = self._id(self.names["eos_token"]), self._id(named.get("pad_token", ""))
+        self.eod = self._id(self.names["eos_token"])
+        self.pad = -1  # documents hold none, but often what pad_token names: eos_token, "!", <s>
         self.prefix = self._find_prefix()
         self._check_end()
         self.is_lossless = self._gives_back(_PROBE) and self._gives_back(_MARKED)

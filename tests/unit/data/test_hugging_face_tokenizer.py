@@ -28,7 +28,7 @@ LLAMA = "<|begin|> $A"
 def test_the_ids_of_transformers(tmp_path: Path, template: str, composes: bool):
     path = write_tokenizer(tmp_path, template=template, composes=composes)
     ours, theirs = load_tokenizer(path), PreTrainedTokenizerFast(tokenizer_file=str(path))
-    assert (ours.eod, ours.pad, ours.vocab_size) == (END, PAD, 400)
+    assert (ours.eod, ours.pad, ours.vocab_size) == (END, -1, 400)
     for text in ODD_TEXTS:
         ids = ours.encode(text)
         assert ids == theirs.encode(text, split_special_tokens=True)
@@ -172,6 +172,20 @@ def test_half_a_surrogate_pair(tmp_path: Path):
 def test_a_tokenizer_without_padding(tmp_path: Path):
     path = write_tokenizer(tmp_path)
     configure(path, eos_token="<|endoftext|>", pad_token="<|nowhere|>")
-    tokenizer = HuggingFaceTokenizer(path)
-    assert tokenizer.pad == -1
-    assert tokenizer.names == {"eos_token": "<|endoftext|>"}
+    assert HuggingFaceTokenizer(path).names == {"eos_token": "<|endoftext|>"}
+
+
+@pytest.mark.parametrize("pad", ["<|begin|>", "<|endoftext|>", "e"])
+def test_padding_that_documents_hold_stays_in_sequences(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, pad: str
+):
+    """Megatron makes token 0 of padding, and does not learn it."""
+    path = write_tokenizer(tmp_path, template=LLAMA)
+    configure(path, eos_token="<|endoftext|>", pad_token=pad)
+    tokenizer, text = load_tokenizer(path), tmp_path / "text.txt"
+    text.write_text("e" * 100)
+    preprocess([text], tmp_path / "a", path, PreprocessOptions(progress=False))
+    train, _, _ = build_datasets(run_config(tokenizer, tmp_path / "a"), tokenizer, (40, 0, 0))
+    found = {int(i) for sample in train for i in sample["labels"][sample["loss_mask"] == 1]}
+    assert found == {BEGIN, END, *tokenizer.encode("e" * 100)}
+    assert not [it for it in recwarn if "pad token" in str(it.message)]
