@@ -150,9 +150,10 @@ class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json``, and of the ``tokenizer_config.json`` beside it what ends a document.
 
     What the tokenizer puts in front of a text (Llama 3's ``<|begin_of_text|>``) begins documents,
-    too, so that training sees what a prompt will look like. The names of special tokens in a text
-    are ordinary text: no document ends in its middle because it talks about ``<|endoftext|>``. A
-    length that the file cuts texts to is not heeded.
+    too, so that training sees what a prompt will look like. The file alone says what that is:
+    ``add_bos_token`` in the configuration (DeepSeek) means nothing, as in transformers 5. The names
+    of special tokens in a text are ordinary text: no document ends in its middle because it talks
+    about ``<|endoftext|>``. A length that the file cuts texts to is not heeded.
 
     A text of n MiB takes 80 n to 300 n MiB of memory for a moment, the more the more tokens it is.
 
