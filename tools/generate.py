@@ -274,6 +274,8 @@ def _transformers(args: argparse.Namespace) -> Run:
         )
     check_code_cache(read_fields(args.model))
     tokenizer = _tokenizer(args.model, padding_side="left")
+    if tokenizer.pad_token is None:  # Llama 3; padding is masked, any token will do
+        tokenizer.pad_token = tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(
         args.model, trust_remote_code=True, dtype=args.dtype or "auto"
     )
@@ -296,7 +298,12 @@ def _transformers(args: argparse.Namespace) -> Run:
         is_end = torch.isin(ids, torch.tensor([] if ends is None else ends, device=ids.device))
         # Up to the first end, which counts: what follows it is padding.
         timing.new_tokens = int((is_end.cumsum(1) - is_end.long() == 0).sum())
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        streams = [TextStream(tokenizer, prompt) for prompt in batch["input_ids"].tolist()]
+        for stream, tokens in zip(streams, ids.tolist(), strict=True):
+            for token in tokens:
+                stream.add(token)
+            stream.finish()
+        texts = [stream.text for stream in streams]
         writer = Writer(prompt_texts)
         for index, text in enumerate(texts):
             writer.add(index, text)

@@ -42,7 +42,8 @@ class Tokenizer(ABC):
         model_path: its file.
         sha256: of the file.
         eod: id that ends every document.
-        pad: id of the padding token; -1 if there is none (Megatron's own value for that).
+        pad: id of a token that is only padding, which Megatron takes out of sequences; -1 if there
+            is none (its own value for that).
         vocab_size: ids are ``0 .. vocab_size - 1``.
         is_lossless: whether odd spaces, controls and accents come back as they were.
     """
@@ -63,12 +64,13 @@ class Tokenizer(ABC):
         """Return the ids of ``text``; a document is these and ``eod``.
 
         Raises:
-            DataError: the text holds a lone surrogate, which no encoding of Unicode can store.
+            DataError: the text holds a lone surrogate, which no encoding of Unicode can store, or
+                what the tokenizer has no id for, and none for the unknown.
         """
         try:
             return self._encode(text)
-        except (RuntimeError, TypeError):  # the second: sentencepiece before 0.2.2, tokenizers
-            raise _encoding_error(text) from None
+        except Exception as error:  # tokenizers raises nothing narrower
+            raise _encoding_error(self.model_path, text, error) from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of ``ids``; special ids give no text.
@@ -148,11 +150,12 @@ class HuggingFaceTokenizer(Tokenizer):
     """A ``tokenizer.json``, and of the ``tokenizer_config.json`` beside it what ends a document.
 
     What the tokenizer puts in front of a text (Llama 3's ``<|begin_of_text|>``) begins documents,
-    too, so that training sees what a prompt will look like. The names of special tokens in a text
-    are ordinary text: no document ends in its middle because it talks about ``<|endoftext|>``. A
-    length that the file cuts texts to is not heeded.
+    too, so that training sees what a prompt will look like. The file alone says what that is:
+    ``add_bos_token`` in the configuration (DeepSeek) means nothing, as in transformers 5. The names
+    of special tokens in a text are ordinary text: no document ends in its middle because it talks
+    about ``<|endoftext|>``. A length that the file cuts texts to is not heeded.
 
-    A text of n MiB takes some 180 n MiB of memory for a moment.
+    A text of n MiB takes 80 n to 300 n MiB of memory for a moment, the more the more tokens it is.
 
     Attributes:
         names: of the special tokens that the configuration names, ``eos_token`` and others.
@@ -180,9 +183,12 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"{path.with_name(HUGGING_FACE_CONFIG)}: names no eos_token that {path.name} has, "
                 'which ends documents; add it, such as "eos_token": "<|endoftext|>"'
             )
-        self.eod, self.pad = self._id(self.names["eos_token"]), self._id(named.get("pad_token", ""))
+        self._tokenizer.add_special_tokens(list(self.names.values()))  # as transformers does
+        self.eod = self._id(self.names["eos_token"])
+        self.pad = -1  # documents hold none, but often what pad_token names: eos_token, "!", <s>
         self.prefix = self._find_prefix()
-        self.is_lossless = self._gives_back(_PROBE)
+        self._check_end()
+        self.is_lossless = self._gives_back(_PROBE) and self._gives_back(_MARKED)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.model_path,)  # a copy would not know about special tokens
@@ -192,7 +198,7 @@ class HuggingFaceTokenizer(Tokenizer):
         return -1 if index is None else index
 
     def _find_prefix(self) -> list[int]:
-        whole = self._encode("a")
+        whole = self.encode("a")
         text = self._tokenizer.encode("a", add_special_tokens=False).ids
         prefix = whole[: len(whole) - len(text)]
         if whole != prefix + text:
@@ -201,6 +207,15 @@ class HuggingFaceTokenizer(Tokenizer):
                 "ended; take them out of its post_processor (documents get their end all the same)"
             )
         return prefix
+
+    def _check_end(self) -> None:
+        pieces = [name for name, i in self._tokenizer.get_vocab().items() if i == self.eod]
+        ids = self.encode(self.names["eos_token"])
+        if len(pieces) > 1 or self.eod in ids[len(self.prefix) :]:
+            raise DataError(
+                f"{self.model_path}: a text can hold id {self.eod} ({' and '.join(pieces)}), which "
+                f"ends documents: name another eos_token in {HUGGING_FACE_CONFIG}"
+            )
 
     def _encode(self, text: str) -> list[int]:
         return self._tokenizer.encode_batch_fast([text])[0].ids  # a third of the time of encode
@@ -245,7 +260,7 @@ def _load_pieces(model: bytes, path: Path) -> sentencepiece.SentencePieceProcess
     return pieces
 
 
-def _encoding_error(text: str) -> DataError:
+def _encoding_error(path: Path, text: str, reason: Exception) -> DataError:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -254,4 +269,4 @@ def _encoding_error(text: str) -> DataError:
             f"text holds half a surrogate pair (U+{code:04X} at character {error.start}), "
             "which is not valid Unicode"
         )
-    return DataError(f"the tokenizer cannot encode a text of {len(text)} characters")
+    return DataError(f"{path}: cannot encode a text of {len(text)} characters ({reason})")

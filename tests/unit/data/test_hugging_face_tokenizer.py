@@ -28,7 +28,7 @@ LLAMA = "<|begin|> $A"
 def test_the_ids_of_transformers(tmp_path: Path, template: str, composes: bool):
     path = write_tokenizer(tmp_path, template=template, composes=composes)
     ours, theirs = load_tokenizer(path), PreTrainedTokenizerFast(tokenizer_file=str(path))
-    assert (ours.eod, ours.pad, ours.vocab_size) == (END, PAD, 400)
+    assert (ours.eod, ours.pad, ours.vocab_size) == (END, -1, 400)
     for text in ODD_TEXTS:
         ids = ours.encode(text)
         assert ids == theirs.encode(text, split_special_tokens=True)
@@ -44,6 +44,48 @@ def test_names_of_special_tokens_in_a_text_are_text(tmp_path: Path):
         assert not {END, PAD, BEGIN} & set(ids)
         assert copy.decode(ids) == text
         assert copy.decode([BEGIN, *ids, END]) == text
+
+
+def test_the_end_is_special_although_the_file_does_not_say_so(tmp_path: Path):
+    path = write_tokenizer(tmp_path)
+    path.write_text(path.read_text().replace('"special": true', '"special": false'))
+    tokenizer, text = load_tokenizer(path), "it ends with <|endoftext|>"
+    assert END not in tokenizer.encode(text)
+    assert tokenizer.decode([*tokenizer.encode(text), END]) == text
+
+
+def test_an_end_that_a_text_can_hold(tmp_path: Path):
+    path = write_tokenizer(tmp_path)
+    configure(path, eos_token="e")
+    with pytest.raises(DataError, match=r"a text can hold id \d+ \(e\), which ends documents"):
+        load_tokenizer(path)
+    tree = json.loads(path.read_text())  # a new token gets the number of tokens for its id
+    tree["model"]["vocab"]["Z"] = len(tree["model"]["vocab"])
+    tree["added_tokens"].append(tree["added_tokens"][0] | {"id": 999, "content": "<end>"})
+    path.write_text(json.dumps(tree))
+    configure(path, eos_token="<end>")
+    with pytest.raises(DataError, match=r"a text can hold id 400 \((Z|<end>) and (Z|<end>)\)"):
+        load_tokenizer(path)
+
+
+def test_a_space_in_front_is_a_loss(tmp_path: Path):
+    path = write_tokenizer(tmp_path)
+    tree = json.loads(path.read_text())
+    tree["pre_tokenizer"] = tree["pre_tokenizer"]["pretokenizers"][1]
+    tree["pre_tokenizer"] |= {"add_prefix_space": True, "use_regex": True}
+    path.write_text(json.dumps(tree))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.decode(tokenizer.encode("a")) == " a"
+    assert not tokenizer.is_lossless
+
+
+def test_a_text_without_ids(tmp_path: Path):
+    path = write_tokenizer(tmp_path)
+    tree = json.loads(path.read_text())
+    tree["model"] = {"type": "WordLevel", "vocab": {"<|endoftext|>": END}, "unk_token": "?"}
+    path.write_text(json.dumps(tree))
+    with pytest.raises(DataError, match=r"\.json: cannot encode a text of 1 characters \("):
+        load_tokenizer(path)
 
 
 def test_a_text_is_not_cut_or_filled(tmp_path: Path):
@@ -130,6 +172,20 @@ def test_half_a_surrogate_pair(tmp_path: Path):
 def test_a_tokenizer_without_padding(tmp_path: Path):
     path = write_tokenizer(tmp_path)
     configure(path, eos_token="<|endoftext|>", pad_token="<|nowhere|>")
-    tokenizer = HuggingFaceTokenizer(path)
-    assert tokenizer.pad == -1
-    assert tokenizer.names == {"eos_token": "<|endoftext|>"}
+    assert HuggingFaceTokenizer(path).names == {"eos_token": "<|endoftext|>"}
+
+
+@pytest.mark.parametrize("pad", ["<|begin|>", "<|endoftext|>", "e"])
+def test_padding_that_documents_hold_stays_in_sequences(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder, pad: str
+):
+    """Megatron makes token 0 of padding, and does not learn it."""
+    path = write_tokenizer(tmp_path, template=LLAMA)
+    configure(path, eos_token="<|endoftext|>", pad_token=pad)
+    tokenizer, text = load_tokenizer(path), tmp_path / "text.txt"
+    text.write_text("e" * 100)
+    preprocess([text], tmp_path / "a", path, PreprocessOptions(progress=False))
+    train, _, _ = build_datasets(run_config(tokenizer, tmp_path / "a"), tokenizer, (40, 0, 0))
+    found = {int(i) for sample in train for i in sample["labels"][sample["loss_mask"] == 1]}
+    assert found == {BEGIN, END, *tokenizer.encode("e" * 100)}
+    assert not [it for it in recwarn if "pad token" in str(it.message)]

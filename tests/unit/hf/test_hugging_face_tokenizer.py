@@ -54,7 +54,10 @@ def test_there_and_back_again(make, first, tmp_path):
     assert names == (first, "<|endoftext|>", "<|pad|>")
     assert (len(theirs), theirs.model_max_length) == (400, run_config(m).data.sequence_length)
     generation = json.loads((export.folder / "generation_config.json").read_text())
-    assert (generation["eos_token_id"], generation["pad_token_id"]) == (ours.eod, ours.pad)
+    assert (generation["eos_token_id"], generation["pad_token_id"]) == (
+        ours.eod,
+        theirs.pad_token_id,
+    )
 
     back = tmp_path / "back"
     import_folder(export.folder, back, run_config(m), progress=False)

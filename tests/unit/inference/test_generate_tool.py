@@ -50,6 +50,23 @@ def test_both_engines_write_the_same_text(exported, tmp_path):
     assert texts["pltmoe"] == texts["transformers"]
 
 
+def test_a_space_in_front_of_a_continuation_stays(exported, tmp_path):
+    """Some tokenizers take one from what they decode (Llama 2); here it is another character."""
+    folder, output = tmp_path / "model", tmp_path / "out.json"
+    shutil.copytree(exported, folder)
+    common = ["--model", folder, "--prompt", "def test_", "--max-new-tokens", 4, "--output", output]
+    assert generate(*common).returncode == 0
+    expected = json.loads(output.read_text())[0]["text"]
+    tree = json.loads((folder / "tokenizer.json").read_text())
+    tree["decoder"]["decoders"].append(
+        {"type": "Strip", "content": expected[0], "start": 1, "stop": 0}
+    )
+    (folder / "tokenizer.json").write_text(json.dumps(tree))
+    for name in ("pltmoe", "transformers"):
+        assert generate(*common, "--engine", name).returncode == 0
+        assert json.loads(output.read_text())[0]["text"] == expected, name
+
+
 def test_a_seed_gives_one_text_alone_and_in_a_batch(exported, tmp_path):
     def texts(*arguments):
         output = tmp_path / "out.json"
@@ -126,9 +143,11 @@ def test_going_on_reads_the_tokens_that_were_made(exported, tokenizer):
 
 
 def test_transformers_times_count_no_padding(exported, tmp_path):
-    """The second text ends early: what follows its end is not made."""
+    """The second text ends early: what follows its end is not made. No token is one for padding."""
     folder = tmp_path / "model"
     shutil.copytree(exported, folder)
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"pad_token": None}))
     common = ["--model", folder, "--engine", "transformers", "--max-new-tokens", 8]
     common += ["--prompt", "x", "--prompt", "import torch\n"]
     assert " 16 new tokens in " in generate(*common).stderr
