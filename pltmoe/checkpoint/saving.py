@@ -12,7 +12,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,6 @@ from pltmoe.checkpoint.manifest import Manifest, write_manifest
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.distributed import highest, on_main
 from pltmoe.runtime.files import flush_to_disk, sha256_of
-from pltmoe.runtime.tokenizer_files import tokenizer_files
 
 _PATIENCE_S = 30.0
 
@@ -39,7 +38,7 @@ class Save:
         final: the folder; it appears when it is whole.
         state: sharded state dict of this rank.
         manifest: what to say about it; sizes, checksums and the tokenizer's hash are filled in.
-        tokenizer: its main file; it and what belongs to it are copied into the folder.
+        tokenizer: what ``read_tokenizer`` returns, on rank 0; written into the folder.
         background: return at once, with a copy of ``state`` in host memory; else write now.
         point: let ``latest`` beside the folder name it at the end.
 
@@ -52,7 +51,7 @@ class Save:
         final: Path,
         state: dict[str, Any],
         manifest: Manifest,
-        tokenizer: Path | None = None,
+        tokenizer: Mapping[str, bytes] | None = None,
         *,
         background: bool = False,
         point: bool = True,
@@ -125,9 +124,10 @@ class Save:
         self._see_all([sums for _, _, sums in reports])
         self._shards.complete([results for _, results, _ in reports])
         if self._tokenizer is not None:
-            for name, file in tokenizer_files(self._tokenizer).items():
-                shutil.copyfile(file, writing / name)
-            more["tokenizer_sha256"] = sha256_of(self._tokenizer)
+            for name, contents in self._tokenizer.items():
+                (writing / name).write_bytes(contents)
+            main = next(iter(self._tokenizer))
+            more["tokenizer_sha256"] = sha256_of(writing / main)
         known = {name: value for _, _, sums in reports for name, value in sums.items()}
         written = {p.relative_to(writing).as_posix(): p for p in writing.rglob("*") if p.is_file()}
         rest = [path for name, path in sorted(written.items()) if name not in known]

@@ -6,6 +6,7 @@ the rank that holds them, so a checkpoint loads under another layout.
 
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def begin_save(
     directory: Path,
     state: dict[str, Any],
     manifest: Manifest,
-    tokenizer: Path | None = None,
+    tokenizer: Mapping[str, bytes] | None = None,
     *,
     background: bool = False,
 ) -> Save:
@@ -49,7 +50,7 @@ def begin_save(
         directory: the run's ``checkpoints`` folder.
         state: sharded state dict of this rank.
         manifest: what to say about it; sizes, checksums and the tokenizer's hash are filled in.
-        tokenizer: its main file; it and what belongs to it are copied into the folder.
+        tokenizer: what ``read_tokenizer`` returns, on rank 0; written into the folder.
         background: write while the caller goes on and changes the state.
 
     Raises:
@@ -60,7 +61,10 @@ def begin_save(
 
 
 def write_folder(
-    final: Path, state: dict[str, Any], manifest: Manifest, tokenizer: Path | None = None
+    final: Path,
+    state: dict[str, Any],
+    manifest: Manifest,
+    tokenizer: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write one checkpoint folder of any name, whole or not at all; all ranks call it.
 

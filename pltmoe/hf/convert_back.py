@@ -23,7 +23,7 @@ from pltmoe.hf.fields import from_hf_fields
 from pltmoe.hf.folder_tensors import FolderTensors, read_json
 from pltmoe.hf.mapping import Row, check_names, rows
 from pltmoe.runtime import distributed
-from pltmoe.runtime.tokenizer_files import find_tokenizer
+from pltmoe.runtime.tokenizer_files import find_tokenizer, read_tokenizer
 
 _TRAINING_ONLY = {"init_std", "moe_aux_loss_coeff", "moe_z_loss_coeff"}
 _LINEAR = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2", "output_layer")
@@ -68,7 +68,8 @@ def import_folder(
     distributed.start(alone)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        write_folder(output, state, manifest, find_tokenizer(folder))
+        found = find_tokenizer(folder)
+        write_folder(output, state, manifest, read_tokenizer(found) if found else None)
     finally:
         distributed.stop()
     return model

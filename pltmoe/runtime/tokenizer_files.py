@@ -23,6 +23,15 @@ def tokenizer_files(path: Path) -> dict[str, Path]:
     return {HUGGING_FACE: path, HUGGING_FACE_CONFIG: path.with_name(HUGGING_FACE_CONFIG)}
 
 
+def read_tokenizer(path: Path) -> dict[str, bytes]:
+    """Return name in a checkpoint -> contents, the main file first.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    return {name: file.read_bytes() for name, file in tokenizer_files(path).items()}
+
+
 def find_tokenizer(folder: Path) -> Path | None:
     """Return the main file of the tokenizer in a checkpoint or a model's folder, if it has one.
 

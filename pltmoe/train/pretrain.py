@@ -35,6 +35,7 @@ from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
 from pltmoe.runtime import devices, distributed, seeds
 from pltmoe.runtime.signals import StopRequest
+from pltmoe.runtime.tokenizer_files import read_tokenizer
 from pltmoe.runtime.versions import commit
 from pltmoe.tracking import Tracker, build_tracker
 from pltmoe.tracking.jsonl import writing
@@ -205,6 +206,7 @@ def _train(config: RunConfig, engine: Engine, data: Data, start: Start, stop: St
         lambda step: _manifest(config, layout, data, start, consumed, step),
         start.step,
         tracker.log if tracker is not None else None,
+        distributed.main_only(lambda: read_tokenizer(config.data.tokenizer)),
     )
     trainer = Trainer(
         config,

@@ -58,7 +58,7 @@ def callback_with_an_error(folder: Path) -> dict[str, Any]:
         0,
         lambda step, metrics: logged.append((step, metrics)),
     )
-    trainer = SimpleNamespace(config=_without_tokenizer(config), engine=engine, step=0)
+    trainer = SimpleNamespace(config=config, engine=engine, step=0)
     write, said = in_process._write_file, None
     try:
         for trainer.step in range(1, 5):
@@ -79,12 +79,6 @@ def callback_with_an_error(folder: Path) -> dict[str, Any]:
 
 def _disk_full(*_: Any, **__: Any) -> tuple[int, OSError]:
     return 0, OSError(errno.ENOSPC, "no space")
-
-
-def _without_tokenizer(config: Any) -> Any:
-    """A configuration whose tokenizer is not copied: there is none."""
-    data = config.data.model_copy(update={"tokenizer": None})
-    return config.model_copy(update={"data": data})
 
 
 def damaged_on_a_rank(folder: Path) -> list[str]:

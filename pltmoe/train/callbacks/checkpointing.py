@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,11 @@ class Checkpointing(Callback):
     """Writes ``output_dir/checkpoints/step_...`` according to the checkpoint section."""
 
     def __init__(
-        self, describe: Callable[[int], Manifest], saved_step: int | None, log: Log | None = None
+        self,
+        describe: Callable[[int], Manifest],
+        saved_step: int | None,
+        log: Log | None = None,
+        tokenizer: Mapping[str, bytes] | None = None,
     ):
         """Prepare.
 
@@ -40,8 +44,11 @@ class Checkpointing(Callback):
             describe: returns the manifest of a step.
             saved_step: the step that is on disk already, of a resumed run.
             log: takes a step and metrics; None on ranks that track nothing.
+            tokenizer: its files as they were when the run began, on rank 0: what becomes of
+                ``data.tokenizer`` meanwhile neither ends a save nor comes into a checkpoint.
         """
         self._describe, self._saved_step, self._log = describe, saved_step, log
+        self._tokenizer = tokenizer
         self._under_way: _UnderWay | None = None
 
     def after_step(self, trainer: Trainer, report: StepReport) -> None:
@@ -88,7 +95,7 @@ class Checkpointing(Callback):
             config.train.output_dir / "checkpoints",
             state,
             self._describe(trainer.step).model_copy(update={"contains": tuple(state)}),
-            config.data.tokenizer,
+            self._tokenizer,
             background=config.checkpoint.asynchronous,
         )
         self._saved_step = trainer.step

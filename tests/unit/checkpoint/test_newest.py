@@ -14,6 +14,7 @@ from pltmoe.checkpoint.integrity import check_files, checksum
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.checkpoint.newest import leave_later, newest_intact
 from pltmoe.errors import CheckpointError, DamagedCheckpointError
+from pltmoe.runtime.tokenizer_files import read_tokenizer
 from tests.distributed.tiny import tiny_config
 
 
@@ -25,7 +26,9 @@ def run(groups, tmp_path):
     for step in (5, 6, 7):
         state = {"weight": ShardedTensor.from_rank_offsets("model.weight", torch.full((9,), step))}
         manifest = Manifest(config=tiny_config(), step=step)
-        store.begin_save(tmp_path / "checkpoints", state, manifest, tokenizer).finish()
+        store.begin_save(
+            tmp_path / "checkpoints", state, manifest, read_tokenizer(tokenizer)
+        ).finish()
     return tmp_path
 
 

@@ -12,6 +12,7 @@ from pltmoe.checkpoint import folders, saving, store
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.files import sha256_of
+from pltmoe.runtime.tokenizer_files import read_tokenizer
 from tests.distributed.tiny import tiny_config
 
 
@@ -31,7 +32,9 @@ def saved(groups, tmp_path):
     tokenizer = tmp_path / "some.model"
     tokenizer.write_bytes(b"pieces")
     directory = tmp_path / "checkpoints"
-    folder = store.begin_save(directory, state([1.0, 2, 3, 4]), manifest(5), tokenizer).finish()
+    folder = store.begin_save(
+        directory, state([1.0, 2, 3, 4]), manifest(5), read_tokenizer(tokenizer)
+    ).finish()
     return directory, folder
 
 

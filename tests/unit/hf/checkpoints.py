@@ -18,6 +18,7 @@ from pltmoe.model.plt import PLTModel
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import layout_for
 from pltmoe.runtime import distributed
+from pltmoe.runtime.tokenizer_files import read_tokenizer
 from tests import configs
 from tests.unit.hf.models import small_model
 
@@ -57,7 +58,8 @@ def write_checkpoint(
         tokens = torch.randint(0, m.vocab_size, (2, 24))
         with torch.no_grad():
             torch.save({"tokens": tokens, "logits": model.eval()(tokens)}, run / "logits.pt")
-        return begin_save(folder, model_state(model, groups), manifest, tokenizer).finish()
+        files = read_tokenizer(tokenizer)
+        return begin_save(folder, model_state(model, groups), manifest, files).finish()
     finally:
         destroy_groups()
         distributed.stop()

@@ -11,6 +11,7 @@ from megatron.core.dist_checkpointing import ShardedTensor
 from pltmoe.checkpoint import folders
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.errors import EngineError
+from pltmoe.runtime.tokenizer_files import read_tokenizer
 from pltmoe.train.callbacks import Checkpointing
 from pltmoe.train.pretrain import _end_save
 from tests.distributed.tiny import tiny_config
@@ -30,7 +31,9 @@ def run(groups, tmp_path):
         lambda step: Manifest(config=config, step=step),
         0,
         lambda step, metrics: logged.append((step, metrics)),
+        read_tokenizer(tokenizer),
     )
+    tokenizer.unlink()  # a save does not need it any more
     weight = torch.zeros(4)
     shards = lambda: {"w": ShardedTensor.from_rank_offsets("model.w", weight)}  # noqa: E731
     trainer = SimpleNamespace(config=config, step=0, engine=SimpleNamespace(state=shards))
@@ -56,6 +59,8 @@ def test_a_second_save_waits_for_the_first_and_says_so(run, gate, caplog):
     run.step()
     assert "step 2 is to be saved, but step 1 is still being written" in caplog.text
     assert saved_steps(run) == [1]
+    folder = run.folder / "checkpoints/step_00000001"
+    assert (folder / "tokenizer.model").read_bytes() == b"pieces"
     ((step, first),) = run.logged
     assert step == 2 and first["checkpoint/stall_seconds"] > 0.8 * WAIT_S, "the wait counts"
     run.saves.after_last_step(run.trainer)
