@@ -155,4 +155,4 @@ def _compare(name: str, config: RunConfig, args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    run_tool(main, takes_torchrun=True)

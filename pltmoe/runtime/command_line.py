@@ -74,7 +74,7 @@ def open_closed_streams() -> None:
             setattr(sys, name, open(descriptor, mode, encoding="utf-8"))
 
 
-def run_tool(main: Callable[[], int | None]) -> NoReturn:
+def run_tool(main: Callable[[], int | None], *, takes_torchrun: bool = False) -> NoReturn:
     """Run ``main`` and leave the process with its exit code (None: 0).
 
     What a user can act on, files included, is one line on stderr and exit code 1; Ctrl-C is one
@@ -87,6 +87,8 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a text, or a path, that is not in it
     try:
+        if not takes_torchrun:
+            _check_alone()
         code = main()
         sys.stdout.flush()
     except PLTMoEError as error:
@@ -110,6 +112,14 @@ def run_tool(main: Callable[[], int | None]) -> NoReturn:
         sys.stderr.write("interrupted\n")
         sys.exit(130)
     sys.exit(code)
+
+
+def _check_alone() -> None:
+    """Refuse several processes of torchrun: each would write the same files."""
+    size = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and size != "1":
+        tool = Path(sys.argv[0]).name
+        raise ConfigError(f"torchrun started {size} processes of {tool}, which is one: use python")
 
 
 def _is_read() -> bool:

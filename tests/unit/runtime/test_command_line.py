@@ -47,6 +47,12 @@ def test_ends_with_a_code_and_at_most_one_line(body: str, code: int, said: str) 
     assert (done.returncode, done.stderr, done.stdout) == (code, said, "False\n")
 
 
+def test_several_processes_of_torchrun_are_refused() -> None:
+    done = run_python("tools/plan.py", TORCHELASTIC_RUN_ID="none", WORLD_SIZE="2")
+    said = "error: torchrun started 2 processes of plan.py, which is one: use python\n"
+    assert (done.returncode, done.stderr, done.stdout) == (1, said, "")
+
+
 @pytest.mark.parametrize("kind", ["KeyError", "ConnectionError", "BrokenPipeError"])
 def test_a_defect_keeps_its_traceback(kind: str) -> None:
     done = run_python("-c", TOOL.format(body=f"raise {kind}('defect')"))
