@@ -101,7 +101,7 @@ def _lines(
     library: Path, paths: list[Path], manifest: dict[str, Any], progress: bool
 ) -> Iterator[str]:
     """Yield JSONL lines and count into ``manifest``; the few files not in UTF-8 are left out."""
-    for path in tqdm(paths, desc="standard library", unit="file", disable=not progress):
+    for path in tqdm(paths, desc="source files", unit="file", disable=not progress):
         try:
             text = path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:

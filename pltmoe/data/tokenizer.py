@@ -228,9 +228,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except FileNotFoundError:
-        raise DataError(
-            f"{path}: no such tokenizer; make one with tools/train_tokenizer.py"
-        ) from None
+        more = "" if is_hugging_face(path) else "; make one with tools/train_tokenizer.py"
+        raise DataError(f"{path}: no such tokenizer{more}") from None
     except OSError as error:
         more = "; name its tokenizer.json" if path.is_dir() else ""
         raise DataError(f"{path}: cannot be read ({error.strerror}){more}") from None

@@ -66,6 +66,8 @@ def test_travels_to_loader_processes(tokenizer: Tokenizer):
 def test_missing_file():
     with pytest.raises(DataError, match=r"nowhere\.model: no such tokenizer; make one with tools/"):
         load_tokenizer("nowhere.model")
+    with pytest.raises(DataError, match=r"nowhere\.json: no such tokenizer$"):
+        load_tokenizer("nowhere.json")
 
 
 @pytest.mark.parametrize("content", [b"", b"not a model" * 100])
