@@ -29,6 +29,11 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
+from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.utils import can_return_tuple, logging
@@ -694,16 +699,65 @@ class PLTMoERouter(nn.Module):
         return experts, weights.to(x_td.dtype)
 
 
+@use_experts_implementation
+class PLTMoEStackedExperts(nn.Module):
+    """SwiGLU experts, those of a layer in one tensor, as transformers' implementations want them.
+
+    Weights are stored expert by expert, with the names of Qwen3-MoE.
+    """
+
+    def __init__(self, config: PLTMoEConfig):
+        super().__init__()
+        hidden, inner = config.hidden_size, config.moe_intermediate_size
+        self.num_experts, self.act_fn = config.num_experts, F.silu
+        self.gate_up_proj = nn.Parameter(torch.empty(self.num_experts, 2 * inner, hidden))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, inner))
+
+    def forward(self, x_td: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """``experts_implementation="eager"``; the decorator puts the others in its place."""
+        return self.one_by_one(x_td, chosen, weights)
+
+    def one_by_one(self, x_td: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Run the experts in turn."""
+        order = chosen.flatten().argsort(stable=True)  # all (token, rank) pairs, expert by expert
+        in_use = torch.stack(chosen.unique(return_counts=True)).tolist()
+        out = torch.zeros_like(x_td)
+        for expert, pairs in zip(in_use[0], order.split(in_use[1]), strict=True):
+            token = pairs // chosen.size(-1)
+            gate, up = F.linear(x_td[token], self.gate_up_proj[expert]).chunk(2, dim=-1)
+            y = F.linear(self.act_fn(gate) * up, self.down_proj[expert])
+            out.index_add_(0, token, y * weights.flatten()[pairs, None])
+        return out
+
+
+register_checkpoint_conversion_mapping(
+    PLTMoEConfig.model_type, get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
+)
+
+
+class PLTMoEExperts(PLTMoEStackedExperts):
+    """The experts of a layer: only chosen ones run, once each for all their tokens.
+
+    As transformers' ``experts_implementation`` says, by default in grouped products. torch has none
+    in float64, or of rows that are no multiple of 16 bytes.
+    """
+
+    def forward(self, x_td: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        """Return the sum [t, d] of what ``chosen`` experts [t, top_k] return, ``weights`` times."""
+        size = self.down_proj.element_size()
+        is_odd = any(width * size % 16 for width in self.down_proj.shape[1:])
+        if is_odd or self.down_proj.dtype == torch.float64:
+            return self.one_by_one(x_td, chosen, weights)
+        return super().forward(x_td, chosen, weights)
+
+
 class PLTMoESparseBlock(nn.Module):
-    """Mixture of experts: tokens are gathered per expert, only chosen experts run."""
+    """Mixture of experts."""
 
     def __init__(self, config: PLTMoEConfig):
         super().__init__()
         self.gate = PLTMoERouter(config)
-        self.experts = nn.ModuleList(
-            PLTMoEMLP(config.hidden_size, config.moe_intermediate_size)
-            for _ in range(config.num_experts)
-        )
+        self.experts = PLTMoEExperts(config)
 
     def forward(
         self, x_bsd: Tensor, experts: Tensor | None = None, is_one_slot: bool = False
@@ -718,13 +772,7 @@ class PLTMoESparseBlock(nn.Module):
         """
         x_td, rows = x_bsd.flatten(0, 1), x_bsd.size(1) if is_one_slot else 1
         chosen, weights = self.gate(x_td, None if experts is None else experts.flatten(0, 1), rows)
-        order = chosen.flatten().argsort(stable=True)  # all (token, rank) pairs, expert by expert
-        in_use = torch.stack(chosen.unique(return_counts=True)).tolist()
-        out = torch.zeros_like(x_td)
-        for expert, pairs in zip(in_use[0], order.split(in_use[1]), strict=True):
-            token = pairs // chosen.size(-1)
-            y = self.experts[expert](x_td[token]) * weights.flatten()[pairs, None]
-            out.index_add_(0, token, y)
+        out = self.experts(x_td, chosen, weights)
         return out.view_as(x_bsd), chosen.unflatten(0, x_bsd.shape[:2])
 
 
@@ -799,6 +847,9 @@ class PLTMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if hasattr(module, "e_score_correction_bias"):
                 init.zeros_(module.e_score_correction_bias)
+        elif isinstance(module, PLTMoEExperts):
+            init.normal_(module.gate_up_proj, mean=0.0, std=self.config.initializer_range)
+            init.normal_(module.down_proj, mean=0.0, std=self.config.initializer_range)
         elif isinstance(module, PLTMoEGate):
             init.zeros_(module.weight)
             init.zeros_(module.bias)

@@ -5,6 +5,7 @@ import torch
 
 from pltmoe.inference import attention, experts
 from pltmoe.inference.kernels import choose_kernels
+from tests.unit.hf import models as hf
 from tests.unit.inference.kernel_cases import (
     ATTENTION,
     CHOOSE,
@@ -86,3 +87,17 @@ def test_kernels_run_in_a_cuda_graph_and_repeat_bit_for_bit() -> None:
     again = kernels.attention(*rows), kernels.experts(*moe)
     for got, expected in zip(captured, again, strict=True):
         assert torch.equal(got, expected)
+
+
+@torch.no_grad()
+def test_experts_of_an_exported_model_in_grouped_products() -> None:
+    """As transformers runs them on a GPU, beside float64 on the CPU."""
+    m = hf.small_model("plt3_shared_routing", moe_ffn_hidden_size=16)
+    _, exact = hf.pair(m)
+    model = hf.hf_model(m, dtype=torch.bfloat16).to("cuda").eval()
+    model.load_state_dict(exact.state_dict())
+    exact.load_state_dict(model.state_dict())  # rounded
+    x = torch.randn(2, 50, m.hidden_size, device="cuda", dtype=torch.bfloat16)
+    ours, chosen = model.model.layers[0].mlp(x)
+    plain, _ = exact.model.layers[0].mlp(x.double().cpu(), chosen.cpu())
+    assert relative_error(ours.cpu(), plain) < TOLERANCE[torch.bfloat16]

@@ -99,25 +99,28 @@ def pair(m: ModelConfig, seed: int = 0, **options: Any) -> tuple[ReferencePLT, P
     """Return reference and Hugging Face model in float64 with the same random weights."""
     reference = random_reference(m, seed)
     model = hf_model(m, **options).double()
-    model.load_state_dict(reference.state_dict())
+    model.load_state_dict(stacked(m, reference.state_dict()))
     return reference, model.eval()
 
 
 def stock_model(m: ModelConfig, weights: Mapping[str, Tensor]) -> Any:
-    """Return transformers' model with per-expert weights fused as transformers 5 keeps them."""
+    """Return transformers' own model with these weights."""
     moe = m.is_moe
     config = (Qwen3MoeConfig if moe else Qwen3Config)(**to_hf_fields(m))
     model = (Qwen3MoeForCausalLM if moe else Qwen3ForCausalLM)(config)
-    state = dict(weights)
-    for layer in range(m.num_layers if moe else 0):
-        prefix = f"model.layers.{layer}.mlp.experts."
-        parts = {
-            name: torch.stack(
-                [state.pop(f"{prefix}{e}.{name}.weight") for e in range(m.num_experts)]
-            )
-            for name in ("gate_proj", "up_proj", "down_proj")
-        }
-        state[prefix + "gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], 1)
-        state[prefix + "down_proj"] = parts["down_proj"]
-    model.load_state_dict(state)
+    model.load_state_dict(stacked(m, weights))
     return model.eval()
+
+
+def stacked(m: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights with the experts of a layer in one tensor, as transformers 5 keeps them."""
+    state = dict(weights)
+    for layer in range(m.num_layers if m.is_moe else 0):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        gate, up, down = (
+            torch.stack([state.pop(f"{prefix}{e}.{name}.weight") for e in range(m.num_experts)])
+            for name in ("gate_proj", "up_proj", "down_proj")
+        )
+        state[prefix + "gate_up_proj"] = torch.cat([gate, up], 1)
+        state[prefix + "down_proj"] = down
+    return state

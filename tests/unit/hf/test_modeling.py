@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from pltmoe.hf import modeling_plt_moe
 from pltmoe.model.reference import language_model_loss
 from tests.launch import Ranks
-from tests.unit.hf.models import MODELS, hf_model, pair, small_model, tokens
+from tests.unit.hf.models import (
+    MODELS,
+    hf_model,
+    pair,
+    random_reference,
+    small_model,
+    stacked,
+    tokens,
+)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -24,12 +32,11 @@ def test_logits_and_gradients_equal_the_reference(name, attention, monkeypatch):
     assert abs(out.loss - loss) < 1e-10
     loss.backward()
     out.loss.backward()
-    grads = {name: p.grad for name, p in model.named_parameters()}
-    for name, parameter in reference.named_parameters():
-        if parameter.grad is None:
-            assert grads[name] is None, name
-        else:
-            assert (parameter.grad - grads[name]).abs().max() < 1e-10, name
+    found, expected = (
+        {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in of}
+        for of in (model.named_parameters(), reference.named_parameters())
+    )
+    torch.testing.assert_close(found, stacked(m, expected), rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -112,6 +119,23 @@ def test_half_precision_runs_and_keeps_the_expert_bias_wide():
     decoded = model(tokens(s=1), past_key_values=out.past_key_values)  # all loops at once
     assert decoded.logits.dtype == out.past_key_values.last_hidden[0].dtype == torch.bfloat16
     assert model.model.norm.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("name", ["plt3_normed", "plt3_shared_routing"])
+@torch.no_grad()
+def test_experts_run_in_grouped_products(name, monkeypatch):
+    """transformers' default, where torch has them; in float32, where both are exact to rounding."""
+    m = small_model(name, moe_ffn_hidden_size=16)
+    model = hf_model(m).eval()
+    model.load_state_dict(stacked(m, random_reference(m, dtype=torch.float32).state_dict()))
+    calls, product = [], F.grouped_mm
+    monkeypatch.setattr(F, "grouped_mm", lambda *x, **y: calls.append(1) or product(*x, **y))
+    grouped = model(tokens()).logits
+    assert len(calls) == 2 * m.num_layers * m.num_loops
+    model.set_experts_implementation("eager")
+    one_by_one = model(tokens()).logits
+    assert len(calls) == 2 * m.num_layers * m.num_loops
+    torch.testing.assert_close(grouped, one_by_one, rtol=1e-5, atol=1e-5)
 
 
 def test_expert_bias_decides_the_choice_but_not_the_weights():

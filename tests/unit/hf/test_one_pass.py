@@ -21,14 +21,14 @@ SHIFTED = [name for name, fields in MODELS.items() if fields.get("cross_loop_shi
 
 
 class Recorder:
-    """Counts calls: rows of each layer and loop, attention calls, expert calls."""
+    """Counts calls: rows of each layer and loop, attention calls, rows of a layer's experts."""
 
     def __init__(self, model, monkeypatch):
         self.layers, self.attention, self.experts = [], [], []
         for layer in model.model.layers:
             layer.register_forward_hook(self._layer, with_kwargs=True)
-            for expert in getattr(layer.mlp, "experts", []):
-                expert.register_forward_hook(lambda _, x, y: self.experts.append(len(y)))
+            if hasattr(layer.mlp, "experts"):
+                layer.mlp.experts.register_forward_hook(lambda _, x, y: self.experts.append(len(y)))
         attend = modeling_plt_moe.attend_sdpa
         monkeypatch.setitem(
             modeling_plt_moe.ATTEND,
@@ -43,7 +43,7 @@ class Recorder:
 @torch.no_grad()
 @pytest.mark.parametrize("name", SHIFTED)
 def test_a_decoded_slot_is_one_pass(name, monkeypatch):
-    """Each layer runs once with L rows; the experts of a layer run once each over all rows."""
+    """Each layer runs once with L rows; the experts of a layer run once for all rows."""
     m = small_model(name)
     _, model = pair(m)
     x = tokens(2, 9)
@@ -52,8 +52,7 @@ def test_a_decoded_slot_is_one_pass(name, monkeypatch):
     out = model(x[:, 8:], past_key_values=cache, use_cache=True)
     assert recorder.layers == [(None, m.num_loops)] * m.num_layers
     if m.is_moe:
-        assert len(recorder.experts) <= m.num_layers * m.num_experts
-        assert sum(recorder.experts) == m.num_layers * 2 * m.num_loops * m.moe_top_k
+        assert recorder.experts == [2 * m.num_loops] * m.num_layers
     calls = len(recorder.attention) / m.num_layers
     if m.share_first_loop_kv:
         assert calls == 1 + (m.num_loops - 1) * m.gated_swa

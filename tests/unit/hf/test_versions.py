@@ -8,6 +8,7 @@ import types
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from pltmoe.hf import configuration_plt_moe
 from pltmoe.hf.convert import ExportOptions, export_checkpoint
@@ -44,10 +45,13 @@ def test_the_oldest_release_says_the_same(oldest, tmp_path, tokenizer_model):
     assert found.keys() == expected.keys()
     for what, value in expected.items():
         if value.is_floating_point():
-            assert (found[what] - value).abs().max() < 1e-12, what
+            bound = 1e-12 if value.dtype == torch.float64 else 1e-5
+            assert (found[what] - value).abs().max() < bound, what
         else:
             assert found[what].equal(value), what
     assert found["greedy"].equal(found["uncached"])
+    stored = {name for file in folder.glob("*.safetensors") for name in load_file(file)}
+    assert found.keys() > stored, "saved with other names"
 
 
 def test_transformers_4_is_told_what_is_needed(monkeypatch):

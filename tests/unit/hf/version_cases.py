@@ -6,10 +6,12 @@ Imports nothing of pltmoe, as a user of the folder does not.
 """
 
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -21,7 +23,8 @@ END = 5
 
 @torch.no_grad()
 def outcomes(folder: Path) -> dict[str, Tensor]:
-    """Return logits, tokens of all ways of decoding, and logits after slots were taken back."""
+    """Return logits, tokens of all ways of decoding, logits after slots were taken back, and what
+    the model saves."""
     model = AutoModelForCausalLM.from_pretrained(
         folder, trust_remote_code=True, dtype=torch.float64
     )
@@ -46,7 +49,10 @@ def outcomes(folder: Path) -> dict[str, Tensor]:
         cache.crop(seen - ids.size(1))
     cache.reset()
     found["after reset"] = model(ids, past_key_values=cache).logits
-    return found
+    found["in float32"] = model.float()(ids).logits  # experts in grouped products
+    with tempfile.TemporaryDirectory() as again:
+        model.save_pretrained(again)
+        return found | load_file(Path(again, "model.safetensors"))
 
 
 if __name__ == "__main__":
