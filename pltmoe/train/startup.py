@@ -15,6 +15,8 @@ from pltmoe.runtime.versions import commit, versions
 
 logger = logging.getLogger(__name__)
 
+_LISTED_SOURCES = 16
+
 
 def log_startup(config: RunConfig, capabilities: Capabilities, source: str) -> None:
     """Write the start-up block on rank 0; ``source`` says where the weights come from."""
@@ -62,16 +64,21 @@ def startup_rows(
 
 
 def _sources(config: RunConfig, tokens: int) -> Iterator[str]:
-    """Say of each training source how often ``tokens`` of the run go through its text."""
-    data = config.data
+    """Say of each training source how often ``tokens`` of the run go through its text; of many,
+    those that are repeated most."""
+    data, found = config.data, []
     part = 1.0 if data.split is None else data.split[0] / sum(data.split)
     weights = sum(source.weight for source in data.train)
     for source in data.train:
         share, length = source.weight / weights, read_pair(source.path).tokens
-        yield (
-            f"{source.path}: {share:.1%} of the sequences, "
-            f"{tokens * share / (length * part):.3g} times through {length * part:,.0f} tokens"
-        )
+        times = tokens * share / (length * part)
+        text = f"{times:.3g} times through {length * part:,.0f} tokens"
+        found.append((times, f"{source.path}: {share:.1%} of the sequences, {text}"))
+    if len(found) > _LISTED_SOURCES:
+        found.sort(key=lambda pair: -pair[0])
+    yield from (text for _, text in found[:_LISTED_SOURCES])
+    if more := found[_LISTED_SOURCES:]:
+        yield f"{len(more):,} more, each at most {more[0][0]:.3g} times through its text"
 
 
 def _every(interval: int | None, otherwise: str) -> str:
