@@ -167,7 +167,7 @@ def _verify(config: RunConfig, tokenizer: Tokenizer, num_samples: Samples, root:
         read_pair(path)
     _check_writable(root)
     for path in paths:
-        pair = verify_dataset(path, tokenizer, root)
+        pair = verify_dataset(path, data, tokenizer, root)
         if data.split:
             verify_split(pair, data.split, num_samples, data.sequence_length)
         else:

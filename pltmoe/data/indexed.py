@@ -48,6 +48,16 @@ class IndexedPair:
             largest = max(largest, int(chunk.max()))
         return largest
 
+    def last_ids(self, most: int = 1000) -> np.ndarray:
+        """Return the last token id of about ``most`` documents, evenly spread."""
+        count, index = len(self.lengths), idx_path(self.prefix)
+        offsets = np.memmap(index, np.int64, "r", _HEADER.size + 4 * count, (count,))
+        borders = np.memmap(index, np.int64, "r", _HEADER.size + 12 * count)
+        last = borders[1 :: max(1, len(borders) // most)] - 1
+        last = last[self.lengths[last] > 0]
+        ids = np.memmap(bin_path(self.prefix), dtype=self.dtype, mode="r")
+        return ids[offsets[last] // self.dtype.itemsize + self.lengths[last] - 1]
+
 
 def bin_path(prefix: Path) -> Path:
     """``PREFIX.bin`` (a prefix may have dots in its name)."""

@@ -1,7 +1,7 @@
 """Checks made once before training starts: do data, tokenizer and model fit each other?
 
-With a manifest they cost milliseconds. A dataset without one (from elsewhere) is read through once
-for its largest token id; the result is kept in the cache folder.
+With a manifest they cost milliseconds. A dataset without one (Megatron-LM's own, say) is read
+through once for its largest token id; the result is kept in the cache folder.
 """
 
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pltmoe.config.run import RunConfig
+from pltmoe.config.run import DataConfig, RunConfig
 from pltmoe.data.atomic import complete_file
 from pltmoe.data.fingerprint import fingerprint
 from pltmoe.data.indexed import IndexedPair, bin_path, idx_path, read_pair
@@ -39,7 +39,9 @@ def verify_vocabulary(config: RunConfig, tokenizer: Tokenizer) -> None:
         )
 
 
-def verify_dataset(prefix: Path, tokenizer: Tokenizer, cache: Path) -> IndexedPair:
+def verify_dataset(
+    prefix: Path, data: DataConfig, tokenizer: Tokenizer, cache: Path
+) -> IndexedPair:
     """Check one dataset: whole files, same tokenizer, ids within the vocabulary.
 
     Raises:
@@ -50,6 +52,7 @@ def verify_dataset(prefix: Path, tokenizer: Tokenizer, cache: Path) -> IndexedPa
     if manifest is None:
         log.info("%s: no manifest; looking for the largest token id in the .bin", prefix)
         _check_ids(prefix, _scanned_largest_id(pair, cache), tokenizer)
+        _check_document_ends(pair, data, tokenizer)
         return pair
     _check_manifest(pair, manifest, tokenizer)
     _check_ids(prefix, manifest.max_token_id, tokenizer)
@@ -123,6 +126,22 @@ def _check_ids(prefix: Path, largest: int, tokenizer: Tokenizer) -> None:
             f"{tokenizer.model_path} has ids 0 .. {tokenizer.vocab_size - 1}: "
             "it was made with another tokenizer"
         )
+
+
+def _check_document_ends(pair: IndexedPair, data: DataConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.eod in (last := pair.last_ids()) or not len(last):
+        return
+    found = (
+        f"{bin_path(pair.prefix)}: no document ends with id {tokenizer.eod}, as those of "
+        f"data.tokenizer {tokenizer.model_path} do: it was made with another tokenizer, or by "
+        "Megatron-LM's preprocess_data.py without --append-eod"
+    )
+    for field in ("reset_position_ids", "mask_document_ends"):
+        if getattr(data, field):
+            raise DataError(
+                f"{found}; data.{field} would do nothing: make the dataset anew, or set it to false"
+            )
+    log.warning("%s; what is trained on it does not learn where a text ends", found)
 
 
 def _scanned_largest_id(pair: IndexedPair, cache: Path) -> int:

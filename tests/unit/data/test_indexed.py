@@ -45,6 +45,16 @@ def test_counts_and_largest_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert read_pair(write_dataset(tmp_path / "n", negative, np.dtype(np.int32))).largest_id() == -5
 
 
+def test_last_ids_of_documents_in_several_sequences(tmp_path: Path):
+    """As Megatron-LM's preprocess_data.py writes them with --split-sentences."""
+    builder = IndexedDatasetBuilder(str(tmp_path / "x.bin"), dtype=np.int32)
+    builder.add_document(np.array([5, 6, 2]), [1, 2])
+    builder.add_document(np.array([7, 8, 9, 4]), [2, 1, 1])
+    builder.finalize(str(tmp_path / "x.idx"))
+    pair = read_pair(tmp_path / "x")
+    assert pair.last_ids().tolist() == [2, 4] and pair.last_ids(most=1).tolist() == [2]
+
+
 def _truncate(path: Path, by: int) -> None:
     path.write_bytes(path.read_bytes()[:-by])
 

@@ -97,6 +97,16 @@ def test_scan_is_done_once_for_a_file_as_it_is(
     _refused(run_config(tokenizer, counting), tokenizer, "holds token id 65535")
 
 
+def test_documents_of_elsewhere_that_do_not_end(tokenizer: Tokenizer, tmp_path: Path, caplog):
+    """Nothing else tells another tokenizer of a size that fits."""
+    prefix = write_dataset(tmp_path / "x", [np.full(100, 5)] * 10)
+    build_datasets(run_config(tokenizer, prefix), tokenizer, (5, 0, 0))
+    assert "does not learn where a text ends" in caplog.text
+    for field in ("reset_position_ids", "mask_document_ends"):
+        config = run_config(tokenizer, prefix, **{field: True})
+        _refused(config, tokenizer, rf"no document ends with id 2, .*{field} would do nothing")
+
+
 @pytest.mark.parametrize("missing", [bin_path, idx_path])
 def test_missing_file(tokenizer: Tokenizer, counting: Path, missing: Any):
     missing(counting).unlink()
