@@ -8,7 +8,7 @@ import hashlib
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -18,8 +18,6 @@ from pltmoe.runtime.versions import commit, versions
 
 MANIFEST = "manifest.json"
 _OWN_HASH = "manifest_sha256"
-
-Content = Literal["model", "optimizer", "random", "guard", "fp8_scales"]
 
 
 class Manifest(BaseModel):
@@ -43,8 +41,8 @@ class Manifest(BaseModel):
     """Processes that wrote it."""
     precision: str = "fp32"
     """Precision of the weights (what ``train.precision: auto`` meant on that machine)."""
-    contains: tuple[Content, ...] = ("model", "optimizer", "random", "guard")
-    """What is in it; converted checkpoints have the model only."""
+    contains: tuple[str, ...] = ("model", "optimizer", "random", "guard")
+    """Parts of ``Engine.state`` in it; converted checkpoints have the model only."""
     tokenizer_sha256: str | None = None
     """Hash of the tokenizer's main file, tokenizer.model or tokenizer.json."""
     versions: dict[str, str] = Field(default_factory=versions)

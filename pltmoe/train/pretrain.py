@@ -166,21 +166,23 @@ def _prepare_folder(config: RunConfig) -> None:
 def _load(config: RunConfig, engine: Engine, layout: Layout, start: Start) -> str:
     """Fill the engine from where the run starts, and say where that is."""
     if start.folder is not None and start.manifest is not None:
-        parts = ["model", "optimizer"]
-        if same_ranks := start.manifest.world_size == layout.world_size:
-            parts.append("random")
-        if "guard" in start.manifest.contains:  # written since steps can be skipped
-            parts.append("guard")
-        if config.train.keeps_fp8_scales:
-            same_layout = same_ranks and start.manifest.config.parallel == config.parallel
-            if same_layout and "fp8_scales" in start.manifest.contains:
-                parts.append("fp8_scales")
-            elif distributed.is_main():
-                logger.warning(
-                    "FP8 scales begin anew: %s has none for this layout; the next step is less "
-                    "exact than others", start.folder,
-                )  # fmt: skip
+        keeps_scales = config.train.keeps_fp8_scales
+        same_ranks = start.manifest.world_size == layout.world_size
+        same_layout = same_ranks and start.manifest.config.parallel == config.parallel
+        fits = {"random": same_ranks, "fp8_scales": keeps_scales and same_layout}
+        parts = [part for part in start.manifest.contains if fits.get(part, True)]
+        if keeps_scales and "fp8_scales" not in parts and distributed.is_main():
+            logger.warning(
+                "FP8 scales begin anew: %s has none for this layout; the next step is less "
+                "exact than others", start.folder,
+            )  # fmt: skip
         wanted = engine.placeholders(*parts, absent=absent_tensors(start.manifest, config))
+        if strange := [part for part in parts if part not in wanted]:
+            raise CheckpointError(
+                f"{start.folder} holds {', '.join(strange)}, with which this code does not go on: "
+                f"use the code that wrote it (commit {start.manifest.commit}), or start anew from "
+                f"its weights with checkpoint.load_weights={start.folder}"
+            )
         engine.restore(store.load_state(start.folder, wanted), start.step)
         return f"resumed from {start.folder} (step {start.step:,})"
     if (given := config.checkpoint.load_weights) is None:

@@ -51,6 +51,16 @@ def test_scales_of_fp8_come_back_in_the_same_layout(
     assert (message in caplog.text) == warned
 
 
+def test_a_part_that_nothing_takes_up_is_refused() -> None:
+    """Such as a moving average that ``Engine.state`` writes and ``placeholders`` forgets."""
+    config = tiny_config()
+    manifest = Manifest(config=config, step=3, contains=("model", "optimizer", "ema"))
+    engine = SimpleNamespace(placeholders=lambda *parts, absent: {"model": {}, "optimizer": {}})
+    start = pretrain.Start({}, Path("run/checkpoints/step_3"), manifest)
+    with pytest.raises(CheckpointError, match="step_3 holds ema, with which this code does not"):
+        pretrain._load(config, engine, SimpleNamespace(world_size=1), start)
+
+
 def test_a_torch_that_cannot_read_its_checkpoints_ends_the_run_before_anything_is_touched(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
