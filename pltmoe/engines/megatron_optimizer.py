@@ -59,9 +59,13 @@ def build_optimizer(
     dtype: torch.dtype,
     groups: ProcessGroupCollection,
 ) -> ChainedOptimizer:
-    """Build AdamW; norms and biases have no weight decay."""
+    """Build AdamW; norms and biases have no weight decay.
+
+    The buffers of ``wrap_in_ddp`` leave each rank the sums of its own shard. An optimizer that is
+    not cut the same way (Megatron's Lion and Muon) would read what other ranks have not added to.
+    """
     o = config.optimizer
-    return get_megatron_optimizer(
+    optimizer = get_megatron_optimizer(
         MegatronOptimizerConfig(
             optimizer="adam",
             lr=o.lr,
@@ -79,6 +83,9 @@ def build_optimizer(
         use_gloo_process_groups=False,
         pg_collection=groups,
     )
+    whole = [p for p in optimizer.chained_optimizers if not isinstance(p, DistributedOptimizer)]
+    assert not whole, f"{type(whole[0]).__name__} is not cut over ranks, as the gradients are"
+    return optimizer
 
 
 def build_schedule(
