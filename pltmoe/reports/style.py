@@ -18,7 +18,8 @@ COLOURS = (
 )  # fmt: skip
 """As many as the decode benchmark has models of one size."""
 LINES = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (5, 1.5, 1, 1.5)))
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p", "*")
+"""One more than colours: with them and the lines, 72 runs look different."""
 INK, GRID = "#222222", "#dddddd"
 DETAIL_SHARE = 0.35
 """Share of the training, at its end, that is shown enlarged."""

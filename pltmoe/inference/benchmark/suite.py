@@ -66,7 +66,8 @@ def candidates(
     if ABLATION in groups:
         folder = configs / "ablation_680m_13b"
         found += [_of_file(ABLATION, n, folder / f"{f}.yaml") for n, f in ABLATION_FILES.items()]
-        found += [_shared(found[4], PLT2_SHARED), _shared(found[5], PLT3_SHARED)]
+        row = {c.name: c for c in found}
+        found += [_shared(row[PLT2], PLT2_SHARED), _shared(row[PLT3], PLT3_SHARED)]
     if HEADLINE in groups:
         plt = _of_file(HEADLINE, SMALL_PLT, configs / "plt_1.7b_40b.yaml")
         big = _of_file(HEADLINE, BIG_VANILLA, configs / "vanilla_2.5b_60b.yaml")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from pltmoe.reports import gpu_parts
+from pltmoe.reports.style import line_style
 from tests.repository import CONFIGS, REPOSITORY, run_python
 
 
@@ -137,3 +138,8 @@ def test_the_decode_parts_name_models_and_options_that_exist() -> None:
         assert {word for word in words if word.startswith("--")} <= set(options)
         only = [words[i + 1] for i, word in enumerate(words) if word == "--only"]
         assert set(only) <= names
+
+
+def test_no_two_models_in_the_picture_of_losses_look_alike() -> None:
+    styles = {str(line_style(index)) for index, _ in enumerate(gpu_parts.LEARNING)}
+    assert len(styles) == len(gpu_parts.LEARNING)
