@@ -18,6 +18,9 @@ class ModelConfig(Section):
 
     The six rows of the paper's ablation (arXiv 2510.24824, table 3) are combinations of
     ``num_loops``, ``cross_loop_shift``, ``share_first_loop_kv`` and ``gated_swa``.
+
+    Made by ``load_config`` or ``model_from_dict``, which hold fields to each other (rules.py). The
+    class alone does not: of fields that contradict each other it would ignore some.
     """
 
     vocab_size: PositiveInt
@@ -96,6 +99,3 @@ class ModelConfig(Section):
     def local_window(self) -> int | None:
         """Keys of the gated window in loops > 1, or None without G-SWA."""
         return self.window_keys if self.gated_swa else None
-
-
-Schedule = Literal["cosine", "wsd", "linear", "constant"]

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_validator
 
-from pltmoe.config.model import ModelConfig, Schedule, Section
+from pltmoe.config.model import ModelConfig, Section
 
 
 class ParallelConfig(Section):
@@ -84,7 +84,7 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
     min_lr: float = Field(default=0.0, ge=0)
     """Learning rate at the end of the decay."""
-    schedule: Schedule = "cosine"
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Shape of the decay; wsd = warmup, stable, decay."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
