@@ -20,6 +20,7 @@ from pltmoe.config import RunConfig
 from pltmoe.engines import sharded_state
 from pltmoe.engines.base import Batch, Capabilities, StepResult
 from pltmoe.engines.step_guard import StepGuard
+from pltmoe.errors import DataError
 from pltmoe.model.fp8_scales import (
     forget_what_was_not_trained,
     fp8_scales,
@@ -72,7 +73,12 @@ class SteppingEngine:
         assert not strange and not missing.unexpected_keys, (strange, missing.unexpected_keys)
 
     def _forward_backward(self, batches: Iterator[Batch], forward_only: bool) -> Tensor:
-        step = [dict(batch) for batch in islice(batches, self._layout.micro_batches)]
+        wanted = self._layout.micro_batches
+        step = [dict(batch) for batch in islice(batches, wanted)]
+        if len(step) < wanted:  # a step of fewer would be taken without a word
+            raise DataError(
+                f"the data end inside a step: {len(step)} of its {wanted} micro batches"
+            )
         return self._run(step, forward_only)
 
     def eval_step(self, batches: Iterator[Batch]) -> tuple[float, int]:

@@ -1,9 +1,27 @@
-"""What a skipped step says on thousands of ranks."""
+"""What a skipped step says on thousands of ranks; no step is taken on a part of its data."""
 
+from types import SimpleNamespace
+
+import pytest
 import torch
 import torch.distributed as dist
 
-from pltmoe.engines.stepping import _not_finite_loss
+from pltmoe.engines.stepping import SteppingEngine, _not_finite_loss
+from pltmoe.errors import DataError
+
+
+class Engine(SteppingEngine):
+    _layout = SimpleNamespace(micro_batches=4)
+
+    def _run(self, batches, forward_only):
+        return torch.tensor([0.0, len(batches)])
+
+
+def test_a_step_whose_data_end_is_refused():
+    batches = iter([{}] * 6)
+    assert Engine()._forward_backward(batches, False)[1] == 4
+    with pytest.raises(DataError, match="data end inside a step: 2 of its 4 micro batches"):
+        Engine()._forward_backward(batches, False)
 
 
 def test_a_loss_that_is_broken_everywhere_does_not_list_thousands_of_ranks(monkeypatch):
