@@ -51,7 +51,8 @@ def build_datasets(config: RunConfig, tokenizer: Tokenizer, num_samples: Samples
 
     Raises:
         DataError: missing, half-written or mismatched data; an empty part of the split; samples
-            asked of a set without a source; a cache folder that cannot be used.
+            asked of a set without a source, or too few for so many sources; a cache folder that
+            cannot be used.
     """
     root = config.data.cache_dir or index_cache(config.data.train[0].path)
     _on_rank_zero(lambda: _verify(config, tokenizer, num_samples, root))
@@ -248,7 +249,17 @@ def _build(
     builder = BlendedMegatronDatasetBuilder(
         GPTDataset, list(num_samples), lambda: on_this_rank, dataset_config
     )
-    return builder.build()
+    try:
+        return builder.build()
+    except IndexError as error:
+        if "oversamples" not in str(error):
+            raise
+        name = next(name for name in SPLITS if f"The {name} blend" in str(error))
+        raise DataError(
+            f"data: too many sources for the {num_samples[SPLITS.index(name)]} sequences of "
+            f"'{name}' (Megatron rounds the share of each up, and one that is repeated ran out): "
+            f"ask for more, from 200 a source on it fits, or give '{name}' fewer sources"
+        ) from error
 
 
 def _dataset_config(

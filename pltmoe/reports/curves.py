@@ -126,8 +126,8 @@ def plot_curves(runs: Sequence[Run], charts: Sequence[Chart], path: Path, title:
 def _lines(run: Run, chart: Chart) -> list[int]:
     """Return the loops (0: not by loop) that a run has a line for."""
     by_loop = range(1, run.config.model.num_loops + 1)
-    found = [loop for loop in by_loop if run.series(f"{chart.metric}/loop_{loop}")]
-    return [0] if not found and run.series(chart.metric) else found
+    found = [loop for loop in by_loop if run.has(f"{chart.metric}/loop_{loop}")]
+    return [0] if not found and run.has(chart.metric) else found
 
 
 def _series(run: Run, chart: Chart, loop: int) -> list[Any]:

@@ -71,12 +71,17 @@ class Run:
         ``train/loss`` is without the steps that were skipped: they did not train.
         """
         skipped = self._skipped_steps() if metric == "train/loss" else set()
+        cost = self.flops_per_token
         points = [
-            Point(m["step"], m["tokens"], m["tokens"] * self.flops_per_token, m[metric])
+            Point(m["step"], m["tokens"], m["tokens"] * cost, m[metric])
             for m in self.lines
             if metric in m and m["step"] not in skipped
         ]
         return sorted(points, key=lambda point: point.step)
+
+    def has(self, metric: str) -> bool:
+        """Whether a metric was ever logged."""
+        return any(metric in line for line in self.lines)
 
     def _skipped_steps(self) -> set[int]:
         """Return the steps at which their count rose; each is logged, whatever the interval."""

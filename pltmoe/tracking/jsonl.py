@@ -19,6 +19,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -169,7 +170,8 @@ def decode_line(line: str) -> dict[str, Any] | None:
     if not isinstance(values, dict) or "step" not in values:
         return None
     # "NaN" and "Infinity" are the only strings a line holds; float() reads both.
-    return {k: float(v) if isinstance(v, str) else v for k, v in values.items()}
+    # Who keeps a million lines keeps each name once.
+    return {sys.intern(k): float(v) if isinstance(v, str) else v for k, v in values.items()}
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -131,6 +131,19 @@ def test_too_little_text_is_repeated(tokenizer: Tokenizer, counting: Path):
     assert len(tokens_of(all_batches(train))) >= 500
 
 
+def test_a_mix_of_too_many_sources_is_refused(tokenizer: Tokenizer, tmp_path: Path):
+    """Half of 20 sequences and one from each of 30 sources are 40, and half of those 20."""
+    weights = [0.5] + 30 * [0.5 / 30]
+    sources = [
+        {"path": write_dataset(tmp_path / str(i), [np.full(50, 7)] * 3), "weight": weight}
+        for i, weight in enumerate(weights)
+    ]
+    config = run_config(tokenizer, sources)
+    with pytest.raises(DataError, match="too many sources for the 20 sequences of 'train'"):
+        build_datasets(config, tokenizer, (20, 0, 0))
+    assert len(build_datasets(config, tokenizer, (31 * 200, 0, 0))[0]) >= 31 * 200
+
+
 def test_seed_decides_the_order(tokenizer: Tokenizer, counting: Path):
     orders = []
     for seed in (1, 1, 2):

@@ -78,6 +78,7 @@ def test_a_step_skipped_as_a_spike_is_no_training_loss(tmp_path):
     assert [p.step for p in run.series("train/loss")] == [10, 20, 30, 40, 60]
     assert final_loss(run) == 3.0
     assert len(run.series("optim/grad_norm")) == len(losses)
+    assert run.has("optim/grad_norm") and not run.has("moe/load_imbalance/loop_1")
     lines += [{"step": 1, "tokens": 1, "train/loss": 99.0, "train/skipped_steps": 1.0}]
     assert [p.step for p in run.series("train/loss")] == [10, 20, 30, 40, 60]  # the first as well
 

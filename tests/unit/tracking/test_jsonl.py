@@ -60,6 +60,12 @@ def test_values_that_are_not_finite_are_strict_json_and_come_back():
     assert math.isnan(values["a"]) and values["b"] == math.inf and values["c"] == -math.inf
 
 
+def test_lines_share_the_names_of_their_metrics():
+    """A report holds all lines; names were half of the memory."""
+    first, second = (decode_line(encode_line({"step": n, "train/loss": 1.0})) for n in (1, 2))
+    assert all(a is b for a, b in zip(first, second, strict=True))
+
+
 def test_resume_cuts_the_steps_that_come_again(tmp_path, caplog):
     write(tmp_path, range(1, 13))
     with caplog.at_level("INFO"):
