@@ -258,7 +258,7 @@ def _build(
         raise DataError(
             f"data: too many sources for the {num_samples[SPLITS.index(name)]} sequences of "
             f"'{name}' (Megatron rounds the share of each up, and one that is repeated ran out): "
-            f"ask for more, from 200 a source on it fits, or give '{name}' fewer sources"
+            f"give '{name}' fewer sources, or 200 sequences and more for each"
         ) from error
 
 
