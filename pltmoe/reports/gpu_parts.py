@@ -51,7 +51,7 @@ LEARNING = {
 }
 """What is trained to compare losses: file of configs/ablation_680m_13b, and changes."""
 LEARN_SIZES = (
-    "data.split=[98,2,0] "  # of 10,000 files, 200 to compare by
+    "data.split=null data.valid=$WORK/learn/valid "
     "model.vocab_size=8192 model.num_layers=8 model.hidden_size=640 model.num_attention_heads=10 "
     "model.num_kv_heads=5 model.head_dim=64 model.num_experts=64 model.moe_ffn_hidden_size=640 "
     "data.sequence_length=1024 train.global_batch_size=128 train.micro_batch_size=16 "
@@ -296,17 +296,21 @@ PARTS = (
     ),
     Part(
         "learn-data",
-        "150 MB of source text of installed packages, for the parts that follow",
+        "150 MB of source text of installed packages to learn from, 8 MB of Python's to compare by",
         (
             "mkdir -p $WORK/learn",
             "{python} tools/build_corpus.py --output $WORK/learn/text.jsonl --max-bytes 150000000 "
             "--library $({python} -c 'import sysconfig; print(sysconfig.get_path(\"purelib\"))')",
             "{python} tools/train_tokenizer.py $WORK/learn/text.jsonl --vocab-size 8192 "
             "--output $WORK/learn/tokenizer.model",
+            # Installed packages copy from one another, hardly from the standard library.
+            "{python} tools/build_corpus.py --output $WORK/learn/valid.jsonl --max-bytes 8000000",
+            "{python} tools/preprocess_data.py $WORK/learn/valid.jsonl --overwrite "
+            "--tokenizer $WORK/learn/tokenizer.model --output $WORK/learn/valid",
             "{python} tools/preprocess_data.py $WORK/learn/text.jsonl --workers 8 --overwrite "
             "--tokenizer $WORK/learn/tokenizer.model --output $WORK/learn/corpus",
         ),
-        ("learn/tokenizer.model", "learn/corpus.bin"),
+        ("learn/tokenizer.model", "learn/corpus.bin", "learn/valid.bin"),
         seconds=150,
     ),
     *(_learning(name, SEEDS[0]) for name in LEARNING),

@@ -95,6 +95,8 @@ def test_the_training_parts_are_valid_runs() -> None:
                 assert part.name.endswith(f"-seed{config.train.seed}")
                 assert str(config.train.output_dir).endswith(part.name.removeprefix("learn-"))
                 assert config.train.steps % config.train.eval_interval == 0, "ends validated"
+                (learned,), (compared,) = config.data.train, config.data.valid
+                assert learned.path != compared.path, "near copies would decide"
             if part.name.startswith("mfu-"):
                 is_bf16 = "-bf16" in part.name
                 assert config.train.precision == ("bf16" if is_bf16 else "fp8")
