@@ -1,6 +1,7 @@
 """Heat maps over the training: a row per loop and layer, a colour per value."""
 
 from collections.abc import Mapping, Sequence
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,28 @@ HEAT_MAPS: tuple[Heat, ...] = (
     ("plt/gate_mean", "G-SWA gate", "weight of the local window", "PuOr"),
 )
 """Metric, title, unit, colour map; the gate's map is centred on 0.5, its initial value."""
+MOST_COLUMNS = 6
+"""Panels side by side that can still be read on a page."""
 
 
 def plot_heat_maps(runs: Sequence[Run], path: Path) -> bool:
     """Draw load balance, expert overlap and gate means per loop and layer over the training.
 
-    One row of panels per quantity, one column per run that has it. Writes PNG and CSV. Returns
-    whether there was something to draw.
+    One panel per quantity and run that has it, ``MOST_COLUMNS`` side by side. Writes PNG and CSV.
+    Returns whether there was something to draw.
     """
     shown = [heat for heat in HEAT_MAPS if any(run.by_loop_and_layer(heat[0]) for run in runs)]
     if not shown:
         return False
     panels = {heat: [r for r in runs if r.by_loop_and_layer(heat[0])] for heat in shown}
-    width = max(len(having) for having in panels.values())
+    width = min(MOST_COLUMNS, max(len(having) for having in panels.values()))
     strips = _packed(panels, width)
+    heights = [ceil(len(panels[strip[0]]) / width) for strip in strips]
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(0.8 + 3.7 * width, 2.6 * len(strips)), layout="constrained")
-        areas = figure.subfigures(len(strips), 1, squeeze=False)[:, 0]
+        figure = Figure(figsize=(0.8 + 3.7 * width, 2.6 * sum(heights)), layout="constrained")
+        areas = figure.subfigures(len(strips), 1, height_ratios=heights, squeeze=False)[:, 0]
         for area, strip in zip(areas, strips, strict=True):
-            counts = [len(panels[heat]) for heat in strip]
+            counts = [min(width, len(panels[heat])) for heat in strip]
             spare = width - sum(counts)
             parts = area.subfigures(
                 1,
@@ -79,12 +83,16 @@ def _colour_range(runs: Sequence[Run], metric: str) -> tuple[float, float]:
 
 
 def _packed(panels: Mapping[Heat, Sequence[Run]], width: int) -> list[list[Heat]]:
-    """Put quantities into rows of ``width`` panels, in their order."""
-    strips: list[list[Heat]] = [[]]
+    """Put quantities side by side in their order while ``width`` panels hold them.
+
+    One that has more panels than that stands alone and takes several rows.
+    """
+    strips: list[list[Heat]] = []
     for heat, having in panels.items():
-        if sum(len(panels[other]) for other in strips[-1]) + len(having) > width:
-            strips.append([])
-        strips[-1].append(heat)
+        if strips and sum(len(panels[other]) for other in strips[-1]) + len(having) <= width:
+            strips[-1].append(heat)
+        else:
+            strips.append([heat])
     return strips
 
 
@@ -92,10 +100,13 @@ def _heat_group(part: Any, having: Sequence[Run], heat: Heat) -> None:
     """Draw one quantity: a panel for each run that has it, one colour scale for all."""
     metric, title, unit, colours = heat
     part.suptitle(title, x=0.01, ha="left", fontsize=12, fontweight="bold")
-    axes = part.subplots(1, len(having), squeeze=False)[0]
+    columns = min(MOST_COLUMNS, len(having))
+    axes = part.subplots(ceil(len(having) / columns), columns, squeeze=False).flatten()
     low, high = _colour_range(having, metric)
-    for axis, run in zip(axes, having, strict=True):
+    for axis, run in zip(axes, having, strict=False):
         image = _heat_panel(axis, run, metric, colours, low, high)
+    for axis in axes[len(having) :]:
+        axis.set_axis_off()
     bar = part.colorbar(image, ax=list(axes), pad=0.015, aspect=14)
     bar.set_label(unit, fontsize=9)
 

@@ -237,6 +237,18 @@ def test_pictures_show_the_rows_of_their_csv(run_dirs, tmp_path, monkeypatch):
     assert any(grid.tolist() == expected for grid in grids)
 
 
+def test_heat_maps_of_many_runs_wrap(run_dirs, tmp_path):
+    from pltmoe.reports import heat_maps
+
+    runs = [read_run(path) for path in run_dirs]
+    few, many = tmp_path / "few.png", tmp_path / "many.png"
+    heat_maps.plot_heat_maps([runs[2]] * 6, few)
+    heat_maps.plot_heat_maps([runs[2]] * 7, many)
+    (height, width, _), (tall, same, _) = imread(few).shape, imread(many).shape
+    assert same == width
+    assert tall == 2 * height
+
+
 def test_pictures_are_pictures(report):
     for name in ("loss", "loops", "cost"):
         image = imread(report.parent / f"{name}.png")
