@@ -218,7 +218,7 @@ def test_index_is_built_once(tokenizer: Tokenizer, counting: Path, tmp_path: Pat
     first = tokens_of(all_batches(build_datasets(config, tokenizer, (20, 0, 0))[0]))
     (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert not folder.name.startswith(".")
-    monkeypatch.setattr(module, "_build_cache", None)
+    monkeypatch.setattr(module, "_rename_folder", None)
     assert tokens_of(all_batches(build_datasets(config, tokenizer, (20, 0, 0))[0])) == first
 
 
