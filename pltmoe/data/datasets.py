@@ -195,10 +195,9 @@ def _cache_folder(
     Megatron's own name for a cached index has the path of the dataset but not its contents: a
     dataset made anew under the same name would be read through the index of the old one.
     """
-    sources = [
-        [(str(s.path), s.weight, _contents(s.path)) for s in part]
-        for part in _sources(config.data, num_samples)
-    ]
+    parts = _sources(config.data, num_samples)
+    contents = {path: _contents(path) for path in {s.path for part in parts for s in part}}
+    sources = [[(str(s.path), s.weight, contents[s.path]) for s in part] for part in parts]
     data = config.data
     decides = (sources, data.split, data.sequence_length, num_samples, config.train.seed)
     text = json.dumps([*decides, tokenizer.sha256])

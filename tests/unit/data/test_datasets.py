@@ -222,6 +222,13 @@ def test_index_is_built_once(tokenizer: Tokenizer, counting: Path, tmp_path: Pat
     assert tokens_of(all_batches(build_datasets(config, tokenizer, (20, 0, 0))[0])) == first
 
 
+def test_an_index_is_read_once_for_all_parts(tokenizer: Tokenizer, counting: Path, monkeypatch):
+    read: list[Path] = []
+    monkeypatch.setattr(module, "sha256_of", lambda path: read.append(path) or "0" * 64)
+    build_datasets(run_config(tokenizer, counting, split=(80, 20, 0)), tokenizer, (20, 4, 0))
+    assert read == [idx_path(counting)]
+
+
 def test_killed_while_the_index_is_built(
     tokenizer: Tokenizer, counting: Path, tmp_path, monkeypatch
 ):
