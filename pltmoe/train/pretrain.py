@@ -255,6 +255,8 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start, consumed: Co
     capabilities, folder = engine.capabilities, config.train.output_dir
     with writing(folder / "config.yaml") as path, complete_file(path) as temporary:
         write_config(config, temporary)
+    with writing(folder / "deepspeed.json") as path:  # the job before may have had another engine
+        path.unlink(missing_ok=True)
     for name, text in capabilities.files.items():
         with writing(folder / name) as path, complete_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
