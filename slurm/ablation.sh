@@ -4,7 +4,8 @@
 #   bash slurm/ablation.sh [section.key=value ...]     checks that all rows fit, then submits
 #   sbatch slurm/ablation.sh [section.key=value ...]   each task checks its row first
 #
-# SBATCH_ARRAY_INX=1,5 takes some rows only, 1-6%2 two at a time. Settings: slurm/env.sh.
+# SBATCH_ARRAY_INX=1,5 takes some rows only, 1-6%2 two at a time. Rows of your own are row7_NAME.yaml
+# to row9, beside the six or all in ABLATION=FOLDER, and SBATCH_ARRAY_INX=1-7. Settings: slurm/env.sh.
 #SBATCH --job-name=ablation
 #SBATCH --array=1-6
 #SBATCH --nodes=2
@@ -19,7 +20,7 @@
 #SBATCH --output=slurm/logs/%x-%A_%a.out
 [[ $0 == */slurm_script ]] || cd "$(dirname "$0")/.." || exit 2
 [[ -f slurm/pretrain.sh ]] || { echo "submit from the repository's root" >&2 && exit 2; }
-CONFIGS=("${ABLATION:-configs/ablation_680m_13b}"/row[1-6]_*.yaml)
+CONFIGS=("${ABLATION:-configs/ablation_680m_13b}"/row[1-9]_*.yaml)
 CONFIG=${CONFIGS[${SLURM_ARRAY_TASK_ID:-1} - 1]}
 # shellcheck source=slurm/pretrain.sh
 source slurm/pretrain.sh

@@ -57,14 +57,13 @@ def build_datasets(config: RunConfig, tokenizer: Tokenizer, num_samples: Samples
     root = config.data.cache_dir or index_cache(config.data.train[0].path)
     _on_rank_zero(lambda: _verify(config, tokenizer, num_samples, root))
     cache = Path(_on_rank_zero(lambda: str(_cache_folder(config, tokenizer, num_samples, root))))
-    if not _on_rank_zero(cache.is_dir):
-        _build_cache(config, tokenizer, num_samples, cache)
+    _on_rank_zero(lambda: _build_cache(config, tokenizer, num_samples, cache))
     if not cache.is_dir():  # rank 0 has it
         raise DataError(
             f"{cache}: not visible to every process; put data.cache_dir on a file system that all "
             "machines share"
         )
-    train, valid, test = _build(config, tokenizer, num_samples, cache, on_this_rank=True)
+    train, valid, test = _build(config, tokenizer, num_samples, cache)
     return train, valid, test
 
 
@@ -196,10 +195,9 @@ def _cache_folder(
     Megatron's own name for a cached index has the path of the dataset but not its contents: a
     dataset made anew under the same name would be read through the index of the old one.
     """
-    sources = [
-        [(str(s.path), s.weight, _contents(s.path)) for s in part]
-        for part in _sources(config.data, num_samples)
-    ]
+    parts = _sources(config.data, num_samples)
+    contents = {path: _contents(path) for path in {s.path for part in parts for s in part}}
+    sources = [[(str(s.path), s.weight, contents[s.path]) for s in part] for part in parts]
     data = config.data
     decides = (sources, data.split, data.sequence_length, num_samples, config.train.seed)
     text = json.dumps([*decides, tokenizer.sha256])
@@ -215,17 +213,15 @@ def _contents(prefix: Path) -> str:
 def _build_cache(
     config: RunConfig, tokenizer: Tokenizer, num_samples: Samples, cache: Path
 ) -> None:
-    """Let rank 0 build the index under a temporary name and rename it when it is complete."""
+    """Build the index under a temporary name and rename it when it is complete."""
+    if cache.is_dir():
+        return
     temporary = cache.with_name(f".{cache.name}.{os.getpid()}.tmp")
-    is_first = _rank() == 0
     try:
-        _build(config, tokenizer, num_samples, temporary, on_this_rank=is_first)
-        if is_first:
-            _rename_folder(temporary, cache)
+        _build(config, tokenizer, num_samples, temporary)
+        _rename_folder(temporary, cache)
     finally:
-        if is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-    _on_rank_zero(lambda: None)  # nobody looks for the cache before it is there
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _rename_folder(temporary: Path, final: Path) -> None:
@@ -237,18 +233,26 @@ def _rename_folder(temporary: Path, final: Path) -> None:
         log.info("%s: built by another run in the meantime", final)
 
 
+class _Builder(BlendedMegatronDatasetBuilder):
+    """Waits for no other rank: an error of one would leave them at Megatron's barriers."""
+
+    @staticmethod
+    def build_generic_dataset(cls: Any, is_built: Any, synchronize: bool, *args: Any) -> Any:
+        return cls(*args)
+
+    def _build_megatron_datasets_parallel(
+        self, prefixes: list[str], split: list[Any], sizes: list[list[int]]
+    ) -> list[Any]:
+        each = zip(prefixes, sizes, strict=True)
+        built = [self._build_megatron_dataset_splits(path, split, size) for path, size in each]
+        return list(zip(*built, strict=True))
+
+
 def _build(
-    config: RunConfig,
-    tokenizer: Tokenizer,
-    num_samples: Samples,
-    cache: Path,
-    *,
-    on_this_rank: bool,
-) -> list[Any]:
+    config: RunConfig, tokenizer: Tokenizer, num_samples: Samples, cache: Path
+) -> Sequence[Any]:
     dataset_config = _dataset_config(config, tokenizer, num_samples, cache)
-    builder = BlendedMegatronDatasetBuilder(
-        GPTDataset, list(num_samples), lambda: on_this_rank, dataset_config
-    )
+    builder = _Builder(GPTDataset, list(num_samples), lambda: True, dataset_config)
     try:
         return builder.build()
     except IndexError as error:

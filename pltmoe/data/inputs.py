@@ -22,7 +22,7 @@ def check_inputs(config: RunConfig) -> None:
     for field, sources in (("data.train", data.train), ("data.valid", data.valid)):
         for source in sources:
             named += [(bin_path(source.path), field), (idx_path(source.path), field)]
-    missing = [f"{path} ({field})" for path, field in named if not path.is_file()]
+    missing = [f"{path} ({field})" for path, field in named if not path.exists()]
     if missing:
         raise DataError(
             f"{config.name}: no such file: {', '.join(missing)}. Make them with "

@@ -97,5 +97,8 @@ class Engine(Protocol):
         """Take what a checkpoint filled into ``placeholders``; ``step`` steps have been taken.
 
         Without the optimizer's part, the optimizer starts afresh from the loaded weights.
+
+        Raises:
+            EngineError: parts are left that it does not know.
         """
         ...

@@ -20,7 +20,7 @@ from pltmoe.config import RunConfig
 from pltmoe.engines import sharded_state
 from pltmoe.engines.base import Batch, Capabilities, StepResult
 from pltmoe.engines.step_guard import StepGuard
-from pltmoe.errors import DataError
+from pltmoe.errors import DataError, EngineError
 from pltmoe.model.fp8_scales import (
     forget_what_was_not_trained,
     fp8_scales,
@@ -120,18 +120,23 @@ class SteppingEngine:
 
     def restore(self, loaded: dict[str, Any], step: int) -> None:
         """Take what was loaded; see the protocol."""
-        self._load_model(loaded["model"])
+        self._load_model(loaded.pop("model"))
         if "guard" in loaded:
-            self._guard.restore(loaded["guard"])
+            self._guard.restore(loaded.pop("guard"))
         if "optimizer" in loaded:
             # Adam counts the steps that were taken.
-            self._restore_optimizer(loaded["optimizer"], step - self._guard.skipped)
+            self._restore_optimizer(loaded.pop("optimizer"), step - self._guard.skipped)
         else:
             self._start_optimizer()
         if "random" in loaded:
-            restore_random_state(loaded["random"])
+            restore_random_state(loaded.pop("random"))
         if "fp8_scales" in loaded:
-            restore_fp8_scales(self.model, loaded["fp8_scales"])
+            restore_fp8_scales(self.model, loaded.pop("fp8_scales"))
+        if loaded:
+            raise EngineError(
+                f"restore() of the engine leaves {', '.join(loaded)} of the checkpoint, which "
+                "would begin anew: let it take what placeholders() asks for"
+            )
         self._schedule.num_steps = step
         self._schedule.step(0)
 

@@ -260,7 +260,8 @@ class Delivery:
                 continue
             path = Path(event["path"])
             if not path.exists():
-                log.warning("%s: artefact was gone before it could be sent", path)
+                if event["path"] not in done:
+                    log.warning("%s: artefact was gone before it could be sent", path)
                 continue
             version = _version(path)
             if done.get(event["path"]) == version:

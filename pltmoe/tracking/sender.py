@@ -82,6 +82,7 @@ class Sender:
         """
         from pltmoe.tracking.delivery import UNAVAILABLE
 
+        began = time.monotonic()
         try:
             progress = self._delivery.deliver()
         except UNAVAILABLE as error:
@@ -94,7 +95,7 @@ class Sender:
             self._pause_s = min(max(1.0, 2 * self._pause_s), _LONGEST_PAUSE_S)
             return None
         if self._told and self._failing_since is not None:
-            log.warning("answers again after %.0f s", time.monotonic() - self._failing_since)
+            log.warning("answers again after %.0f s", began - self._failing_since)
         self._failing_since, self._told, self._pause_s = None, False, 0.0
         return progress
 

@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pltmoe.checkpoint import folders, store
 from pltmoe.checkpoint.compatible import GATE, absent_tensors, check_resume, check_weights
 from pltmoe.checkpoint.find import find_checkpoint
@@ -33,7 +35,7 @@ from pltmoe.engines.base import Batch, Engine
 from pltmoe.errors import CheckpointError, EngineError
 from pltmoe.parallel.groups import create_groups, destroy_groups
 from pltmoe.parallel.layout import Layout, layout_for
-from pltmoe.runtime import devices, distributed, seeds
+from pltmoe.runtime import cpu, devices, distributed, seeds
 from pltmoe.runtime.signals import StopRequest
 from pltmoe.runtime.tokenizer_files import read_tokenizer
 from pltmoe.runtime.versions import commit
@@ -75,6 +77,11 @@ def pretrain(config: RunConfig) -> int:
     Raises:
         PLTMoEError: something the user can act on.
     """
+    if not (torch.cuda.is_available() or cpu.is_standing_in()):
+        raise EngineError(
+            "there is no GPU here: call stand_in_for_cuda() of pltmoe.runtime.cpu before "
+            "pltmoe.train.pretrain is imported, or run tools/pretrain.py, which does"
+        )
     processes = distributed.processes_from_environment()
     distributed.start(processes)
     layout = layout_for(config, processes.world_size)
@@ -255,6 +262,8 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start, consumed: Co
     capabilities, folder = engine.capabilities, config.train.output_dir
     with writing(folder / "config.yaml") as path, complete_file(path) as temporary:
         write_config(config, temporary)
+    with writing(folder / "deepspeed.json") as path:  # the job before may have had another engine
+        path.unlink(missing_ok=True)
     for name, text in capabilities.files.items():
         with writing(folder / name) as path, complete_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")

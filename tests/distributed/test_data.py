@@ -57,17 +57,17 @@ def test_two_ranks_read_what_one_would_from_one_cache(
     assert len(both) >= 40 and both == alone[: len(both)]
 
 
+@pytest.mark.parametrize("fails", ["missing.bin: no such file", "too many sources for the 20"])
 def test_every_rank_gets_the_same_error(
-    tmp_path: Path, tokenizer: Tokenizer, warm_ranks: Callable[..., list[Any]]
+    tmp_path: Path, tokenizer: Tokenizer, warm_ranks: Callable[..., list[Any]], fails: str
 ):
-    """Only rank 0 looks; the other must not wait at a barrier for ever."""
+    """Only rank 0 looks, and builds; the other must not wait at a barrier for ever."""
+    train: Any = tmp_path / "missing"
+    if "many" in fails:  # half of 20 sequences and one from each of 30 sources
+        short = write_dataset(tmp_path / "short", [np.arange(20, 70)] * 3)
+        train = [{"path": short, "weight": 30.0}] + [{"path": short}] * 30
     answers = warm_ranks(
-        2,
-        READ,
-        timeout_s=60,
-        model=tokenizer.model_path,
-        train=tmp_path / "missing",
-        samples=(4, 0, 0),
+        2, READ, timeout_s=60, model=tokenizer.model_path, train=train, samples=(20, 0, 0),
         vocab_size=300,
-    )
-    assert answers[0] == answers[1] and "missing.bin: no such file" in answers[0]["error"]
+    )  # fmt: skip
+    assert answers[0] == answers[1] and fails in answers[0]["error"]

@@ -218,8 +218,15 @@ def test_index_is_built_once(tokenizer: Tokenizer, counting: Path, tmp_path: Pat
     first = tokens_of(all_batches(build_datasets(config, tokenizer, (20, 0, 0))[0]))
     (folder,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
     assert not folder.name.startswith(".")
-    monkeypatch.setattr(module, "_build_cache", None)
+    monkeypatch.setattr(module, "_rename_folder", None)
     assert tokens_of(all_batches(build_datasets(config, tokenizer, (20, 0, 0))[0])) == first
+
+
+def test_an_index_is_read_once_for_all_parts(tokenizer: Tokenizer, counting: Path, monkeypatch):
+    read: list[Path] = []
+    monkeypatch.setattr(module, "sha256_of", lambda path: read.append(path) or "0" * 64)
+    build_datasets(run_config(tokenizer, counting, split=(80, 20, 0)), tokenizer, (20, 4, 0))
+    assert read == [idx_path(counting)]
 
 
 def test_killed_while_the_index_is_built(

@@ -1,4 +1,4 @@
-"""What a skipped step says on thousands of ranks; no step is taken on a part of its data."""
+"""What a skipped step says on thousands of ranks; no step on a part of its data or checkpoint."""
 
 from types import SimpleNamespace
 
@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from pltmoe.engines.stepping import SteppingEngine, _not_finite_loss
-from pltmoe.errors import DataError
+from pltmoe.errors import DataError, EngineError
 
 
 class Engine(SteppingEngine):
@@ -22,6 +22,14 @@ def test_a_step_whose_data_end_is_refused():
     assert Engine()._forward_backward(batches, False)[1] == 4
     with pytest.raises(DataError, match="data end inside a step: 2 of its 4 micro batches"):
         Engine()._forward_backward(batches, False)
+
+
+def test_a_part_of_a_checkpoint_that_restore_forgets_is_refused(monkeypatch):
+    """Such as a moving average that ``state`` and ``placeholders`` know: it would begin anew."""
+    for name in ("_load_model", "_start_optimizer"):
+        monkeypatch.setattr(Engine, name, lambda *_: None)
+    with pytest.raises(EngineError, match="leaves ema of the checkpoint, which would begin anew"):
+        Engine().restore({"model": {}, "ema": {}}, 3)
 
 
 def test_a_loss_that_is_broken_everywhere_does_not_list_thousands_of_ranks(monkeypatch):

@@ -1,6 +1,7 @@
 """The tool and a real MLflow store: one experiment shows the runs, the table and the report."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from pltmoe.tracking.comparison import log_comparison
 from tests.repository import run_tool
 from tests.unit.reports.logged_runs import DECODE, cells, logged_run
 from tests.unit.tracking.runs import PLT
+
+CAFE = os.fsdecode(b"caf\xe9")  # no UTF-8
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,7 @@ def test_one_experiment_shows_runs_table_and_report(folder, uri, tmp_path, monke
     runs = [folder / "vanilla", folder / "plt2"]
     decode = ["--decode", folder / "decode.json", "--mlflow-uri", uri]
     for _ in range(2):  # the second time renews, and makes nothing new
-        said = compare(*runs, *decode, "--output", tmp_path / "report", "--title", "Both")
+        said = compare(*runs, *decode, "--output", tmp_path / "report", "--title", CAFE)
     assert f"MLflow: MLFLOW_DISABLE_TELEMETRY=true mlflow ui --backend-store-uri {uri}" in said
     client = MlflowClient(uri)
     experiment = client.get_experiment_by_name("tests")
@@ -54,6 +57,7 @@ def test_one_experiment_shows_runs_table_and_report(folder, uri, tmp_path, monke
     assert "| decode ms per token (measured)" in note and "about 0.70x" in note
     assert found["comparison"].data.tags["mlflow.note.content"] == note
     run_id = found["comparison"].info.run_id
+    assert (tmp_path / "report/report.md").read_text().startswith("# caf\\udce9\n")
     files = {item.path for item in client.list_artifacts(run_id, "report")}
     written = {f"report/{path.name}" for path in (tmp_path / "report").iterdir()}
     assert files == written and "report/report.md" in files and "report/loss.png" in files

@@ -99,6 +99,8 @@ def test_files_of_a_run_that_are_missing_or_do_not_fit_are_one_error(tmp_path: P
         (tmp_path / name).write_text("")
     done = plan("--config", PLT, "--data", *data)
     assert f"{tmp_path}/t.model: not a sentencepiece model" in done.stderr
+    done = plan("--config", PLT, "--data", *data, f"data.tokenizer={tmp_path}")
+    assert f"{tmp_path}: cannot be read (Is a directory); name its tokenizer.json" in done.stderr
     (tmp_path / "text").write_text("".join(map(chr, range(33, 127))))
     SentencePieceTrainer.train(input=str(tmp_path / "text"), model_prefix=str(tmp_path / "t"),
                                vocab_size=100, model_type="char", minloglevel=2)  # fmt: skip

@@ -85,9 +85,14 @@ def test_the_commands_of_one_model_from_text_to_hugging_face(workplace: Path) ->
     assert (workplace / "work/hf/config.json").is_file()
     assert list((workplace / "work/report").glob("*.md"))
     assert (workplace / "work/from_hf").is_dir()
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    done = subprocess.run(
-        [sys.executable, "-c", snippet], cwd=workplace, env=environment, capture_output=True,
-        text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0 and re.match(r"\[.*\] \d\.\d+\n$", done.stdout), done.stderr
+    for page, prints in (
+        ("README.md", r"\[.*\] \d\.\d+\n"),
+        ("docs/inference.md", r"(\[.*\n){2}\d"),
+    ):
+        text = (REPOSITORY / page).read_text()
+        (snippet,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        done = subprocess.run(
+            [sys.executable, "-c", snippet], cwd=workplace, env=environment, capture_output=True,
+            text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0 and re.match(prints, done.stdout), (page, done.stderr)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -239,6 +240,10 @@ def test_no_server_at_all_then_sync_later_and_again(server, tmp_path, caplog):
 
     files = MlflowClient(server.uri).list_artifacts(run.info.run_id, "report")
     assert [file.path for file in files] == ["report/report.md"]
+    report.unlink()
+    caplog.clear()
+    sync(tmp_path, server.uri)
+    assert "was gone before" not in caplog.text, "it was sent"
 
 
 def test_a_run_never_tracked_is_sent_from_its_config(server, tmp_path):
@@ -275,11 +280,15 @@ def test_only_a_failure_that_lasts_is_told_and_once(tmp_path, caplog, monkeypatc
     delivery = Delivery(tmp_path, "http://127.0.0.1:9")
     sender = Sender(delivery, "attempt", 1.0)
     answers = iter([OSError(), True, OSError(), OSError(), OSError(), True])
+    clock = SimpleNamespace(now=50.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("pltmoe.tracking.sender.time", clock)
 
     def deliver() -> bool:
         answer = next(answers)
+        clock.now += 3.0
         if isinstance(answer, OSError):
             raise answer
+        clock.now += 100.0  # what has gathered is sent
         return answer
 
     monkeypatch.setattr(delivery, "deliver", deliver)
@@ -288,7 +297,8 @@ def test_only_a_failure_that_lasts_is_told_and_once(tmp_path, caplog, monkeypatc
     monkeypatch.setattr("pltmoe.tracking.sender._BLIP_S", 0.0)
     assert [sender._try(hurry=False) for _ in range(3)] == [None, None, True]
     assert len(caplog.messages) == 2
-    assert "will try again" in caplog.messages[0] and "answers again" in caplog.messages[1]
+    assert "will try again" in caplog.messages[0]
+    assert caplog.messages[1] == "answers again after 6 s"
 
 
 def test_a_run_deleted_in_mlflow_is_left_alone(server, tmp_path):

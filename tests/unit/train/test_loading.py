@@ -1,4 +1,4 @@
-"""Where a run starts, and which parts of a checkpoint it asks for."""
+"""Where a run starts, which parts of a checkpoint it asks for, and what its folder then says."""
 
 import logging
 from pathlib import Path
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from pltmoe.checkpoint.manifest import Manifest
-from pltmoe.errors import CheckpointError, DataError
+from pltmoe.errors import CheckpointError, DataError, EngineError
 from pltmoe.train import pretrain
 from tests.distributed.tiny import tiny_config
 
@@ -59,6 +59,22 @@ def test_a_part_that_nothing_takes_up_is_refused() -> None:
     start = pretrain.Start({}, Path("run/checkpoints/step_3"), manifest)
     with pytest.raises(CheckpointError, match="step_3 holds ema, with which this code does not"):
         pretrain._load(config, engine, SimpleNamespace(world_size=1), start)
+
+
+def test_what_another_engine_was_told_does_not_stay_in_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "deepspeed.json").write_text("{}")
+    config = tiny_config(train__output_dir=tmp_path)
+    engine = SimpleNamespace(capabilities=SimpleNamespace(layout="DP1", precision="fp32", files={}))
+    start = pretrain.Start({})
+    pretrain._start_tracker(config, engine, start, start.consumed(config)).finish("FINISHED")
+    assert (tmp_path / "config.yaml").is_file() and not (tmp_path / "deepspeed.json").exists()
+
+
+def test_a_notebook_without_a_gpu_is_told_what_to_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pretrain.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(pretrain.cpu, "is_standing_in", lambda: False)
+    with pytest.raises(EngineError, match=r"no GPU here: call stand_in_for_cuda\(\) of pltmoe"):
+        pretrain.pretrain(tiny_config())
 
 
 def test_a_torch_that_cannot_read_its_checkpoints_ends_the_run_before_anything_is_touched(
