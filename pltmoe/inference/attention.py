@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pltmoe.model.sdpa import without_cudnn
 
+
+@without_cudnn()
 def decode_attention(
     q_bLhk: Tensor,
     k_bgnk: Tensor,

@@ -34,7 +34,7 @@ from pltmoe.config import ModelConfig
 from pltmoe.errors import DataError
 from pltmoe.inference.cache import StaticCache
 from pltmoe.inference.model import PLTDecoder, Routes
-from pltmoe.model.sdpa import attend_fused
+from pltmoe.model.sdpa import attend_fused, without_cudnn
 
 CHUNK_SLOTS = 8192
 """Rows that run through the stack together."""
@@ -86,6 +86,7 @@ def slots_needed(m: ModelConfig, outputs: int = 1, keys_cached: bool = False) ->
 
 
 @torch.no_grad()
+@without_cudnn()
 def prefill(
     decoder: PLTDecoder,
     cache: StaticCache,
@@ -122,6 +123,7 @@ def prefill(
 
 
 @torch.no_grad()
+@without_cudnn()
 def cut_back(
     decoder: PLTDecoder, cache: StaticCache, texts: Sequence[Sequence[int]], length: int
 ) -> None:

@@ -5,6 +5,8 @@ bands, so its memory grows with s * window. Letters: s slots, b sequences, h que
 heads, k head size, n blocks.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,7 +74,23 @@ def attend_fused(q_bhsk: Tensor, k_bgtk: Tensor, v_bgtk: Tensor, **how: Any) -> 
     if groups > 1 and q_bhsk.is_cuda and not flash:
         k_bgtk, v_bgtk = (x.repeat_interleave(groups, 1) for x in (k_bgtk, v_bgtk))
         groups = 1
-    return F.scaled_dot_product_attention(q_bhsk, k_bgtk, v_bgtk, enable_gqa=groups > 1, **how)
+    with without_cudnn() if "attn_mask" in how else nullcontext():
+        return F.scaled_dot_product_attention(q_bhsk, k_bgtk, v_bgtk, enable_gqa=groups > 1, **how)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Keep SDPA from cuDNN's kernels, which PyTorch 2.11 takes before all others on Hopper.
+
+    They are fast, but a plan is made for every new length (0.1 s and more), and with a mask
+    gradients of queries may be NaN (pytorch/pytorch issue 196678).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _band(blocks: int, size: int, window_keys: int, device: torch.device) -> Tensor:

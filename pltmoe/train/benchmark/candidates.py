@@ -1,5 +1,6 @@
 """What is compared: our engine in two configurations, and Megatron-core's own model."""
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,7 @@ from pltmoe.engines.base import Batch
 from pltmoe.errors import ConfigError
 from pltmoe.model.sdpa import SDPACoreAttention
 from pltmoe.parallel.layout import Layout, layout_for
+from pltmoe.runtime.logs import log_block
 from pltmoe.runtime.memory import tensor_bytes
 from pltmoe.train.benchmark.configs import (
     ENGINES,
@@ -28,6 +30,7 @@ from pltmoe.train.benchmark.megatron_gpt import MegatronGPT
 from pltmoe.train.benchmark.timing import Candidate
 
 ALONE = "step"
+logger = logging.getLogger(__name__)
 
 
 def random_batches(config: RunConfig, layout: Layout, number: int) -> Iterator[Batch]:
@@ -133,6 +136,8 @@ def _weighed(name: str, config: RunConfig, groups: ProcessGroupCollection) -> tu
 def _engine(name: str, config: RunConfig, groups: ProcessGroupCollection) -> tuple[Candidate, Any]:
     layout = layout_for(config, dist.get_world_size())
     engine = build_engine(config, layout, groups)
+    backends = engine.capabilities.backends.items()
+    log_block(logger, f"{name} runs with", [(job, str(by)) for job, by in backends])
 
     def step(batches: Iterator[Batch]) -> float:
         return engine.train_step(batches, 1, watch=False).loss

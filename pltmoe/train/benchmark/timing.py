@@ -114,6 +114,8 @@ def profile(candidate: Candidate, number: int) -> str:
         wall = now() - begin
     text = f"### {candidate.name}, one step\n\n{wall * 1e3:,.0f} ms with the profiler.\n\n"
     kernels, operations = device_times(profiler.profiler.kineto_results.events())
+    if not kernels and torch.cuda.is_available():
+        return text + "The profiler has seen no kernel.\n"  # key_averages would take minutes
     if not kernels:
         found = [(e.key, e.self_cpu_time_total, e.count) for e in profiler.key_averages()]
         return text + _time_table("operation", found)

@@ -94,11 +94,13 @@ def test_later_loops_run_over_the_suffix_only(monkeypatch):
 
     def count(self, loop, chunk, x_td, *others):
         seen.append((loop, x_td.size(0)))
+        assert not torch.backends.cuda.cudnn_sdp_enabled(), "it makes a plan for every new length"
         return stack(self, loop, chunk, x_td, *others)
 
     monkeypatch.setattr(prefill_module._Prefill, "_stack", count)
     prefill(decoder, cache_of(decoder, 1), tokens(1, 40).tolist())
     assert seen == [(1, 40), (2, 14), (3, 7)]
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @torch.no_grad()

@@ -1,7 +1,10 @@
 """Fused attention against explicit masks, and no s x s matrix on the way."""
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pltmoe.model.cross_loop import window_mask
@@ -38,6 +41,19 @@ def test_causal_attention_equals_full_mask(kv_heads: int) -> None:
     q, k, v = heads(70, kv_heads)
     expected = attend(q, k, v, window_mask(70, 70))
     assert (causal_attention(q, k, v) - expected).abs().max() < 1e-12
+
+
+def test_only_attention_without_a_mask_may_be_cudnns(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, seen = F.scaled_dot_product_attention, []
+
+    def watched(*tensors: torch.Tensor, **how: Any) -> torch.Tensor:
+        seen.append(("attn_mask" in how, torch.backends.cuda.cudnn_sdp_enabled()))
+        return plain(*tensors, **how)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    window_attention(*heads(130, 1), 3)
+    causal_attention(*heads(130, 1))
+    assert seen == [(True, False), (False, True)]
 
 
 class LargestTensor(TorchDispatchMode):

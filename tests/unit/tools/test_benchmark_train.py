@@ -77,6 +77,7 @@ def test_one_model_alone(tmp_path: Path) -> None:
     page = (tmp_path / "mfu.md").read_text()
     assert "**MFU unknown**, goal at least 0.45: the device has no listed peak." in page
     assert "- peak memory of this process: " in page
+    assert re.search(r"INFO step runs with\n  attention +torch \(scaled_dot", done.stderr), "told"
     assert not (tmp_path / "mfu.profile.md").exists()
 
 

@@ -25,6 +25,7 @@ from pltmoe.train.benchmark.timing import (
     _time_table,
     device_times,
     measure,
+    profile,
     quartiles,
     ratio,
 )
@@ -141,6 +142,13 @@ def test_kernels_and_the_operations_that_start_them_are_added_up() -> None:
     events = profiler.profiler.kineto_results.events()
     assert device_times(events) == ([], [])
     assert events[0].duration_ns() >= 0 and not events[0].is_user_annotation(), "all that is read"
+
+
+def test_a_gpus_profile_without_kernels_takes_no_minutes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    text = profile(Candidate("a", 1, 1.0, lambda number: lambda: float(torch.ones(1))), 1)
+    assert text.endswith("The profiler has seen no kernel.\n") and "aten::ones" not in text
 
 
 def test_a_profile_that_fails_takes_nothing_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
