@@ -207,6 +207,8 @@ def test_weights_alone_are_not_resumed_and_steps_do_not_go_back(tokenizer):
         check_resume(FOLDER, Manifest(config=config, contains=("model",)), config)
     with pytest.raises(CheckpointError, match=r"is at step 11, past train.steps \(10\): raise"):
         check_resume(FOLDER, Manifest(config=config, step=11), config)
+    trained = {"precision": "fp32", "tokenizer_sha256": sha256_of(tokenizer)}
+    check_resume(FOLDER, Manifest(config=config, step=10, **trained), config)  # is done: no error
 
 
 def test_weights_need_the_same_shapes_only():
