@@ -3,6 +3,7 @@
 import random
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from pltmoe.checkpoint import store
 from pltmoe.checkpoint.compatible import absent_tensors, check_weights
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
+from pltmoe.engines import megatron as megatron_engine
 from pltmoe.engines.megatron import MegatronEngine
 from pltmoe.errors import EngineError
 from pltmoe.model.initialize import global_name
@@ -126,6 +128,45 @@ def gradients_against_reference() -> dict[str, float]:
         for name, p in reference.named_parameters()
         if p.grad is not None and p.grad.any()
     }
+    drop_engine()
+    return differences
+
+
+def updates_against_torch() -> dict[str, float]:
+    """Largest difference per weight after three updates by PyTorch's AdamW and clipping.
+
+    Every setting is far from its default, so that none can be forgotten unseen.
+    """
+    settings = {"lr": 1e-2, "beta1": 0.7, "beta2": 0.8, "eps": 1e-2, "weight_decay": 0.5}
+    settings |= {"clip_grad_norm": 0.3, "warmup_steps": 2}
+    engine = build_engine(tiny_config(optimizer=settings))
+    ours = dict(engine.model.named_parameters())
+    copies = {name: p.detach().clone().requires_grad_() for name, p in ours.items()}
+    decays = [p for p in copies.values() if p.dim() > 1]
+    others = [p for p in copies.values() if p.dim() == 1]
+    adam = torch.optim.AdamW(
+        [{"params": decays}, {"params": others, "weight_decay": 0.0}],
+        betas=(0.7, 0.8),
+        eps=1e-2,
+        weight_decay=0.5,
+    )
+    norm_of = megatron_engine.gradient_norm
+
+    def norm_and_gradients(optimizer: Any) -> float:
+        for name, copy in copies.items():
+            copy.grad = ours[name].main_grad.clone()
+        return norm_of(optimizer)
+
+    data = batches(engine.capabilities.layout)
+    with mock.patch.object(megatron_engine, "gradient_norm", norm_and_gradients):
+        for step in (1, 2, 3):
+            result = engine.train_step(data, step, watch=False)
+            assert result.grad_norm > 0.6  # it is clipped
+            torch.nn.utils.clip_grad_norm_(copies.values(), 0.3)
+            for group in adam.param_groups:
+                group["lr"] = result.learning_rate
+            adam.step()
+    differences = {name: (p - copies[name]).abs().max().item() for name, p in ours.items()}
     drop_engine()
     return differences
 

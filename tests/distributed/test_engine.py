@@ -58,6 +58,13 @@ def test_gradients_equal_the_written_out_loss(warm_ranks):
     assert max(differences.values()) < 1e-4, differences
 
 
+def test_updates_are_those_of_pytorchs_adamw(warm_ranks):
+    """Betas, epsilon, weight decay of matrices alone, clipping."""
+    differences = warm_ranks(1, f"{CASES}:updates_against_torch")[0]
+    assert len(differences) > 20
+    assert max(differences.values()) < 1e-6, differences
+
+
 def test_a_bf16_checkpoint_gives_fp32_ranks_the_same_weights(warm_ranks, tmp_path):
     """Those of the fp32 masters: what bf16 weights of the checkpoint have lost is not missing."""
     run = {"target": f"{CASES}:train", "model": DENSE}

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
+from pltmoe.checkpoint import compatible
 from pltmoe.checkpoint.compatible import GATE, absent_tensors, check_resume, check_weights
 from pltmoe.checkpoint.manifest import Manifest
+from pltmoe.config.run import DataConfig, TrainConfig
 from pltmoe.errors import CheckpointError
 from pltmoe.runtime.files import sha256_of
 from tests.configs import PLT2
@@ -106,6 +108,26 @@ def test_what_decides_the_result_is_named_with_both_values(check, changes, messa
     assert text.count("config ") == 1, "no other field is named"
 
 
+def test_no_other_field_of_data_and_training_may_change_unseen():
+    """A new one belongs to those that decide the result (compatible.py), or here."""
+    decisive = compatible._decisive(tiny_config(data__tokenizer=__file__), None)
+    data = {name for name in DataConfig.model_fields if f"data.{name}" not in decisive}
+    assert data == {"valid", "cache_dir", "num_workers"}
+    train = {name for name in TrainConfig.model_fields if f"train.{name}" not in decisive}
+    assert train == {
+        "output_dir",
+        "steps",  # as optimizer.decay_steps
+        "transformer_impl",
+        "gradient_accumulation_fusion",
+        "deterministic",
+        "log_interval",
+        "eval_interval",
+        "eval_steps",
+        "max_skipped_in_a_row",
+        "hang_timeout_minutes",
+    }
+
+
 def test_all_differences_are_named_at_once(check):
     with pytest.raises(CheckpointError, match="optimizer.lr: .*; train.seed: ") as error:
         check(optimizer__lr=2e-2, train__seed=5)
@@ -185,6 +207,8 @@ def test_weights_alone_are_not_resumed_and_steps_do_not_go_back(tokenizer):
         check_resume(FOLDER, Manifest(config=config, contains=("model",)), config)
     with pytest.raises(CheckpointError, match=r"is at step 11, past train.steps \(10\): raise"):
         check_resume(FOLDER, Manifest(config=config, step=11), config)
+    trained = {"precision": "fp32", "tokenizer_sha256": sha256_of(tokenizer)}
+    check_resume(FOLDER, Manifest(config=config, step=10, **trained), config)  # is done: no error
 
 
 def test_weights_need_the_same_shapes_only():

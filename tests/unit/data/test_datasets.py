@@ -229,6 +229,15 @@ def test_an_index_is_read_once_for_all_parts(tokenizer: Tokenizer, counting: Pat
     assert read == [idx_path(counting)]
 
 
+def test_whatever_decides_the_index_gives_it_another_folder(tokenizer: Tokenizer, counting: Path):
+    """Where a folder is there, every rank writes what it lacks into it, at the same time."""
+    changes = ({}, {"seed": 2}, {"sequence_length": 8}, {"split": (9, 1, 0)})
+    configs = [run_config(tokenizer, counting, **change) for change in changes]
+    found = {module._cache_folder(c, tokenizer, (20, 0, 0), counting.parent) for c in configs}
+    found.add(module._cache_folder(configs[0], tokenizer, (21, 0, 0), counting.parent))
+    assert len(found) == 5
+
+
 def test_killed_while_the_index_is_built(
     tokenizer: Tokenizer, counting: Path, tmp_path, monkeypatch
 ):

@@ -14,6 +14,7 @@ from pltmoe.parallel.schedule import (
     group_size,
     measured_bubble,
     simulate,
+    step_time,
 )
 from tests.unit.parallel.tables import in_flight, in_flight_bound, most_lent
 
@@ -110,3 +111,8 @@ def test_what_waits_for_ever_is_noticed():
     schedule[0] = schedule[0][::-1]
     with pytest.raises(AssertionError, match="deadlock"):
         simulate(schedule)
+
+
+def test_a_message_takes_time_between_stages_only():
+    played = simulate(build_schedule(2, 1, 1, 1), message=0.5)
+    assert step_time(played) == 1 + 0.5 + 1 + 2 + 0.5 + 2
