@@ -26,7 +26,7 @@ class EngineError(PLTMoEError):
 
 
 class RankError(EngineError):
-    """This process cannot run; others may."""
+    """One process cannot run where it was started: it tells so itself, whatever its rank."""
 
 
 class ConversionError(PLTMoEError):

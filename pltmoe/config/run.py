@@ -154,7 +154,8 @@ class TrainConfig(Section):
     """Accepted steps that tell what is ordinary; none is a spike before there are so many."""
     hang_timeout_minutes: PositiveFloat | None = 20.0
     """Minutes without progress on a rank after which all ranks write their stacks and the job ends.
-    Three times that for the first step, a save and the end. Collectives give up after 30."""
+    The first step, and what follows a step or the last one (a validation, a save), may take three
+    times as long. Collectives give up after 30 minutes."""
 
     @property
     def keeps_fp8_scales(self) -> bool:
@@ -182,8 +183,9 @@ class CheckpointConfig(Section):
     """Continue from the newest complete checkpoint in output_dir when there is one."""
     accept_changes: list[str] = []
     """Fields that may differ from the checkpoint on resume, e.g. [optimizer.lr]: the new value is
-    used from there on. Without this a changed field that decides the result is an error. With
-    load_weights only model.moe_expert_bias_update_rate, for biases that are left behind."""
+    used from there on. Without this a changed field that decides the result is an error. A new
+    run with load_weights looks for two: data.tokenizer, and model.moe_expert_bias_update_rate (the
+    expert biases of those weights are then left out)."""
     load_weights: Path | None = None
     """Checkpoint folder whose weights a new run starts from (step 0, fresh optimizer), e.g. one
     made by tools/convert_from_hf.py, or the folder of a run: its newest. Not used on resume. PLT
