@@ -21,7 +21,7 @@ from pathlib import Path
 
 from pltmoe.errors import DataError
 from pltmoe.reports.glance import Extras
-from pltmoe.reports.runs import MLFLOW_PREFIX, Run, read_mlflow_run, read_run
+from pltmoe.reports.runs import MLFLOW_PREFIX, Run, printable, read_mlflow_run, read_run
 from pltmoe.reports.scores import read_evaluation
 from pltmoe.reports.summary import (
     note,
@@ -55,7 +55,7 @@ def main() -> None:
         help="results.json of tools/evaluate.py for the run NAME; may be repeated",
     )
     parser.add_argument("--generated", type=Path, help="JSON of tools/generate.py")
-    parser.add_argument("--title", default="Comparison of runs", type=_printable)
+    parser.add_argument("--title", default="Comparison of runs", type=printable)
     parser.add_argument(
         "--mlflow-uri",
         metavar="URI",
@@ -87,10 +87,6 @@ def main() -> None:
         where = next(filter(None, map(how_to_look, folders)), None)
     if where:
         print(f"MLflow: {where}")
-
-
-def _printable(text: str) -> str:
-    return text.encode(errors="backslashreplace").decode()  # an argument may be no UTF-8
 
 
 def _read(run: str, uri: str | None) -> Run:

@@ -25,6 +25,8 @@ from typing import Any
 from pltmoe.config.run import RunConfig
 
 DEFAULT_STAGE = 1
+FILE = "deepspeed.json"
+"""What a run's folder holds of it."""
 _DECIDED_ELSEWHERE = {
     "optimizer": "optimizer.*",
     "scheduler": "optimizer.schedule",

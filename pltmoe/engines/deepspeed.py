@@ -128,7 +128,7 @@ class DeepSpeedEngine(SteppingEngine):
             layout,
             devices.precision_name(config.train.precision),
             found,
-            {"deepspeed.json": json.dumps(text, indent=2) + "\n"},
+            {settings.FILE: json.dumps(text, indent=2) + "\n"},
         )
 
     def train_step(self, batches: Iterator[Batch], step: int, watch: bool) -> StepResult:

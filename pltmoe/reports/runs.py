@@ -125,8 +125,12 @@ def read_run(run_dir: Path) -> Run:
     if not lines:
         raise DataError(f"{run_dir / METRICS_FILE}: no step was logged yet")
     config = load_config(run_dir / "config.yaml")
-    source = str(run_dir).encode(errors="backslashreplace").decode()  # a path may be no UTF-8
-    return Run(config, lines, source, read_jobs(run_dir))
+    return Run(config, lines, printable(str(run_dir)), read_jobs(run_dir))
+
+
+def printable(text: str) -> str:
+    """Return a path or an argument, which may be no UTF-8, as text that can be written."""
+    return text.encode(errors="backslashreplace").decode()
 
 
 def read_mlflow_run(uri: str, run_id: str) -> Run:

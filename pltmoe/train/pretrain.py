@@ -25,7 +25,7 @@ from pltmoe.checkpoint.find import find_checkpoint
 from pltmoe.checkpoint.integrity import check_files_together
 from pltmoe.checkpoint.manifest import Manifest, read_manifest
 from pltmoe.checkpoint.newest import leave_later, newest_intact
-from pltmoe.config import RunConfig, write_config
+from pltmoe.config import RunConfig, deepspeed, write_config
 from pltmoe.data.atomic import complete_file
 from pltmoe.data.datasets import batches, build_datasets
 from pltmoe.data.fingerprint import fingerprints_of
@@ -262,8 +262,9 @@ def _start_tracker(config: RunConfig, engine: Engine, start: Start, consumed: Co
     capabilities, folder = engine.capabilities, config.train.output_dir
     with writing(folder / "config.yaml") as path, complete_file(path) as temporary:
         write_config(config, temporary)
-    with writing(folder / "deepspeed.json") as path:  # the job before may have had another engine
-        path.unlink(missing_ok=True)
+    if deepspeed.FILE not in capabilities.files:  # the job before may have had another engine
+        with writing(folder / deepspeed.FILE) as path:
+            path.unlink(missing_ok=True)
     for name, text in capabilities.files.items():
         with writing(folder / name) as path, complete_file(path) as temporary:
             temporary.write_text(text, encoding="utf-8")
