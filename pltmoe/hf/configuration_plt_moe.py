@@ -40,6 +40,8 @@ class PLTMoEConfig(PreTrainedConfig):
         norm_topk_prob: Whether the chosen experts' weights are renormalised to sum to 1.
         use_expert_bias: Whether routers have ``e_score_correction_bias``, which takes part in
             choosing experts but not in weighting them (arXiv 2408.15664).
+        output_router_logits: Return the routers' logits and their balancing loss, by default.
+        router_aux_loss_coef: Its factor in the loss where it is returned.
         use_qk_norm: RMSNorm on each head of Q and K before RoPE.
         rope_parameters: ``{"rope_type": "default", "rope_theta": ...}``; no other type exists here.
         plt_num_loops: L; 1 is an ordinary decoder (the flags of later loops are then false).
@@ -86,6 +88,8 @@ class PLTMoEConfig(PreTrainedConfig):
         moe_intermediate_size: int | None = 1024,
         norm_topk_prob: bool = True,
         use_expert_bias: bool = False,
+        output_router_logits: bool = False,
+        router_aux_loss_coef: float = 0.001,
         use_qk_norm: bool = True,
         plt_num_loops: int = 2,
         plt_cross_loop_shift: bool = True,
@@ -123,6 +127,8 @@ class PLTMoEConfig(PreTrainedConfig):
         self.moe_intermediate_size = moe_intermediate_size
         self.norm_topk_prob = norm_topk_prob
         self.use_expert_bias = use_expert_bias
+        self.output_router_logits = output_router_logits
+        self.router_aux_loss_coef = router_aux_loss_coef
         self.use_qk_norm = use_qk_norm
         self.plt_num_loops = plt_num_loops
         has_later_loops = plt_num_loops > 1

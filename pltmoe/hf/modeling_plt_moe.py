@@ -35,7 +35,8 @@ from transformers.conversion_mapping import (
 )
 from transformers.integrations import use_experts_implementation
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast, MoeModelOutputWithPast
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 from transformers.utils import can_return_tuple, logging
 
 from .configuration_plt_moe import PLTMoEConfig
@@ -674,8 +675,8 @@ class PLTMoERouter(nn.Module):
 
     def forward(
         self, x_td: Tensor, experts: Tensor | None = None, rows: int = 1
-    ) -> tuple[Tensor, Tensor]:
-        """Return chosen experts [t, top_k] and their weights [t, top_k].
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return chosen experts [t, top_k], their weights [t, top_k], and all logits [t, experts].
 
         Args:
             x_td: Tokens.
@@ -692,11 +693,11 @@ class PLTMoERouter(nn.Module):
             experts = experts.repeat_interleave(rows, dim=0) if rows > 1 else experts
         if self.is_shared and self.renormalise:
             # The same as below, but never 0 / 0: all of loop 1's experts may be unlikely later.
-            return experts, logits.gather(-1, experts).softmax(-1).to(x_td.dtype)
+            return experts, logits.gather(-1, experts).softmax(-1).to(x_td.dtype), logits
         weights = scores.gather(-1, experts)
         if self.renormalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        return experts, weights.to(x_td.dtype)
+        return experts, weights.to(x_td.dtype), logits
 
 
 @use_experts_implementation
@@ -761,8 +762,9 @@ class PLTMoESparseBlock(nn.Module):
 
     def forward(
         self, x_bsd: Tensor, experts: Tensor | None = None, is_one_slot: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Return the weighted sum of the chosen experts' outputs [b, s, d], and who was chosen.
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weighted sum of the chosen experts' outputs [b, s, d], who was chosen, and the
+        router's logits [b * s, experts].
 
         Args:
             x_bsd: Tokens; when decoding, s are the loops of one slot, and the rows of an expert are
@@ -771,9 +773,10 @@ class PLTMoESparseBlock(nn.Module):
             is_one_slot: Whether the s tokens are the loops of one slot.
         """
         x_td, rows = x_bsd.flatten(0, 1), x_bsd.size(1) if is_one_slot else 1
-        chosen, weights = self.gate(x_td, None if experts is None else experts.flatten(0, 1), rows)
+        experts = None if experts is None else experts.flatten(0, 1)
+        chosen, weights, logits = self.gate(x_td, experts, rows)
         out = self.experts(x_td, chosen, weights)
-        return out.view_as(x_bsd), chosen.unflatten(0, x_bsd.shape[:2])
+        return out.view_as(x_bsd), chosen.unflatten(0, x_bsd.shape[:2]), logits
 
 
 class PLTMoEDecoderLayer(GradientCheckpointingLayer):
@@ -803,9 +806,9 @@ class PLTMoEDecoderLayer(GradientCheckpointingLayer):
         rope: tuple[Tensor, Tensor],
         visibility: Visibility,
         past_key_values: PLTMoECache | None = None,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """Return the residual stream; in loop 1, keys and values of all slots so far; the experts
-        chosen [b, s, top_k].
+        chosen [b, s, top_k], and the router's logits [b * s, experts].
 
         ``experts`` given: the tokens go to these. ``loop`` None: the rows are one slot's loops.
         """
@@ -820,11 +823,12 @@ class PLTMoEDecoderLayer(GradientCheckpointingLayer):
         )
         h_bsd = h_bsd + y
         x_bsd = self.post_attention_layernorm(h_bsd)
+        logits = None
         if isinstance(self.mlp, PLTMoESparseBlock):
-            y, experts = self.mlp(x_bsd, experts, is_one_slot=loop is None)
+            y, experts, logits = self.mlp(x_bsd, experts, is_one_slot=loop is None)
         else:
             y = self.mlp(x_bsd)
-        return h_bsd + y, *(kv or (None, None)), experts
+        return h_bsd + y, *(kv or (None, None)), experts, logits
 
 
 class PLTMoEPreTrainedModel(PreTrainedModel):
@@ -879,9 +883,10 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
         outputs_to_keep: int = 0,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> MoeModelOutputWithPast:
         """Run all loops over the new slots.
 
         Args:
@@ -894,8 +899,10 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
             output_hidden_states: return ``num_loops * (num_layers + 1)`` tensors, loop after
                 loop: the loop's input, then every layer's output; the very last one is normed.
             output_attentions: not supported.
+            output_router_logits: return ``num_loops * num_layers`` tensors [b * s, num_experts],
+                loop after loop.
             outputs_to_keep: return the last so many slots only (0: all). The later loops then run
-                over the last slots they need, unless ``output_hidden_states`` asks for all.
+                over the last slots they need, unless hidden states or router logits are asked for.
 
         Raises:
             ValueError: contradicting or unsupported arguments.
@@ -913,19 +920,27 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
         if cache is not None:
             self._make_up_for_crop(cache, valid)
             cache.note_call(input_ids, slots, e_bsd.size(0))
-        states: list[Tensor] | None = [] if self._wants_states(output_hidden_states) else None
-        if states is None and cache is not None and self._can_run_all_loops_at_once(e_bsd):
+        config = self.config
+        wants_states = _given(output_hidden_states, config.output_hidden_states)
+        wants_logits = config.num_experts and _given(
+            output_router_logits, config.output_router_logits
+        )
+        states: list[Tensor] | None = [] if wants_states else None
+        logits: list[Tensor] | None = [] if wants_logits else None
+        is_asked = bool(wants_states or wants_logits)
+        if not is_asked and cache is not None and self._can_run_all_loops_at_once(e_bsd):
             h_bsd = self._run_all_loops_at_once(e_bsd, slots, cache)
         else:
-            outputs = outputs_to_keep if states is None else 0
-            h_bsd = self._run_loops(e_bsd, slots, cache, states, outputs)
+            outputs = 0 if is_asked else outputs_to_keep
+            h_bsd = self._run_loops(e_bsd, slots, cache, outputs, states, logits)
         h_bsd = self.norm(h_bsd[:, -outputs_to_keep:])
         if states is not None:
             states[-1] = self.norm(states[-1])
-        return BaseModelOutputWithPast(
+        return MoeModelOutputWithPast(
             last_hidden_state=h_bsd,
             past_key_values=cache,
             hidden_states=None if states is None else tuple(states),
+            router_logits=None if logits is None else tuple(logits),
         )
 
     def _run_loops(
@@ -933,11 +948,12 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
         e_bsd: Tensor,
         slots: Slots,
         cache: PLTMoECache | None,
-        states: list[Tensor] | None = None,
         outputs: int = 0,
+        states: list[Tensor] | None = None,
+        router_logits: list[Tensor] | None = None,
     ) -> Tensor:
         """Return H_L of the new slots, loop after loop; with ``outputs``, the last so many suffice
-        (the others may be missing or wrong).
+        (the others may be missing or wrong). Append to ``states`` and ``router_logits``.
         """
         h_bsd = e_bsd
         skips = self._skips(slots, cache, outputs)
@@ -958,7 +974,7 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
             for index, layer in enumerate(self.layers):
                 lent = first_kv[index] if loop > 1 else (None, None)
                 routed = first_experts[index] if loop > 1 and shares_routing else None
-                h_bsd, k, v, experts = layer(
+                h_bsd, k, v, experts, logits = layer(
                     h_bsd,
                     *lent,
                     routed[:, skip:] if routed is not None else None,
@@ -972,6 +988,8 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
                     first_experts.append(experts)
                 if states is not None:
                     states.append(h_bsd)
+                if router_logits is not None:
+                    router_logits.append(logits)
         return h_bsd
 
     def _skips(self, slots: Slots, cache: PLTMoECache | None, outputs: int) -> list[int]:
@@ -1108,11 +1126,6 @@ class PLTMoEModel(PLTMoEPreTrainedModel):
             return PLTMoECache(self.config)
         return cache
 
-    def _wants_states(self, output_hidden_states: bool | None) -> bool:
-        if output_hidden_states is None:
-            return bool(self.config.output_hidden_states)
-        return bool(output_hidden_states)
-
     @staticmethod
     def _valid_slots(attention_mask: Tensor | None, num_slots: int) -> Tensor | None:
         """Return bool [b, cached + s], or None without padding."""
@@ -1191,27 +1204,26 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        output_router_logits: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
+    ) -> MoeCausalLMOutputWithPast:
         """Run the model; see PLTMoEModel.forward.
 
         Args:
             labels: [b, s], not shifted; -100 is left out. The loss is next-token cross entropy of
-                the last loop, without router losses.
+                the last loop.
+            output_router_logits: also return them, and ``aux_loss``: the balancing loss of the
+                loops that choose experts, as Qwen3-MoE's of its layers (an expert bias does not
+                enter). ``router_aux_loss_coef`` of it is added to the loss.
             logits_to_keep: compute logits of the last so many slots only (0: all), or of the
                 slots with these indices.
             kwargs: ``num_items_in_batch`` (divide the summed loss by it instead of averaging),
                 ``shift_labels`` ([b, s], ``labels`` already moved to the slot that predicts them).
 
         Raises:
-            ValueError: contradicting or unsupported arguments, such as ``output_router_logits``.
+            ValueError: contradicting or unsupported arguments.
         """
-        if kwargs.get("output_router_logits", getattr(self.config, "output_router_logits", False)):
-            raise ValueError(
-                "output_router_logits is not supported: the router losses belong to training in "
-                "pltmoe; here the loss is that of the tokens alone"
-            )
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -1221,6 +1233,7 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
             use_cache=use_cache,
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
+            output_router_logits=output_router_logits,
             # indices may ask for any slot
             outputs_to_keep=logits_to_keep if isinstance(logits_to_keep, int) else 0,
             return_dict=True,
@@ -1232,11 +1245,33 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
             shifted = kwargs.get("shift_labels")
             shifted = F.pad(labels[:, 1:], (0, 1), value=-100) if shifted is None else shifted
             loss = token_loss(logits, shifted, kwargs.get("num_items_in_batch"))
-        return CausalLMOutputWithPast(
+        aux_loss = None
+        if out.router_logits is not None:
+            aux_loss = self._balancing_loss(out.router_logits, attention_mask)
+            if loss is not None:
+                loss = loss + self.config.router_aux_loss_coef * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(
             loss=loss,
+            aux_loss=aux_loss,
             logits=logits,
             past_key_values=out.past_key_values,
             hidden_states=out.hidden_states,
+            router_logits=out.router_logits,
+        )
+
+    def _balancing_loss(
+        self, router_logits: tuple[Tensor, ...], attention_mask: Tensor | None
+    ) -> Tensor:
+        config = self.config
+        choosing = 1 if config.plt_loop_routing == "shared" else config.plt_num_loops
+        if attention_mask is not None:  # of the new slots, as many in every sequence
+            slots = router_logits[0].size(0) // attention_mask.size(0)
+            attention_mask = attention_mask[:, -slots:]
+        return load_balancing_loss_func(
+            router_logits[: choosing * config.num_hidden_layers],
+            config.num_experts,
+            config.num_experts_per_tok,
+            attention_mask,
         )
 
     @property
@@ -1271,6 +1306,10 @@ class PLTMoEForCausalLM(PLTMoEPreTrainedModel, GenerationMixin):
                 cache.activate_past_recording()
             return
         super()._prepare_cache_for_generation(generation_config, model_kwargs, *args, **kwargs)
+
+
+def _given(argument: bool | None, default: bool) -> bool:
+    return default if argument is None else argument
 
 
 def token_loss(

@@ -14,6 +14,7 @@ from tests.unit.hf.models import (
     random_reference,
     small_model,
     stacked,
+    stock_model,
     tokens,
 )
 
@@ -44,6 +45,7 @@ def test_logits_and_gradients_equal_the_reference(name, attention, monkeypatch):
 def test_gradient_checkpointing_changes_nothing(name, reentrant):
     """Loop 1's keys and values leave the checkpointed region and come back in later loops."""
     _, model = pair(small_model(name))
+    model.config.output_router_logits = True
     x = tokens()
     model.train()
     model(x, labels=x, use_cache=False).loss.backward()
@@ -144,7 +146,7 @@ def test_expert_bias_decides_the_choice_but_not_the_weights():
     gate = model.model.layers[0].mlp.gate
     x = torch.randn(5, m.hidden_size, dtype=torch.float64)
     gate.e_score_correction_bias.copy_(torch.tensor([0.0, 8.0, 9.0, 0.0]))
-    experts, weights = gate(x)
+    experts, weights, _ = gate(x)
     assert experts.tolist() == [[2, 1]] * 5
     scores = (x @ gate.weight.T).softmax(-1)[:, [2, 1]]
     torch.testing.assert_close(weights, scores / scores.sum(-1, keepdim=True))
@@ -167,13 +169,51 @@ def test_refusals_say_what_to_do():
     hole[1, 12] = 1
     with pytest.raises(ValueError, match="has padding between tokens of a row, .* pad on the left"):
         model(x, attention_mask=hole)
-    with pytest.raises(ValueError, match="output_router_logits is not supported"):
-        model(x, output_router_logits=True)
-    model.config.output_router_logits = True
-    with pytest.raises(ValueError, match="the router losses belong to training"):
-        model(x)
     with pytest.raises(ValueError, match="does not support|flash"):
         hf_model(small_model("plt2"), attn_implementation="flash_attention_2")
+
+
+def test_the_balancing_loss_of_one_loop_is_that_of_qwen3_moe():
+    m = small_model("vanilla", moe_aux_loss_coeff=0.3)
+    reference, model = pair(m)
+    stock = stock_model(m, reference.state_dict()).double()
+    x, mask = tokens(), torch.ones(2, 13, dtype=torch.long)
+    mask[1, :5] = 0
+    labels = x.clone()
+    labels[1, :6] = -100  # what a slot of padding says is anybody's
+    asked = {"attention_mask": mask, "labels": labels, "output_router_logits": True}
+    out, expected = model(x, **asked), stock(x, **asked)
+    assert len(out.router_logits) == len(expected.router_logits) == 2
+    # Qwen3-MoE computes norms and router scores in float32.
+    assert out.aux_loss.item() == pytest.approx(expected.aux_loss.item(), abs=1e-5)
+    assert out.loss.item() == pytest.approx(expected.loss.item(), abs=1e-5)
+    assert model(x, attention_mask=mask, labels=labels).loss < out.loss - 0.3
+
+
+@pytest.mark.parametrize("name", ["loop2", "plt3_normed", "plt3_shared_routing", "dense_plt2"])
+def test_router_logits_of_every_loop_and_the_balancing_loss_of_those_that_choose(name):
+    m = small_model(name, **({} if name == "dense_plt2" else {"moe_aux_loss_coeff": 0.3}))
+    reference, model = pair(m)
+    model.config.output_router_logits = True
+    x = tokens()
+    out = model(x, labels=x)
+    if not m.is_moe:
+        assert out.router_logits is out.aux_loss is None
+        return
+    records = reference(x).routers
+    torch.testing.assert_close(out.router_logits, tuple(r.logits for r in records))
+    torch.testing.assert_close(model(x, logits_to_keep=1).router_logits, out.router_logits)
+    chosen = torch.cat([r.logits for r in records if r.loop <= m.choosing_loops])
+    share = torch.zeros_like(chosen).scatter(1, chosen.topk(2).indices, 1.0).mean(0)
+    aux_loss = 4 * (share * chosen.softmax(-1).mean(0)).sum()
+    assert out.aux_loss.item() == pytest.approx(aux_loss.item(), abs=1e-6)
+    tokens_only = model(x, labels=x, output_router_logits=False)
+    assert tokens_only.aux_loss is None
+    assert (out.loss - tokens_only.loss).item() == pytest.approx(0.3 * aux_loss.item(), abs=1e-6)
+    step = model(x[:, -1:], past_key_values=model(x[:, :-1]).past_key_values)
+    assert (step.logits - out.logits[:, -1:]).abs().max() < 1e-10
+    last = [logits.view(2, 13, -1)[:, -1] for logits in out.router_logits]
+    torch.testing.assert_close(step.router_logits, tuple(last))
 
 
 @torch.no_grad()
@@ -183,5 +223,5 @@ def test_shared_routing_survives_scores_of_zero():
     router.weight.zero_()
     router.weight[:, 0] = torch.tensor([0.0, 200.0, 0.0, 1.0])
     x = torch.eye(16)[:1]
-    _, weights = router(x, torch.tensor([[2, 3]]))
+    _, weights, _ = router(x, torch.tensor([[2, 3]]))
     assert weights[0].tolist() == pytest.approx([0.26894, 0.73106], abs=1e-5)
