@@ -140,6 +140,19 @@ def test_cache_repeats_and_selects_sequences(name):
 
 
 @torch.no_grad()
+def test_a_reset_cache_hands_nothing_on():
+    """Not even where positions of one's own do not say that a document begins."""
+    _, model = pair(small_model("plt3_normed"))
+    ids, positions = tokens(1, 9), torch.arange(5, 14)[None]
+    expected = model(ids, position_ids=positions, use_cache=False).logits
+    cache = PLTMoECache(model.config)
+    model(tokens(1, 6), past_key_values=cache)
+    cache.reset()
+    found = model(ids, position_ids=positions, past_key_values=cache).logits
+    assert (found - expected).abs().max() < 1e-12
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", EVERY_KIND)
 def test_a_conversation_continues_in_the_same_cache(name):
     reference, model = pair(small_model(name))

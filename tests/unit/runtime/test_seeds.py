@@ -29,7 +29,7 @@ def test_a_seed_decides_every_generator():
     assert not set(draw()) & set(first)
 
 
-def test_states_come_back():
+def test_states_come_back(monkeypatch):
     seeds.seed_everything(7)
     draw()
     state = seeds.random_state()
@@ -37,6 +37,10 @@ def test_states_come_back():
     assert draw() != first
     seeds.restore_random_state(state)
     assert draw() == first
+    given: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "set_rng_state", given.append)  # the CPU's own, without a GPU
+    seeds.restore_random_state(state)
+    assert [torch.equal(device, state["cuda"]) for device in given] == [True]
 
 
 def test_states_of_another_kind_of_device_are_left_out(caplog):

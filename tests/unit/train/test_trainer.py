@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.engines.base import StepResult
 from pltmoe.runtime import distributed
 from pltmoe.runtime.signals import StopRequest
@@ -91,6 +92,13 @@ def test_goes_on_where_the_data_was_left():
     assert loop.fit() is Outcome.FINISHED
     assert [step for step, _, _ in engine.calls] == [5, 6]
     assert engine.calls[0][2] == 21, "not four steps of eight: the batch was smaller then"
+
+
+def test_what_was_read_before_a_resume_is_the_manifests():
+    config = tiny_config()
+    manifest = Manifest(config=config, step=4, consumed_samples=21, tokens=500)
+    consumed = Consumed.of(config, manifest)
+    assert (consumed.sequences_after(6), consumed.tokens_after(6)) == (21 + 16, 500 + 16 * 16)
 
 
 def test_stops_after_the_step_in_which_it_was_asked_to():
