@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from pltmoe.checkpoint import compatible
-from pltmoe.checkpoint.compatible import GATE, absent_tensors, check_resume, check_weights
+from pltmoe.checkpoint.compatible import BIAS, GATE, absent_tensors, check_resume, check_weights
 from pltmoe.checkpoint.manifest import Manifest
 from pltmoe.config.run import DataConfig, TrainConfig
 from pltmoe.errors import CheckpointError
@@ -39,6 +39,7 @@ def check(tokenizer):
             config=tiny_config(**path, **(old or {})),
             step=5,
             train_samples=80,
+            consumed_samples=40,
             precision=(old or {}).get("train__precision", "fp32"),
             tokenizer_sha256=sha256_of(tokenizer),
         )
@@ -47,8 +48,9 @@ def check(tokenizer):
     return resume
 
 
-def test_the_same_configuration_fits(check):
+def test_the_same_configuration_fits(check, caplog):
     check()
+    assert not caplog.text
 
 
 @pytest.mark.parametrize(
@@ -180,7 +182,10 @@ def test_a_longer_run_is_another_schedule_unless_its_end_is_kept(check, caplog):
         "optimizer.decay_steps: checkpoint 10, config 20 (train.steps when not set; "
         "optimizer.decay_steps=10 keeps the learning-rate schedule)" in str(error.value)
     )
-    check(train__steps=20, optimizer__decay_steps=10)
+    linear = {"optimizer__schedule": "linear"}
+    with pytest.raises(CheckpointError, match="decay_steps: checkpoint 10, config 20"):
+        check(train__steps=20, old=linear, **linear)
+    check(train__steps=12, optimizer__decay_steps=10)
     assert "planned for 80 sequences and is longer now" in caplog.text
     check(
         train__steps=20,
@@ -226,7 +231,9 @@ def test_weights_need_the_same_shapes_only():
 def test_weights_do_not_lose_expert_biases_unnoticed():
     without = MOE | {"moe_expert_bias_update_rate": 0.0}
     path = "model.moe_expert_bias_update_rate"
-    check_weights(FOLDER, Manifest(config=tiny_config(without), step=5), tiny_config())
+    before = Manifest(config=tiny_config(without), step=5)
+    check_weights(FOLDER, before, tiny_config())
+    assert absent_tensors(before, tiny_config()) == (BIAS,)
     with pytest.raises(CheckpointError, match="chooses its experts with biases .*: set the same"):
         check_weights(FOLDER, Manifest(config=tiny_config(), step=5), tiny_config(without))
     accepts = tiny_config(without, checkpoint__accept_changes=[path])

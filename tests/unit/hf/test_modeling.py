@@ -214,6 +214,11 @@ def test_router_logits_of_every_loop_and_the_balancing_loss_of_those_that_choose
     assert (step.logits - out.logits[:, -1:]).abs().max() < 1e-10
     last = [logits.view(2, 13, -1)[:, -1] for logits in out.router_logits]
     torch.testing.assert_close(step.router_logits, tuple(last))
+    mask = torch.ones(2, 13)
+    mask[0, :3] = 0  # none of it among the new slots
+    past = model(x[:, :-4], attention_mask=mask[:, :-4]).past_key_values
+    step = model(x[:, -4:], attention_mask=mask, past_key_values=past)
+    assert torch.equal(step.aux_loss, model._balancing_loss(step.router_logits, None))
 
 
 @torch.no_grad()
