@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.moe import moe_utils, token_dispatcher
 from megatron.core.transformer.moe.moe_utils import topk_routing_with_score_function
 
-from pltmoe.model.loop_stats import collect_loop_stats, loop_metrics
+from pltmoe.model.loop_stats import LoopStats, collect_loop_stats, loop_metrics
 from pltmoe.model.reference import ReferencePLT, load_balancing_loss
 from pltmoe.model.router import LoopRouter
 from tests.single_process import build_model
@@ -175,3 +175,17 @@ def test_expert_bias_moves_towards_balance(build: Callable[..., Any]) -> None:
     moved = router.expert_bias - before
     assert torch.allclose(moved, 1e-3 * torch.sign(counts.mean() - counts))
     assert router.expert_bias.dtype == torch.float32
+
+
+def test_losses_are_means_over_the_calls_of_all_ranks() -> None:
+    """Two micro batches, each seen by two ranks that add their shares of it."""
+    stats = LoopStats(small_model(**ALL["row2_loop2"]), torch.device("cpu"))
+    map_te = torch.eye(6, dtype=torch.bool)
+    for share in (0.5, 0.5, 1.5, 1.5):
+        losses = torch.tensor(share), torch.tensor(4 * share)
+        stats.add_routing(2, *losses, map_te, map_te, ranks=2)
+    layers = torch.nn.ModuleList([torch.nn.Module()])
+    layers[0].stats = stats
+    found = loop_metrics(collect_loop_stats(layers))
+    assert found["moe/aux_loss/loop_2"] == pytest.approx(2.0)
+    assert found["moe/z_loss/loop_2"] == pytest.approx(8.0)

@@ -116,3 +116,4 @@ def test_what_waits_for_ever_is_noticed():
 def test_a_message_takes_time_between_stages_only():
     played = simulate(build_schedule(2, 1, 1, 1), message=0.5)
     assert step_time(played) == 1 + 0.5 + 1 + 2 + 0.5 + 2
+    assert played[0][0].end == 1
